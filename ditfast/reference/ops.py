@@ -103,14 +103,14 @@ def patchify(x: Tensor, patch_size: int) -> Tensor:
     batch, channels, height, width = x.shape
     rows, columns = height // patch_size, width // patch_size
     patches = x.reshape(batch, channels, rows, patch_size, columns, patch_size)
-    return patches.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
+    return patches.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch_size**2 * channels)
 
 
 def unpatchify(x: Tensor, patch_size: int, grid_size: tuple[int, int]) -> Tensor:
     """Patch vectors (B, h*w, p*p*C) -> latent (B, C, h*p, w*p); the inverse of :func:`patchify`."""
-    rows, columns = grid_size
-    patches = x.reshape(x.shape[0], rows, columns, patch_size, patch_size, -1)
-    return patches.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], -1, rows * patch_size, columns * patch_size)
+    batch, (rows, columns), channels = x.shape[0], grid_size, x.shape[2] // patch_size**2
+    patches = x.reshape(batch, rows, columns, patch_size, patch_size, channels)
+    return patches.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, rows * patch_size, columns * patch_size)
 
 
 def guide(output: Tensor, cfg_scale: float, guided_channels: int) -> Tensor:

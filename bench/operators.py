@@ -1,0 +1,207 @@
+"""Every operator with random inputs, and the numerics rule applied to its outputs and gradients.
+
+Shared by the tests, ``ditfast verify`` and the operator benchmarks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditfast import ops
+from ditfast.reference import ops as formulas
+
+from .parity import Verdict, judge
+
+Inputs = dict[str, Tensor]
+_STREAM = ("x", "residual")  # arguments that may be fp32 beside bf16 and fp16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """B batch, T tokens, D width; mean is added to the stream (large means provoke cancellation in a norm)."""
+
+    batch: int
+    tokens: int
+    width: int
+    num_heads: int = 2
+    mean: float = 0.0
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator: the function in question, its formula, and how to draw its inputs (fp32, on the CPU)."""
+
+    name: str
+    fused: Callable[..., Any]
+    formula: Callable[..., Any]
+    draw: Callable[[Shape, torch.Generator], Inputs]
+    mixed: bool = False  # whether the stream may be fp32 while the rest is bf16 or fp16
+    options: Callable[[Shape], Mapping[str, Any]] = lambda shape: {}
+
+
+def _tokens(shape: Shape, generator: torch.Generator, mean: float = 0.0) -> Tensor:
+    return torch.randn(shape.batch, shape.tokens, shape.width, generator=generator) + mean
+
+
+def _modulations(shape: Shape, generator: torch.Generator, names: str) -> Inputs:
+    """Chunks of one (B, 6D) tensor, as the models have them."""
+    chunks = torch.randn(shape.batch, 6 * shape.width, generator=generator).chunk(6, dim=1)
+    return dict(zip(names.split(), chunks, strict=False))
+
+
+def _linear(out_features: int, in_features: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    weight = torch.randn(out_features, in_features, generator=generator) * in_features**-0.5
+    return weight, torch.randn(out_features, generator=generator) * 0.1
+
+
+def _draw_norm(shape: Shape, generator: torch.Generator) -> Inputs:
+    return {"x": _tokens(shape, generator, shape.mean), **_modulations(shape, generator, "shift scale")}
+
+
+def _draw_residual(shape: Shape, generator: torch.Generator) -> Inputs:
+    residual, branch = _tokens(shape, generator, shape.mean), _tokens(shape, generator)
+    return {"residual": residual, "branch": branch, **_modulations(shape, generator, "gate")}
+
+
+def _draw_fused(shape: Shape, generator: torch.Generator) -> Inputs:
+    residual, branch = _tokens(shape, generator, shape.mean), _tokens(shape, generator)
+    return {"residual": residual, "branch": branch, **_modulations(shape, generator, "gate shift scale")}
+
+
+def _draw_linear_gelu(shape: Shape, generator: torch.Generator) -> Inputs:
+    weight, bias = _linear(2 * shape.width, shape.width, generator)
+    return {"x": _tokens(shape, generator), "weight": weight, "bias": bias}
+
+
+def _draw_linear_residual(shape: Shape, generator: torch.Generator) -> Inputs:
+    weight, bias = _linear(shape.width, 2 * shape.width, generator)
+    x = torch.randn(shape.batch, shape.tokens, 2 * shape.width, generator=generator)
+    gate = _modulations(shape, generator, "gate")
+    return {"x": x, "weight": weight, "bias": bias, **gate, "residual": _tokens(shape, generator, shape.mean)}
+
+
+def _draw_mlp(shape: Shape, generator: torch.Generator) -> Inputs:
+    w1, b1 = _linear(2 * shape.width, shape.width, generator)
+    w2, b2 = _linear(shape.width, 2 * shape.width, generator)
+    return {"x": _tokens(shape, generator), "w1": w1, "b1": b1, "w2": w2, "b2": b2}
+
+
+def _draw_attention(shape: Shape, generator: torch.Generator) -> Inputs:
+    return {"qkv": torch.randn(shape.batch, shape.tokens, 3 * shape.width, generator=generator)}
+
+
+def _draw_biased_attention(shape: Shape, generator: torch.Generator) -> Inputs:
+    bias = torch.randn(shape.num_heads, shape.tokens, shape.tokens, generator=generator)
+    return {**_draw_attention(shape, generator), "bias": bias}
+
+
+def _heads(shape: Shape) -> Mapping[str, Any]:
+    return {"num_heads": shape.num_heads}
+
+
+OPERATORS: dict[str, Operator] = {
+    operator.name: operator
+    for operator in (
+        Operator("layer_norm_modulate", ops.layer_norm_modulate, formulas.layer_norm_modulate, _draw_norm, True),
+        Operator("gated_residual", ops.gated_residual, formulas.gated_residual, _draw_residual, True),
+        Operator(
+            "gated_residual_layer_norm_modulate",
+            ops.gated_residual_layer_norm_modulate,
+            formulas.gated_residual_layer_norm_modulate,
+            _draw_fused,
+            True,
+        ),
+        Operator("linear_gelu", ops.linear_gelu, formulas.linear_gelu, _draw_linear_gelu),
+        Operator(
+            "linear_gated_residual", ops.linear_gated_residual, formulas.linear_gated_residual, _draw_linear_residual
+        ),
+        Operator("gelu_mlp", ops.gelu_mlp, formulas.gelu_mlp, _draw_mlp),
+        Operator("self_attention", ops.self_attention, formulas.self_attention, _draw_attention, options=_heads),
+        Operator(
+            "self_attention+bias", ops.self_attention, formulas.self_attention, _draw_biased_attention, options=_heads
+        ),
+    )
+}
+
+
+def draw_inputs(
+    operator: Operator, shape: Shape, dtype: torch.dtype, device: torch.device | str, mixed: bool = False, seed: int = 0
+) -> Inputs:
+    """The operator's inputs in ``dtype`` on ``device``; with ``mixed``, its residual stream in fp32."""
+    inputs = operator.draw(shape, torch.Generator().manual_seed(seed))
+    return {
+        name: value.to(device, torch.float32 if mixed and name in _STREAM else dtype) for name, value in inputs.items()
+    }
+
+
+def run(
+    function: Callable[..., Any],
+    inputs: Inputs,
+    options: Mapping[str, Any],
+    wanted: tuple[str, ...],
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Outputs, and the gradients of the ``wanted`` inputs for random, non-contiguous incoming gradients.
+
+    Args:
+        dtype: casts every input first (fp64 for the oracle); None keeps each one's own.
+    """
+    leaves = {
+        name: (value.to(dtype) if dtype is not None else value).detach().requires_grad_(name in wanted)
+        for name, value in inputs.items()
+    }
+    outputs = function(**leaves, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    results = {f"output{index}": output.detach() for index, output in enumerate(outputs)}
+    if wanted:
+        generator = torch.Generator().manual_seed(1)
+        # representable in every run, so that the oracle and the candidate see the same values
+        narrowest = min((value.dtype for value in inputs.values()), key=lambda dtype: torch.finfo(dtype).bits)
+        incoming = [
+            torch.randn(output.mT.shape, generator=generator).mT.to(narrowest).to(output) for output in outputs
+        ]
+        # an output may not depend on the wanted inputs: the residual does not on shift and scale
+        pairs = [(output, value) for output, value in zip(outputs, incoming, strict=True) if output.requires_grad]
+        gradients = torch.autograd.grad(
+            [output for output, _ in pairs],
+            [leaves[name] for name in wanted],
+            [value for _, value in pairs],
+            materialize_grads=True,
+        )
+        results |= {f"d_{name}": gradient for name, gradient in zip(wanted, gradients, strict=True)}
+    return results
+
+
+def check(
+    operator: Operator,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    mixed: bool = False,
+    wanted: tuple[str, ...] | None = None,
+    seed: int = 0,
+) -> dict[str, Verdict]:
+    """Judges an operator's outputs and gradients by the numerics rule.
+
+    Args:
+        dtype: the working dtype; with ``mixed``, the residual stream is fp32.
+        wanted: the inputs whose gradients are checked; None means all.
+
+    Returns:
+        verdicts by name: ``output0``, ..., ``d_<input>``.
+    """
+    inputs = draw_inputs(operator, shape, dtype, device, mixed, seed)
+    options = operator.options(shape)
+    wanted = tuple(inputs) if wanted is None else wanted
+    oracle = run(operator.formula, inputs, options, wanted, torch.float64)
+    yardstick = run(operator.formula, inputs, options, wanted)
+    actual = run(operator.fused, inputs, options, wanted)
+    for name, value in actual.items():
+        if value.dtype != yardstick[name].dtype:
+            raise TypeError(f"{operator.name}: {name} must be {yardstick[name].dtype}, got {value.dtype}")
+    return {name: judge("operator", actual[name], yardstick[name], oracle[name], dtype) for name in oracle}

@@ -1,0 +1,132 @@
+"""``ditfast verify``: the numerics rule over every operator and model design on this machine's device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, get_args
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from ditfast import DiT, DiTConfig, reference
+from ditfast.config import Conditioning
+
+from .inputs import random_batch, randomize_
+from .operators import OPERATORS, Shape, check
+from .parity import Verdict, judge
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# gradients that vanish exactly: a constant on every key leaves the softmax as it is
+_VANISHING = ("cross_attn.k.bias", "k_norm.bias")
+
+_SHAPES = (
+    Shape(1, 1, 72),
+    Shape(3, 7, 200, num_heads=5),
+    Shape(3, 64, 384, num_heads=6),
+    Shape(1, 257, 1152, num_heads=16),
+    Shape(2, 16, 1024, num_heads=8, mean=100.0),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: the worst tensor of one operator or model in one dtype."""
+
+    subject: str
+    dtype: str
+    tensor: str
+    error: float
+    yardstick: float
+    bound: float
+    ok: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def verify_operators(device: torch.device, dtypes: dict[str, torch.dtype]) -> Iterator[Row]:
+    """A row per operator and dtype: outputs and every gradient over odd shapes, the worst one shown."""
+    for operator in OPERATORS.values():
+        for label, dtype in dtypes.items():
+            for mixed in (False, True) if operator.mixed and dtype != torch.float32 else (False,):
+                verdicts = {
+                    f"{name} at B={shape.batch} T={shape.tokens} D={shape.width}": verdict
+                    for shape in _SHAPES
+                    for name, verdict in check(operator, shape, dtype, device, mixed).items()
+                }
+                yield _worst(operator.name, f"{label}, fp32 stream" if mixed else label, verdicts)
+
+
+def verify_models(device: torch.device, dtypes: dict[str, torch.dtype]) -> Iterator[Row]:
+    """A row per design and dtype: outputs, guided outputs and every parameter gradient of a small DiT."""
+    for conditioning in get_args(Conditioning):
+        config = DiTConfig(
+            depth=3, hidden_size=288, num_heads=4, latent_size=(8, 12), num_classes=10, conditioning=conditioning
+        )
+        for label, dtype in dtypes.items():
+            yield _worst(f"DiT, {conditioning}", label, check_model(config, dtype, device))
+
+
+def check_model(
+    config: DiTConfig, dtype: torch.dtype, device: torch.device | str = "cpu", batch: int = 3, seed: int = 0
+) -> dict[str, Verdict]:
+    """Judges ``ditfast.DiT`` by the model rule: forward, guided forward, and every parameter's gradient.
+
+    Returns:
+        verdicts by name: ``output``, ``guided output``, ``d_<parameter>``.
+    """
+    yardstick = randomize_(reference.DiT(config), seed).to(device, dtype).eval()
+    model = DiT(config).to(device, dtype).eval()
+    model.load_state_dict(yardstick.state_dict())
+    oracle = reference.DiT(config).to(device, torch.float64).eval()
+    oracle.load_state_dict(yardstick.state_dict())
+    x, t, y = random_batch(config, batch, device, dtype, seed)
+    results = [run_model(candidate, x, t, y) for candidate in (model, yardstick, oracle)]
+    return {name: judge("model", *(result[name] for result in results), dtype) for name in results[2]}
+
+
+def run_model(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Outputs, guided outputs (no gradients), and the gradient of every trainable parameter, in eval mode."""
+    config = model.config
+    assert isinstance(config, DiTConfig)
+    dtype = next(model.parameters()).dtype
+    x = x.to(dtype)
+    results = {}
+    if config.null_class is not None:
+        with torch.no_grad():
+            double = (torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, config.null_class)]))
+            results["guided output"] = model.forward_with_cfg(*double, 4.0)  # type: ignore[operator]
+    output = model(x, t, y)
+    results["output"] = output.detach()
+    incoming = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(output)
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    named = {name: parameter for name, parameter in named.items() if not name.endswith(_VANISHING)}
+    gradients = torch.autograd.grad(output, list(named.values()), incoming)
+    return results | {f"d_{name}": gradient for name, gradient in zip(named, gradients, strict=True)}
+
+
+def render(rows: list[Row], device: str) -> Table:
+    """The table of ``ditfast verify``."""
+    table = Table(title=f"Parity with fp64 on {device}", caption="ours must not exceed the bound; see the README")
+    for header in ("operator or model", "dtype", "worst tensor"):
+        table.add_column(header, overflow="fold")
+    for header in ("ours", "eager PyTorch", "bound", ""):
+        table.add_column(header, justify="right", no_wrap=True)
+    for row in rows:
+        verdict = "[green]✓[/]" if row.ok else "[red]✗[/]"
+        numbers = (f"{value:.2e}" for value in (row.error, row.yardstick, row.bound))
+        table.add_row(row.subject, row.dtype, row.tensor, *numbers, verdict)
+    return table
+
+
+def _worst(subject: str, dtype: str, verdicts: dict[str, Verdict]) -> Row:
+    """The tensor furthest past its bound, or closest to it."""
+
+    def share(verdict: Verdict) -> float:
+        return verdict.error / verdict.bound if verdict.bound else (0.0 if verdict.ok else float("inf"))
+
+    name, verdict = max(verdicts.items(), key=lambda item: (not item[1].ok, share(item[1])))
+    return Row(subject, dtype, name, verdict.error, verdict.yardstick, verdict.bound, verdict.ok)

@@ -1,0 +1,250 @@
+"""The fast DiT: the reference's modules, names and parameters with a fused forward.
+
+Fused designs (adaLN and adaLN-Zero): a gated residual and the norm after it are one operator, also across
+block borders, so a block hands its last branch and gate on instead of adding them; in inference all adaLN
+Linears are one GEMM. Blocks are still called as modules, so hooks, activation checkpointing and sharding
+per block keep working.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from . import ops
+from .config import DiTConfig
+from .reference import dit as reference
+from .reference.ops import unpatchify
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether a Linear may be read as its weight and bias: no subclass (LoRA, sharding), no hooks."""
+    return type(linear) is nn.Linear and not (
+        linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    )
+
+
+def _add_and_norm(
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Adds the pending branch (none before the first block, no gate in adaLN): (new x, its modulated norm)."""
+    if branch is not None and gate is not None:
+        return ops.gated_residual_layer_norm_modulate(x, branch, gate, shift, scale, eps)
+    if branch is not None:
+        x = x + branch
+    return x, ops.layer_norm_modulate(x, shift, scale, eps)
+
+
+class FusedAttention(reference.Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        if self._is_normed():
+            return super().forward(x)  # normalised queries and keys are no longer packed
+        return cast(Tensor, self.proj(ops.self_attention(self.qkv(x), self.num_heads)))
+
+    def _is_normed(self) -> bool:
+        return not (isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity))
+
+    def extra_repr(self) -> str:
+        return "qk_norm: runs the reference's code" if self._is_normed() else ""
+
+
+class FusedMlp(reference.Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        if not (_is_plain(self.fc1) and _is_plain(self.fc2)):
+            return super().forward(x)
+        return ops.gelu_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+
+
+class FusedAdaLNBlock(reference.AdaLNBlock):
+    """adaLN with the residual's last addition left pending: (x, branch, gate) in, (x, branch, gate) out."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, branch: Tensor | None, gate: Tensor | None, c: Tensor, modulation: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """c is SiLU(c) (B, D); modulation (B, 4D) or (B, 6D) where it was computed ahead."""
+        if modulation is None:
+            modulation = self.adaLN_modulation[1](c)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self._chunks(modulation)
+        x, h = _add_and_norm(x, branch, gate, shift1, scale1, self.norm1.eps)
+        x, h = _add_and_norm(x, self.attn(h), gate1, shift2, scale2, self.norm2.eps)
+        return x, self.mlp(h), gate2
+
+    def _chunks(self, modulation: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+        shift1, scale1, shift2, scale2 = modulation.chunk(4, dim=-1)
+        return shift1, scale1, None, shift2, scale2, None
+
+
+class FusedAdaLNZeroBlock(FusedAdaLNBlock):
+    modulations = 6
+
+    def _chunks(self, modulation: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+        return modulation.chunk(6, dim=-1)  # type: ignore[return-value]
+
+
+class FusedFinalLayer(reference.FinalLayer):
+    def forward(  # type: ignore[override]
+        self, x: Tensor, branch: Tensor | None, gate: Tensor | None, c: Tensor, modulation: Tensor | None
+    ) -> Tensor:
+        if modulation is None:
+            modulation = cast(nn.Sequential, self.adaLN_modulation)[1](c)
+        shift, scale = modulation.chunk(2, dim=-1)
+        _, h = _add_and_norm(x, branch, gate, shift, scale, self.norm_final.eps)
+        return cast(Tensor, self.linear(h))
+
+
+_FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    reference.Attention: FusedAttention,
+    reference.Mlp: FusedMlp,
+    reference.AdaLNBlock: FusedAdaLNBlock,
+    reference.AdaLNZeroBlock: FusedAdaLNZeroBlock,
+    reference.FinalLayer: FusedFinalLayer,
+}
+
+
+class _OptimizerSteps:
+    """Counts the steps of every optimiser in the process: fused ones leave the version counters as they are."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._watching = False
+
+    def watch(self) -> None:
+        if not self._watching:
+            register_optimizer_step_post_hook(self._stepped)
+            self._watching = True
+
+    def _stepped(self, *_: object) -> None:
+        self.count += 1
+
+
+_optimizer_steps = _OptimizerSteps()
+
+
+class _ModulationCache(NamedTuple):
+    """All adaLN Linears as one, and the state of the parameters it was made from."""
+
+    parameters: list[nn.Parameter]
+    sources: list[Tensor]  # aliases that keep the storages alive, so that an address is never reused unnoticed
+    versions: list[int]
+    optimizer_steps: int
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    def build(cls, weights: list[nn.Parameter], biases: list[nn.Parameter], dtype: torch.dtype) -> _ModulationCache:
+        _optimizer_steps.watch()
+        parameters = [*weights, *biases]
+        cache = cls(
+            parameters,
+            [parameter.detach() for parameter in parameters],
+            [parameter._version for parameter in parameters],
+            _optimizer_steps.count,
+            torch.cat([weight.detach().to(dtype) for weight in weights]),
+            torch.cat([bias.detach().to(dtype) for bias in biases]),
+        )
+        if cache.weight.is_cuda:
+            torch.cuda.current_stream(cache.weight.device).synchronize()  # other streams may use it next
+        return cache
+
+    def is_fresh(self, parameters: list[nn.Parameter], dtype: torch.dtype) -> bool:
+        return (
+            self.weight.dtype == dtype
+            and self.optimizer_steps == _optimizer_steps.count
+            and all(
+                parameter is known and parameter.data_ptr() == source.data_ptr() and parameter._version == version
+                for parameter, known, source, version in zip(
+                    parameters, self.parameters, self.sources, self.versions, strict=True
+                )
+            )
+        )
+
+
+class DiT(reference.DiT):
+    """The fast DiT: same parameters, state dict and results as :class:`ditfast.reference.DiT`.
+
+    ``adaln_zero`` and ``adaln`` take the fused forward; ``in_context`` and ``cross_attention`` run the
+    reference's code (``repr`` says which).
+
+    In inference all adaLN Linears run as one GEMM from a concatenated copy of their weights (a third of
+    XL/2's weights once more). The copy is remade when a parameter was replaced, moved or written in place, and
+    after any optimiser's step; only writes that torch cannot see (in place through ``parameter.data``, outside
+    an optimiser and with no training step before) need :meth:`reset_cache`.
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__(config)
+        self.fused = config.conditioning in ("adaln", "adaln_zero")
+        self._modulation_cache: _ModulationCache | None = None
+        if self.fused:
+            for module in self.modules():
+                module.__class__ = _FUSED.get(type(module), type(module))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """As :meth:`ditfast.reference.DiT.forward`."""
+        if not self.fused:
+            return super().forward(x, t, y)
+        self._check_inputs(x, t, y)
+        x, c, _ = self._embed(x, t, y)
+        c = F.silu(c)
+        branch: Tensor | None = None
+        gate: Tensor | None = None
+        *modulations, last = self._modulations(c)
+        for block, modulation in zip(self.blocks, modulations, strict=True):
+            x, branch, gate = block(x, branch, gate, c, modulation)
+        x = self.final_layer(x, branch, gate, c, last)
+        return unpatchify(x, self.config.patch_size, self.config.grid_size)
+
+    def reset_cache(self) -> None:
+        """Drops the concatenated adaLN weights; the next inference call makes them anew."""
+        self._modulation_cache = None
+
+    def extra_repr(self) -> str:
+        how = "fused forward" if self.fused else "no fused forward for this design: runs the reference's code"
+        return f"{self.config.name}, {self.config.conditioning}: {how}"
+
+    def _modulations(self, c: Tensor) -> tuple[Tensor | None, ...]:
+        """The modulation of each block and of the final layer, or None where the layer computes its own.
+
+        One GEMM in inference. In training each block runs its own Linear: a concatenation would copy every
+        adaLN weight in each step and its gradient back, which costs more than the launches it saves. The same
+        holds where the copy could not be checked again (inside a compiled or captured graph).
+        """
+        linears = [cast(nn.Sequential, layer.adaLN_modulation)[1] for layer in (*self.blocks, self.final_layer)]
+        apart = (None,) * len(linears)
+        if torch.compiler.is_compiling():
+            return apart
+        if torch.is_grad_enabled() and (c.requires_grad or any(p.requires_grad for p in self.parameters())):
+            self.reset_cache()  # an optimiser may be about to write through .data
+            return apart
+        if c.is_cuda and torch.cuda.is_current_stream_capturing():
+            return apart
+        if not all(_is_plain(linear) for linear in linears):
+            return apart
+        weights = [cast(nn.Parameter, linear.weight) for linear in linears]
+        biases = [cast(nn.Parameter, linear.bias) for linear in linears]
+        if any(type(p) is not nn.Parameter or p.is_inference() for p in (*weights, *biases)):
+            return apart
+        cache = self._cached_modulation(weights, biases, c.device.type)
+        return F.linear(c.to(cache.weight.dtype), cache.weight, cache.bias).split([w.shape[0] for w in weights], dim=1)
+
+    def _cached_modulation(
+        self, weights: list[nn.Parameter], biases: list[nn.Parameter], device_type: str
+    ) -> _ModulationCache:
+        autocast = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if autocast else weights[0].dtype
+        cache = self._modulation_cache
+        if cache is None or not cache.is_fresh([*weights, *biases], dtype):
+            self.reset_cache()  # frees the old copy before the new one is made
+            cache = self._modulation_cache = _ModulationCache.build(weights, biases, dtype)
+        return cache
+
+    def _apply(self, *args: Any, **kwargs: Any) -> DiT:
+        self.reset_cache()
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_modulation_cache": None}

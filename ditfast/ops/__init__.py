@@ -1,0 +1,19 @@
+"""The fused operators: validated, differentiable, out of place; their formulas are ``ditfast.reference.ops``."""
+
+from ._backend import available_backends, current_backend, use_backend
+from .adaln import gated_residual, gated_residual_layer_norm_modulate, layer_norm_modulate
+from .attention import self_attention
+from .linear import gelu_mlp, linear_gated_residual, linear_gelu
+
+__all__ = [
+    "available_backends",
+    "current_backend",
+    "gated_residual",
+    "gated_residual_layer_norm_modulate",
+    "gelu_mlp",
+    "layer_norm_modulate",
+    "linear_gated_residual",
+    "linear_gelu",
+    "self_attention",
+    "use_backend",
+]

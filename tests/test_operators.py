@@ -1,0 +1,233 @@
+"""Every operator by the numerics rule, against formulas written out, and under torch's transforms."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ditfast import ops
+from ditfast.bench.operators import OPERATORS, Shape, check, draw_inputs, run
+from ditfast.reference import ops as formulas
+
+SHAPES = [
+    Shape(0, 7, 72),
+    Shape(1, 1, 72),
+    Shape(3, 7, 200, num_heads=5),
+    Shape(3, 64, 384, num_heads=6),
+    Shape(1, 256, 768, num_heads=12),
+    Shape(2, 16, 1024, num_heads=16, mean=1000.0),
+    Shape(1, 257, 1152, num_heads=16),
+]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+every_operator = pytest.mark.parametrize("name", OPERATORS)
+
+
+@every_operator
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.batch}x{s.tokens}x{s.width}")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mixed", [False, True], ids=["", "fp32-stream"])
+def test_operator(name, shape, dtype, mixed):
+    operator = OPERATORS[name]
+    if mixed and (not operator.mixed or dtype == "fp32"):
+        return
+    verdicts = check(operator, shape, DTYPES[dtype], mixed=mixed)
+    assert not {key: verdict for key, verdict in verdicts.items() if not verdict.ok}
+
+
+@every_operator
+def test_any_subset_of_gradients(name):
+    operator = OPERATORS[name]
+    shape = Shape(2, 5, 72)
+    inputs = tuple(draw_inputs(operator, shape, torch.float32, "cpu"))
+    for wanted in [(), *((name,) for name in inputs), inputs[::2], inputs[1:]]:
+        verdicts = check(operator, shape, torch.float32, wanted=wanted)
+        assert {key for key in verdicts if key.startswith("d_")} == {f"d_{name}" for name in wanted}
+        assert not {key: verdict for key, verdict in verdicts.items() if not verdict.ok}
+
+
+@every_operator
+def test_two_runs_are_equal_and_inputs_untouched(name):
+    operator = OPERATORS[name]
+    shape = Shape(3, 7, 72)
+    inputs = draw_inputs(operator, shape, torch.float32, "cpu")
+    before = {key: value.clone() for key, value in inputs.items()}
+    first = run(operator.fused, inputs, operator.options(shape), tuple(inputs))
+    second = run(operator.fused, inputs, operator.options(shape), tuple(inputs))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert all(torch.equal(inputs[key], before[key]) for key in inputs)
+
+
+@every_operator
+def test_gradcheck_of_the_formula(name):
+    operator = OPERATORS[name]
+    shape = Shape(2, 3, 8)
+    inputs = draw_inputs(operator, shape, torch.float64, "cpu")
+    leaves = [value.detach().requires_grad_() for value in inputs.values()]
+
+    def function(*values):
+        return operator.formula(**dict(zip(inputs, values, strict=True)), **operator.options(shape))
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+@every_operator
+def test_fullgraph_compile(name):
+    # Dynamo and AOTAutograd are in question here, not Inductor
+    compiled = torch.compile(OPERATORS[name].fused, fullgraph=True, backend="aot_eager")
+    verdicts = check(replace(OPERATORS[name], fused=compiled), Shape(2, 5, 72), torch.float32)
+    assert not {key: verdict for key, verdict in verdicts.items() if not verdict.ok}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sample_does_not_depend_on_its_neighbours(dtype):
+    shape = Shape(3, 7, 72)
+    for operator in OPERATORS.values():
+        if not operator.mixed:
+            continue  # GEMMs may choose another kernel for another number of rows
+        inputs = draw_inputs(operator, shape, dtype, "cpu")
+        together = run(operator.fused, inputs, {}, ())
+        alone = run(operator.fused, {key: value[1:2] for key, value in inputs.items()}, {}, ())
+        assert all(torch.equal(together[key][1:2], alone[key]) for key in together)
+
+
+def test_norm_and_residual_written_out():
+    inputs = draw_inputs(OPERATORS["gated_residual_layer_norm_modulate"], Shape(3, 5, 72), torch.float64, "cpu")
+    residual, branch, gate, shift, scale = inputs.values()
+    new, out = ops.gated_residual_layer_norm_modulate(**inputs)
+    for b in range(3):
+        for t in range(5):
+            row = [residual[b, t, d].item() + gate[b, d].item() * branch[b, t, d].item() for d in range(72)]
+            mean = math.fsum(row) / 72
+            deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in row) / 72 + 1e-6)
+            expected = [(v - mean) / deviation * (1 + scale[b, d].item()) + shift[b, d].item() for d, v in enumerate(row)]
+            assert new[b, t].tolist() == pytest.approx(row, rel=1e-13)
+            assert out[b, t].tolist() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_attention_written_out(scale):
+    inputs = draw_inputs(OPERATORS["self_attention+bias"], Shape(2, 5, 24, num_heads=3), torch.float64, "cpu")
+    qkv, bias = inputs["qkv"], inputs["bias"]
+    out = ops.self_attention(qkv, 3, scale=scale, bias=bias)
+    for b in range(2):
+        for h in range(3):
+            q, k, v = (qkv[b, :, part * 24 + h * 8 : part * 24 + (h + 1) * 8] for part in range(3))
+            logits = q @ k.T * (8**-0.5 if scale is None else scale) + bias[h]
+            weights = logits.exp() / logits.exp().sum(1, keepdim=True)
+            torch.testing.assert_close(out[b, :, h * 8 : (h + 1) * 8], weights @ v, rtol=1e-12, atol=1e-12)
+
+
+def test_attention_reads_strided_projections():
+    wide = torch.randn(2, 5, 100, dtype=torch.float64)
+    assert torch.equal(ops.self_attention(wide[..., :72], 2), ops.self_attention(wide[..., :72].contiguous(), 2))
+
+
+def test_gelu_is_the_tanh_form():
+    x, identity, zero = torch.tensor([[1.0, -2.0]], dtype=torch.float64), torch.eye(2).double(), torch.zeros(2).double()
+    expected = [0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))) for v in (1.0, -2.0)]
+    assert ops.linear_gelu(x, identity, zero)[0].tolist() == pytest.approx(expected, rel=1e-14)
+    assert ops.gelu_mlp(x, identity, None, identity, None)[0].tolist() == pytest.approx(expected, rel=1e-14)
+
+
+def test_autocast_follows_torch():
+    shape = Shape(2, 5, 72)
+    for name in ("linear_gelu", "gelu_mlp", "self_attention"):
+        operator = OPERATORS[name]
+        inputs = draw_inputs(operator, shape, torch.float32, "cpu")
+        with torch.autocast("cpu", torch.bfloat16):
+            fused = operator.fused(**inputs, **operator.options(shape))
+            formula = operator.formula(**inputs, **operator.options(shape))
+        assert fused.dtype == formula.dtype == torch.bfloat16
+        assert torch.equal(fused, formula)
+
+
+def test_use_backend():
+    inputs = draw_inputs(OPERATORS["layer_norm_modulate"], Shape(2, 5, 72), torch.float32, "cpu")
+    assert ops.current_backend() == "auto"
+    with ops.use_backend("torch"):
+        assert ops.current_backend() == "torch"
+        assert torch.equal(ops.layer_norm_modulate(**inputs), formulas.layer_norm_modulate(**inputs))
+    with pytest.raises(RuntimeError, match="inside"), ops.use_backend("triton"):
+        raise RuntimeError("inside")
+    assert ops.current_backend() == "auto"
+    with pytest.raises(ValueError, match="backend must be one of auto, triton, torch, got 'cuda'"), ops.use_backend("cuda"):
+        pass
+
+
+@every_operator
+def test_triton_is_never_silently_replaced(name):
+    operator = OPERATORS[name]
+    inputs = draw_inputs(operator, Shape(2, 5, 72), torch.float32, "cpu")
+    with ops.use_backend("triton"), pytest.raises(RuntimeError, match="no Triton kernel in this version"):
+        operator.fused(**inputs, **operator.options(Shape(2, 5, 72)))
+
+
+def test_available_backends_name_a_reason():
+    backends = {(family, backend): reason for family, backend, reason in ops.available_backends()}
+    assert backends["adaln", "torch"] is None
+    assert backends["attention", "sdpa"] is None
+    if not torch.cuda.is_available():
+        assert backends["attention", "flash_attn"]
+        assert backends["linear", "cublaslt"]
+
+
+X, V = torch.randn(2, 5, 72), torch.randn(2, 72)
+W, B = torch.randn(72, 72), torch.randn(72)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (TypeError, "x must be a tensor, got list", lambda: ops.layer_norm_modulate([1.0], V, V)),
+        (TypeError, "x must be fp32, bf16, fp16 or fp64", lambda: ops.layer_norm_modulate(X.long(), V, V)),
+        (ValueError, "x must have 3 axes, got shape", lambda: ops.layer_norm_modulate(X[0], V, V)),
+        (ValueError, r"shift must have shape \(2, 72\)", lambda: ops.layer_norm_modulate(X, V[:1], V)),
+        (ValueError, r"scale must have 2 axes", lambda: ops.layer_norm_modulate(X, V, V[0])),
+        (TypeError, "scale must have shift's dtype", lambda: ops.layer_norm_modulate(X, V, V.bfloat16())),
+        (TypeError, "x must have shift's dtype", lambda: ops.layer_norm_modulate(X.half(), V, V)),
+        (TypeError, "x must have shift's dtype", lambda: ops.layer_norm_modulate(X.half(), V.bfloat16(), V.bfloat16())),
+        (ValueError, "eps must be above 0", lambda: ops.layer_norm_modulate(X, V, V, eps=0.0)),
+        (ValueError, "shift must be on cpu, got meta", lambda: ops.layer_norm_modulate(X, V.to("meta"), V)),
+        (ValueError, r"branch must have shape \(2, 5, 72\)", lambda: ops.gated_residual(X, X[:, :4], V)),
+        (TypeError, "gate must have branch's dtype", lambda: ops.gated_residual(X, X, V.half())),
+        (TypeError, "residual must have branch's dtype", lambda: ops.gated_residual(X.half(), X, V)),
+        (
+            TypeError,
+            "shift must have branch's dtype",
+            lambda: ops.gated_residual_layer_norm_modulate(X, X.half(), V.half(), V, V),
+        ),
+        (ValueError, r"weight must have shape \(out, 72\)", lambda: ops.linear_gelu(X, W[:, :70], B)),
+        (ValueError, r"bias must have shape \(72,\)", lambda: ops.linear_gelu(X, W, B[:5])),
+        (TypeError, "weight must have x's dtype", lambda: ops.linear_gelu(X, W.half(), B)),
+        (ValueError, r"w2 must have shape \(out, 72\)", lambda: ops.gelu_mlp(X, W, B, W[:, :5], B)),
+        (ValueError, r"residual must have shape \(2, 5, 72\)", lambda: ops.linear_gated_residual(X, W, B, V, X[:1])),
+        (TypeError, "gate must have x's dtype", lambda: ops.linear_gated_residual(X, W, B, V.half(), X)),
+        (ValueError, "num_heads must divide a third", lambda: ops.self_attention(X, 5)),
+        (TypeError, "num_heads must be an int", lambda: ops.self_attention(X, 2.0)),
+        (ValueError, r"bias must broadcast to \(B, H, T, T\)", lambda: ops.self_attention(X, 2, bias=torch.randn(4, 5))),
+        (TypeError, "bias must have qkv's dtype", lambda: ops.self_attention(X, 2, bias=torch.randn(5, 5).half())),
+        (ValueError, "backend must be None or one of", lambda: ops.self_attention(X, 2, backend="flash")),
+    ],
+)
+def test_bad_arguments(error, message, call):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows the refusal on a machine without a GPU")
+def test_explicit_flash_attn_names_the_reason():
+    with pytest.raises(ValueError, match='backend "flash_attn" cannot run: '):
+        ops.self_attention(X, 2, backend="flash_attn")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_operator_on_gpu(name, dtype):
+    """Includes cuBLASLt's GELU epilogue: without gradients wanted, the linear operators take it."""
+    operator = OPERATORS[name]
+    for shape in SHAPES:
+        for wanted in ((), None):
+            verdicts = check(operator, shape, DTYPES[dtype], "cuda", wanted=wanted)
+            assert not {key: verdict for key, verdict in verdicts.items() if not verdict.ok}, shape
