@@ -1,7 +1,8 @@
 """The numerics rule: errors against the fp64 oracle, judged by the reference's own error in the working dtype.
 
 err(a) = ||a - oracle|| / ||oracle|| over the whole tensor, finiteness checked first. An operator or gradient
-passes when err <= 2 * err(yardstick) + eps(dtype) / 2; a whole model when err <= 1.25 * err(yardstick) + eps(dtype) / 4.
+passes when err <= 2 * err(yardstick) + eps(dtype) / 2; a whole model when
+err <= 1.25 * err(yardstick) + eps(dtype) / 4.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def relative_error(actual: Tensor, oracle: Tensor) -> float:
     norm = torch.linalg.vector_norm(reference).item()
     if norm == 0:
         return 0.0 if distance == 0 else math.inf
-    return distance / norm
+    return float(distance / norm)
 
 
 def judge(kind: Kind, actual: Tensor, yardstick: Tensor, oracle: Tensor, dtype: torch.dtype) -> Verdict:

@@ -18,6 +18,8 @@ VAE_FACTOR = 8  # the Stable Diffusion autoencoder maps 8x8 pixels to one latent
 
 _POSITIVE_INTS = ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "num_classes")
 _BOOLS = ("learn_sigma", "qk_norm")
+_EPSILONS = ("norm1_eps", "norm2_eps", "norm_final_eps")
+_NUMBERS = ("mlp_ratio", "class_dropout_prob", "timestep_freq_shift", *_EPSILONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,7 @@ class DiTConfig:
         for name in _BOOLS:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
-        for name in ("mlp_ratio", "class_dropout_prob", "norm1_eps", "norm2_eps", "norm_final_eps", "timestep_freq_shift"):
+        for name in _NUMBERS:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name} must be a number, got {value!r}")
@@ -92,13 +94,12 @@ class DiTConfig:
                 raise ValueError(f"latent_size {axis} must be a multiple of patch_size={self.patch_size}, got {size}")
         if not 0.0 <= self.class_dropout_prob < 1.0:
             raise ValueError(f"class_dropout_prob must be in [0, 1), got {self.class_dropout_prob}")
-        for name in ("norm1_eps", "norm2_eps", "norm_final_eps"):
+        for name in _EPSILONS:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if not 0 <= self.timestep_freq_shift < self.frequency_embedding_size // 2:
-            raise ValueError(
-                f"timestep_freq_shift must be in [0, {self.frequency_embedding_size // 2}), got {self.timestep_freq_shift}"
-            )
+        half = self.frequency_embedding_size // 2
+        if not 0 <= self.timestep_freq_shift < half:
+            raise ValueError(f"timestep_freq_shift must be in [0, {half}), got {self.timestep_freq_shift}")
         if not self.mlp_ratio > 0 or self.mlp_hidden_size < 1:
             raise ValueError(f"mlp_ratio must give a hidden width of at least 1, got {self.mlp_ratio}")
 

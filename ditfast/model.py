@@ -229,7 +229,8 @@ class DiT(reference.DiT):
         if any(type(p) is not nn.Parameter or p.is_inference() for p in (*weights, *biases)):
             return apart
         cache = self._cached_modulation(weights, biases, c.device.type)
-        return F.linear(c.to(cache.weight.dtype), cache.weight, cache.bias).split([w.shape[0] for w in weights], dim=1)
+        modulations = F.linear(c.to(cache.weight.dtype), cache.weight, cache.bias)
+        return tuple(modulations.split_with_sizes([weight.shape[0] for weight in weights], dim=1))
 
     def _cached_modulation(
         self, weights: list[nn.Parameter], biases: list[nn.Parameter], device_type: str
@@ -244,7 +245,7 @@ class DiT(reference.DiT):
 
     def _apply(self, *args: Any, **kwargs: Any) -> DiT:
         self.reset_cache()
-        return super()._apply(*args, **kwargs)
+        return cast(DiT, super()._apply(*args, **kwargs))  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_modulation_cache": None}

@@ -40,7 +40,8 @@ def test_loss_of_one_element(t, value):
     a, b = beta * math.sqrt(previous) / (1 - bar), (1 - previous) * math.sqrt(1 - beta) / (1 - bar)
     mean, true_mean = a * x0 + b * xt, a * value + b * xt
     if t:
-        bound = 0.5 * (log_variance - low - 1 + math.exp(low - log_variance) + (mean - true_mean) ** 2 / math.exp(log_variance))
+        distance = (mean - true_mean) ** 2 / math.exp(log_variance)
+        bound = 0.5 * (log_variance - low - 1 + math.exp(low - log_variance) + distance)
     else:
         std = math.exp(log_variance / 2)
         upper, lower = phi((value - mean + 1 / 255) / std), phi((value - mean - 1 / 255) / std)

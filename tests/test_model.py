@@ -1,7 +1,6 @@
 """ditfast.DiT beside the reference: the model rule, training, transforms, and a cache that is never stale."""
 
 import copy
-import io
 import pickle
 from dataclasses import replace
 
@@ -253,11 +252,7 @@ def test_copies_and_pickles():
     fast, slow = pair()
     inputs = random_batch(TINY, 2)
     expected = inference(fast, inputs)
-    buffer = io.BytesIO()
-    torch.save(fast, buffer)
-    buffer.seek(0)
-    copies = [copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), torch.load(buffer, weights_only=False)]
-    for other in copies:
+    for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         assert type(other) is DiT
         assert torch.equal(inference(other, inputs), expected)
         randomize_(other, 5)
@@ -272,8 +267,8 @@ def test_functional_call():
     weights = dict(other.named_parameters())
     with torch.no_grad():
         swapped = torch.func.functional_call(fast, weights, inputs)
-    verdict = judge("model", swapped, other(*inputs), copy.deepcopy(other).double()(inputs[0].double(), *inputs[1:]), torch.float32)
-    assert verdict.ok
+    oracle = copy.deepcopy(other).double()(inputs[0].double(), *inputs[1:])
+    assert judge("model", swapped, other(*inputs), oracle, torch.float32).ok
 
 
 def test_frozen_subsets():
@@ -308,6 +303,7 @@ def test_inference_mode_weights():
     + [(conditioning, "aot_eager") for conditioning in CONDITIONINGS],
 )
 def test_fullgraph_compile(conditioning, backend):
+    torch.compiler.reset()  # many models ran these functions before: the limit on recompilations counts them all
     config = replace(TINY, conditioning=conditioning)
     fast, slow = pair(config)
     x, t, y = random_batch(config, 3)
@@ -320,21 +316,25 @@ def test_fullgraph_compile(conditioning, backend):
         actual["guided output"] = torch.compile(fast.forward_with_cfg, fullgraph=True, backend=backend)(
             torch.cat([x, x]), torch.cat([t, t]), y, 4.0
         )
-    assert not failures({name: judge("model", actual[name], yardstick[name], oracle[name], torch.float32) for name in oracle})
+    verdicts = {name: judge("model", actual[name], yardstick[name], oracle[name], torch.float32) for name in oracle}
+    assert not failures(verdicts)
     # compiled inference sees new weights too
     randomize_(fast, 3)
     randomize_(slow, 3)
-    verdict = judge(
-        "model", inference(fast, (x, t, y)), slow(x, t, y), copy.deepcopy(slow).double()(x.double(), t, y), torch.float32
-    )
-    assert verdict.ok
+    exact = copy.deepcopy(slow).double()(x.double(), t, y)
+    assert judge("model", inference(fast, (x, t, y)), slow(x, t, y), exact, torch.float32).ok
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 def test_twenty_steps_of_the_diffusion_loss(autocast):
-    """The loss curve of training, labels dropped by the same draws: the fast model's error stays the reference's own."""
+    """The loss curve of training, labels dropped by the same draws, by the model rule."""
     curves = []
-    for name, build, dtype in (("fast", DiT, torch.float32), ("yardstick", reference.DiT, torch.float32), ("oracle", reference.DiT, torch.float64)):
+    candidates = (
+        ("fast", DiT, torch.float32),
+        ("yardstick", reference.DiT, torch.float32),
+        ("oracle", reference.DiT, torch.float64),
+    )
+    for name, build, dtype in candidates:
         model = randomize_(build(TINY)).to(dtype).train()
         optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
         losses = []

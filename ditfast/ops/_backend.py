@@ -6,11 +6,15 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
 Backend = Literal["auto", "triton", "torch"]
+
+MAX_WIDTH = 8192  # elements of a row: a row kernel keeps one in registers
 
 _backend: ContextVar[Backend] = ContextVar("ditfast_backend", default="auto")
 
@@ -34,10 +38,68 @@ def use_backend(backend: Backend) -> Iterator[None]:
         _backend.reset(token)
 
 
-@torch.compiler.assume_constant_result  # Dynamo cannot trace ContextVar.get
 def current_backend() -> Backend:
     """The backend in force here: what ``use_backend`` set, or "auto"."""
     return _backend.get()
+
+
+# Dynamo cannot trace ContextVar.get; torch.compiler.assume_constant_result sets this mark too, but imports
+# Dynamo and Triton first
+current_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def takes_triton(operator: str, x: Tensor, width: int) -> bool:
+    """Whether an operator runs its Triton kernel for a tensor like x with rows of ``width`` elements.
+
+    "auto" takes the kernel on a GPU that has it, "triton" also for CPU tensors in Triton's interpreter and for
+    meta tensors, which trace the fused path.
+
+    Raises:
+        RuntimeError: a kernel was asked for by ``use_backend("triton")`` and cannot run, with the reason.
+    """
+    backend = current_backend()
+    if backend == "torch" or (backend == "auto" and x.device.type != "cuda"):
+        return False
+    reason = None
+    if x.dtype == torch.float64:
+        reason = "the kernels compute in fp32, and x is fp64"
+    elif width > MAX_WIDTH:
+        reason = f"the kernels take rows of at most {MAX_WIDTH} elements, got {width}"
+    elif x.device.type == "cuda":
+        reason = _gpu_unavailable(x.device.index or 0)
+    elif x.device.type == "cpu":
+        reason = _interpreter_unavailable()
+    elif x.device.type != "meta":
+        reason = f"there are no kernels for {x.device.type} tensors"
+    if reason is not None and backend == "triton":
+        raise RuntimeError(f"{operator} cannot run its Triton kernel: {reason}")
+    return reason is None
+
+
+@lru_cache(maxsize=32)
+def _gpu_unavailable(index: int) -> str | None:
+    """Why the kernels cannot run on a GPU, or None."""
+    if torch.version.hip is not None:
+        return "the kernels are for NVIDIA GPUs"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    major, minor = torch.cuda.get_device_capability(index)
+    return None if major >= 8 else f"the kernels need sm_80 or newer, the GPU is sm_{major}{minor}"
+
+
+def _interpreter_unavailable() -> str | None:
+    """Why CPU tensors cannot run a kernel, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    from ..kernels.launch import interpreting
+
+    if interpreting():
+        return None
+    return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before the process starts"
+
+
+_gpu_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_interpreter_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose(operator: str) -> Literal["auto", "torch"]:
@@ -67,9 +129,10 @@ def available_backends() -> list[tuple[str, str, str | None]]:
     """(operator family, backend, why it is unavailable or None), for ``ditfast info``."""
     no_kernel = "no Triton kernel in this version"
     no_cuda = None if torch.cuda.is_available() else "needs a CUDA GPU"
+    adaln = _gpu_unavailable(torch.cuda.current_device()) if torch.cuda.is_available() else _interpreter_unavailable()
     return [
         ("adaln", "torch", None),
-        ("adaln", "triton", no_kernel),
+        ("adaln", "triton", adaln),
         ("linear", "torch", None),
         ("linear", "cublaslt", no_cuda),
         ("linear", "triton", no_kernel),

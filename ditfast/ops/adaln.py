@@ -6,7 +6,8 @@ from torch import Tensor
 
 from ..reference import ops as formulas
 from . import _check
-from ._backend import choose
+from ._adaln_library import adaln
+from ._backend import takes_triton
 
 
 def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -27,7 +28,8 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e
     """
     _check.tensor("x", x, 3)
     _check_norm(x, "x", shift, scale, eps)
-    choose("layer_norm_modulate")
+    if takes_triton("layer_norm_modulate", x, x.shape[2]):
+        return adaln(x, None, None, shift, scale, eps)[1]
     return formulas.layer_norm_modulate(x, shift, scale, eps)
 
 
@@ -48,7 +50,8 @@ def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
         TypeError, ValueError: a dtype, shape or device does not fit, naming the argument.
     """
     _check_residual(residual, branch, gate)
-    choose("gated_residual")
+    if takes_triton("gated_residual", residual, residual.shape[2]):
+        return adaln(residual, branch, gate, None, None)[0]
     return formulas.gated_residual(residual, branch, gate)
 
 
@@ -72,7 +75,8 @@ def gated_residual_layer_norm_modulate(
     _check_residual(residual, branch, gate)
     _check_norm(residual, "residual", shift, scale, eps)
     _check.same_dtype("shift", shift, "branch", branch)
-    choose("gated_residual_layer_norm_modulate")
+    if takes_triton("gated_residual_layer_norm_modulate", residual, residual.shape[2]):
+        return adaln(residual, branch, gate, shift, scale, eps)
     return formulas.gated_residual_layer_norm_modulate(residual, branch, gate, shift, scale, eps)
 
 

@@ -78,7 +78,7 @@ def _flash_attn(qkv: Tensor, num_heads: int, scale: float | None, bias: Tensor |
         reason = f"flash-attn needs a head dim that is a multiple of 8 and at most 256, got {head_dim}"
     if reason is not None:
         raise ValueError(f'backend "flash_attn" cannot run: {reason}')
-    from flash_attn import flash_attn_qkvpacked_func  # type: ignore[import-not-found]
+    from flash_attn import flash_attn_qkvpacked_func
 
     out = flash_attn_qkvpacked_func(qkv.view(batch, tokens, 3, num_heads, head_dim), softmax_scale=scale)
     return cast(Tensor, out).reshape(batch, tokens, num_heads * head_dim)

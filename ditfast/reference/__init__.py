@@ -1,4 +1,4 @@
-"""The specification: each fused operator as a formula (:mod:`.ops`), the paper's model in plain PyTorch (:mod:`.dit`)."""
+"""The specification: each fused operator as a formula (``ops``), and the paper's model in plain PyTorch (``dit``)."""
 
 from . import ops
 from .dit import DiT

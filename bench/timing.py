@@ -1,0 +1,162 @@
+"""Timing several variants side by side: interleaved, warmed up by time, medians with their spread."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+#: A variant is called with a running number, by which it picks its inputs.
+Variant = Callable[[int], object]
+Clock = Callable[[Callable[[], None]], float]
+
+_MIN_ROUNDS = 5
+_MIN_WARMUP_CALLS = 2
+_MAX_CALLS = 1000
+# a sample of back-to-back calls: the host's launches overlap as they do in a sampling or training loop
+_SAMPLE_MS = {"cuda": 20.0, "cpu": 5.0}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of a call's time in ms, and how many samples of how many calls they stem from."""
+
+    median: float
+    p25: float
+    p75: float
+    samples: int
+    calls_per_sample: int
+
+
+@dataclass
+class Measurement:
+    """What :func:`measure` returns: the times of the variants that ran, the exceptions of those that failed."""
+
+    times: dict[str, Spread] = field(default_factory=dict)
+    failures: dict[str, Exception] = field(default_factory=dict)
+
+
+def measure(
+    variants: Mapping[str, Variant], device: torch.device, seconds: float, clock: Clock | None = None
+) -> Measurement:
+    """Times the variants for about ``seconds`` each.
+
+    After a warm-up by time, rounds of one sample a variant follow, each round beginning with the next
+    variant: a machine that slows down or speeds up does so for all of them. A variant that raises is taken
+    out and the others go on.
+
+    Args:
+        variants: name -> what to time.
+        device: whose clock to use: events on CUDA, the host's on the CPU.
+        seconds: time for each variant; at least five samples are taken all the same.
+        clock: seconds that a thunk takes, in place of the device's clock.
+    """
+    if seconds <= 0:
+        raise ValueError(f"seconds must be above 0, got {seconds}")
+    clock = clock or (_cuda_clock if device.type == "cuda" else _cpu_clock)
+    result = Measurement()
+    counters = dict.fromkeys(variants, 0)
+
+    def sample(name: str, calls: int) -> float | None:
+        """Seconds a call, or None where it failed."""
+
+        def thunk() -> None:
+            for _ in range(calls):
+                variants[name](counters[name])
+                counters[name] += 1
+
+        try:
+            return clock(thunk) / calls
+        except Exception as error:  # one variant's failure is its own result
+            # the traceback's frames would keep its tensors alive
+            result.failures[name] = error.with_traceback(None)
+            return None
+
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    with _cheap_garbage_collection():
+        calls = {name: _warm_up(partial(sample, name, 1), device, seconds / 4) for name in variants}
+        deadline = time.perf_counter() + seconds * len(variants)
+        rounds = 0
+        while rounds < _MIN_ROUNDS or time.perf_counter() < deadline:
+            running = [name for name in variants if name not in result.failures]
+            if not running:
+                break
+            first = rounds % len(running)
+            for name in running[first:] + running[:first]:
+                elapsed = sample(name, calls[name])
+                if elapsed is not None:
+                    samples[name].append(elapsed * 1e3)
+            rounds += 1
+    result.times = {
+        name: spread(samples[name], calls[name]) for name in variants if name not in result.failures and samples[name]
+    }
+    return result
+
+
+def spread(samples_ms: list[float], calls_per_sample: int = 1) -> Spread:
+    """Median and quartiles, linear between neighbours.
+
+    Raises:
+        ValueError: no samples.
+    """
+    if not samples_ms:
+        raise ValueError("samples_ms must hold at least one sample, got none")
+    ordered = sorted(samples_ms)
+
+    def quantile(share: float) -> float:
+        position = share * (len(ordered) - 1)
+        low = int(position)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+    return Spread(quantile(0.5), quantile(0.25), quantile(0.75), len(ordered), calls_per_sample)
+
+
+def noise(first: Spread, second: Spread) -> float:
+    """How far the medians of one variant measured twice lie apart, as a share."""
+    low, high = sorted((first.median, second.median))
+    return high / low - 1
+
+
+@contextmanager
+def _cheap_garbage_collection() -> Iterator[None]:
+    """Sets aside the objects there are: torch.compile leaves millions, and every full collection walks them."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _warm_up(sample: Callable[[], float | None], device: torch.device, seconds: float) -> int:
+    """Calls until warm; returns the calls that fill a sample."""
+    deadline = time.perf_counter() + seconds
+    times: list[float] = []
+    while len(times) < _MIN_WARMUP_CALLS or time.perf_counter() < deadline:
+        elapsed = sample()
+        if elapsed is None:
+            return 1
+        times.append(elapsed * 1e3)
+    shortest = max(min(times), 1e-6)
+    return min(max(1, round(_SAMPLE_MS["cuda" if device.type == "cuda" else "cpu"] / shortest)), _MAX_CALLS)
+
+
+def _cpu_clock(thunk: Callable[[], None]) -> float:
+    begin = time.perf_counter_ns()
+    thunk()
+    return (time.perf_counter_ns() - begin) / 1e9
+
+
+def _cuda_clock(thunk: Callable[[], None]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    thunk()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3

@@ -1,0 +1,339 @@
+"""What a file holds: its tensors, read safely, which model they are, and whether they are all there.
+
+``source`` names the file (and the entry in it) in every message.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .config import MODELS, Conditioning, DiTConfig
+from .reference import ops
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
+_SHOWN = 5
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is unreadable, does not fit, or cannot hold the model; names file and tensor."""
+
+
+def read_file(path: Path, weights: str) -> tuple[dict[str, Tensor], Mapping[str, str], str]:
+    """The tensors as the file names them (mapped, not read), its metadata, and the source for messages.
+
+    Args:
+        path: a PyTorch or a safetensors file, told apart by their first bytes.
+        weights: what to take from a training file: "auto" ("ema" before "model"), "ema" or "model".
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(9)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    metadata: Mapping[str, str] = {}
+    if not head:
+        raise CheckpointError(f"{path}: the file is empty")
+    if head.startswith((b"PK\x03\x04", b"\x80")):
+        # only the zip container can be mapped; b"\x80" opens a bare pickle, torch's format before 1.6
+        content: object = _load_pickle(path, mapped=head.startswith(b"PK"))
+    elif head[8:] == b"{":
+        try:
+            with safe_open(path, framework="pt") as handle:
+                metadata = handle.metadata() or {}
+                content = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: truncated or damaged safetensors file: {error}") from error
+    else:
+        raise CheckpointError(
+            f"{path}: not a checkpoint; wanted a PyTorch file, a safetensors file or a diffusers folder"
+        )
+    entries, source = _select_weights(content, weights, str(path))
+    return _clean_state_dict(entries, source), metadata, source
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str, what: str
+) -> None:
+    """Refuses missing, unexpected and misshapen tensors: up to five of each by name, and their number."""
+    missing = [f"{name} {tuple(expected[name].shape)}" for name in expected if name not in tensors]
+    unexpected = [f"{name} {tuple(tensors[name].shape)}" for name in tensors if name not in expected]
+    wrong = [
+        f"{name} {tuple(tensors[name].shape)} (wanted {tuple(tensor.shape)})"
+        for name, tensor in expected.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", wrong))
+    faults = [f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds if names]
+    if faults:
+        raise CheckpointError(f"{source}: the tensors are not those of {what}; {'; '.join(faults)}")
+
+
+def common_dtype(tensors: Mapping[str, Tensor], source: str) -> torch.dtype:
+    """The one dtype of the parameters. The frozen ``pos_embed``, often kept in fp32, follows the others."""
+    examples: dict[torch.dtype, str] = {}
+    for name, tensor in tensors.items():
+        if name != "pos_embed":
+            examples.setdefault(tensor.dtype, name)
+    if len(examples) > 1:
+        listed = ", ".join(f"{dtype} ({name})" for dtype, name in examples.items())
+        raise CheckpointError(
+            f"{source}: the parameters have several dtypes: {listed}; give dtype= to choose one"
+        )
+    return next(iter(examples))
+
+
+def check_model_name(found: Mapping[str, Any], model: str | None, source: str) -> None:
+    """Refuses sizes that are not those of the named model."""
+    if model is None:
+        return
+    wanted = DiTConfig.named(model)
+    keys = ("depth", "hidden_size", "patch_size", "mlp_ratio", "num_heads")
+    wrong = [key for key in keys if key in found and found[key] != getattr(wanted, key)]
+    if wrong:
+        listed = ", ".join(f"{key}={found[key]} (wanted {getattr(wanted, key)})" for key in wrong)
+        raise CheckpointError(f"{source}: wanted {model}, but the file holds another model: {listed}")
+
+
+def infer_config(
+    tensors: Mapping[str, Tensor],
+    source: str,
+    *,
+    model: str | None = None,
+    num_heads: int | None = None,
+    latent_size: tuple[int, int] | None = None,
+) -> DiTConfig:
+    """The configuration of an official state dict, from its names and shapes.
+
+    The number of heads is taken from the named models (by depth and width) or from qk-norm's width; the grid
+    from the sine-cosine table that ``pos_embed`` is. The label table's last row is taken for the null class.
+    """
+    width, channels, patch, columns = _shape(tensors, "x_embedder.proj.weight", 4, source)
+    if patch != columns:
+        raise CheckpointError(
+            f"{source}: tensor 'x_embedder.proj.weight' must be square, got {patch}x{columns}"
+        )
+    outputs = _shape(tensors, "final_layer.linear.weight", 2, source)[0]
+    if outputs not in (patch**2 * channels, 2 * patch**2 * channels):
+        raise CheckpointError(
+            f"{source}: tensor 'final_layer.linear.weight' must have {patch**2 * channels} rows "
+            f"(patch_size^2 * channels), or twice as many with learn_sigma, got {outputs}"
+        )
+    hidden = _shape(tensors, "blocks.0.mlp.fc1.weight", 2, source)[0]
+    sizes: dict[str, Any] = {
+        "depth": _depth(tensors, source),
+        "hidden_size": width,
+        "patch_size": patch,
+        "mlp_ratio": _ratio(hidden, width),
+    }
+    check_model_name(sizes, model, source)
+    qk_norm = "blocks.0.attn.q_norm.weight" in tensors
+    if num_heads is None and qk_norm:
+        num_heads = width // max(1, _shape(tensors, "blocks.0.attn.q_norm.weight", 1, source)[0])
+    if num_heads is None:
+        heads = {(named.depth, named.hidden_size): named.num_heads for named in MODELS.values()}
+        num_heads = heads.get((sizes["depth"], width))
+    if num_heads is None:
+        raise CheckpointError(
+            f"{source}: depth {sizes['depth']} with width {width} is no named model, and the tensors do not "
+            "show the number of heads; give num_heads= or config="
+        )
+    rows = _shape(tensors, "y_embedder.embedding_table.weight", 2, source)[0]
+    try:
+        return DiTConfig(
+            **sizes,
+            num_heads=num_heads,
+            in_channels=channels,
+            num_classes=rows - 1,
+            learn_sigma=outputs == 2 * patch**2 * channels,
+            latent_size=_latent_size(tensors, patch, latent_size, source),
+            conditioning=_conditioning(tensors, width, source),
+            qk_norm=qk_norm,
+            frequency_embedding_size=_shape(tensors, "t_embedder.mlp.0.weight", 2, source)[1],
+        )
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{source}: the tensors are not those of a DiT: {error}") from error
+
+
+def find_grids(pos_embed: Tensor) -> list[tuple[int, int]]:
+    """Every grid (rows, columns) whose sine-cosine table ``pos_embed`` (1, T, D) is, up to rounding."""
+    tokens = pos_embed.shape[1]
+    rows = [divisor for divisor in range(1, tokens + 1) if tokens % divisor == 0]
+    return [(r, tokens // r) for r in rows if is_position_table(pos_embed, (r, tokens // r))]
+
+
+def is_position_table(pos_embed: Tensor, grid_size: tuple[int, int]) -> bool:
+    """Whether ``pos_embed`` (1, T, D) is the sine-cosine table of the grid, up to its dtype's rounding."""
+    if pos_embed.ndim != 3 or pos_embed.shape[1] != math.prod(grid_size) or pos_embed.shape[2] % 4:
+        return False
+    table = ops.sincos_position_table(pos_embed.shape[2], *grid_size)
+    # entries are at most 1; some tables are made with angles in fp32, whose error grows with the coordinate
+    rounding = torch.finfo(pos_embed.dtype).eps + torch.finfo(torch.float32).eps * max(grid_size)
+    return bool((pos_embed[0].detach().double().cpu() - table).abs().max() <= rounding)
+
+
+def check_grid(pos_embed: Tensor, config: DiTConfig, source: str) -> None:
+    """Refuses a ``pos_embed`` that is the table of another grid than the config's; other tables pass."""
+    if is_position_table(pos_embed, config.grid_size):
+        return
+    if grids := find_grids(pos_embed):
+        raise CheckpointError(
+            f"{source}: tensor 'pos_embed' is the table of a grid of {_grids(grids)} patches, wanted "
+            f"{_grids([config.grid_size])} (latent_size {config.latent_hw})"
+        )
+
+
+def _load_pickle(path: Path, mapped: bool) -> object:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        refused = re.search(r"(?:GLOBAL|function|but got) (\S+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and refused:
+            raise CheckpointError(
+                f"{path}: refused, because its pickle calls for {refused[1]} and could run code; wanted only "
+                "tensors, plain containers and argparse.Namespace. Nothing was run"
+            ) from error
+        first = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{path}: truncated or damaged PyTorch file: {first or type(error).__name__}"
+        ) from error
+
+
+def _select_weights(content: object, weights: str, source: str) -> tuple[Mapping[Any, Any], str]:
+    """The state dict in a loaded file, bare or in a training file, and its source.
+
+    ``weights`` is "auto" ("ema" before "model"; a bare state dict as it is), "ema" or "model".
+    """
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"{source}: wanted a state dict or a training file, got a {type(content).__name__}"
+        )
+    found = [key for key in ("ema", "model") if isinstance(content.get(key), Mapping)]
+    if not found:
+        if weights != "auto":
+            raise CheckpointError(
+                f"{source}: no {weights!r} in it: this is a bare state dict, wanted a training file"
+            )
+        return content, source
+    if weights != "auto" and weights not in found:
+        raise CheckpointError(f"{source}: no {weights!r} in it; it holds {' and '.join(map(repr, found))}")
+    key = found[0] if weights == "auto" else weights
+    return content[key], f"{source}[{key!r}]"
+
+
+def _clean_state_dict(entries: Mapping[Any, Any], source: str) -> dict[str, Tensor]:
+    """The entries as floating tensors, without the prefixes of wrappers; refuses everything else by name."""
+    if not entries:
+        raise CheckpointError(f"{source}: holds no tensors")
+    tensors: dict[str, Tensor] = {}
+    for name, value in entries.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{source}: wanted names and tensors (or a training file with 'model' or 'ema'), "
+                f"got a {type(value).__name__} under {name!r}"
+            )
+        if value.dtype not in DTYPES or value.layout != torch.strided:
+            wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise CheckpointError(
+                f"{source}: tensor {name!r} must be dense and {wanted}, got {value.layout}, {value.dtype}"
+            )
+        tensors[name] = value.detach()
+    while prefix := next((p for p in _WRAPPERS if all(name.startswith(p) for name in tensors)), ""):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _latent_size(
+    tensors: Mapping[str, Tensor], patch: int, latent_size: tuple[int, int] | None, source: str
+) -> tuple[int, int]:
+    tokens = _shape(tensors, "pos_embed", 3, source)[1]
+    if latent_size is not None:
+        if (latent_size[0] // patch) * (latent_size[1] // patch) != tokens:
+            raise CheckpointError(
+                f"{source}: tensor 'pos_embed' holds {tokens} positions; latent_size {latent_size} in "
+                f"patches of {patch} wants {(latent_size[0] // patch) * (latent_size[1] // patch)}"
+            )
+        return latent_size
+    grids = find_grids(tensors["pos_embed"])
+    if len(grids) != 1:
+        fit = (
+            f"the sine-cosine table of several grids ({_grids(grids)})"
+            if grids
+            else "no grid's sine-cosine table"
+        )
+        raise CheckpointError(
+            f"{source}: tensor 'pos_embed' holds {tokens} positions and is {fit}, so the grid is not known; "
+            "give latent_size= or image_size="
+        )
+    return grids[0][0] * patch, grids[0][1] * patch
+
+
+def _conditioning(tensors: Mapping[str, Tensor], width: int, source: str) -> Conditioning:
+    name = "blocks.0.adaLN_modulation.1.weight"
+    if "blocks.0.cross_attn.q.weight" in tensors:
+        return "cross_attention"
+    if "blocks.0.norm1.weight" in tensors and name not in tensors:
+        return "in_context"
+    rows = _shape(tensors, name, 2, source)[0]
+    if rows not in (4 * width, 6 * width):
+        raise CheckpointError(
+            f"{source}: tensor {name!r} must have {6 * width} rows (adaln_zero) or {4 * width} (adaln), "
+            f"got {rows}"
+        )
+    return "adaln_zero" if rows == 6 * width else "adaln"
+
+
+def _depth(tensors: Mapping[str, Tensor], source: str) -> int:
+    blocks = sorted({int(match[1]) for match in map(_BLOCK.match, tensors) if match})
+    # not the largest index: a file must not be able to ask for a billion blocks
+    if blocks != list(range(len(blocks))):
+        gap = next(index for index, block in enumerate(blocks) if index != block)
+        raise CheckpointError(
+            f"{source}: tensors 'blocks.{gap}.*' are missing; wanted blocks 0 to {blocks[-1]}"
+        )
+    return len(blocks)
+
+
+def _ratio(hidden: int, width: int) -> float:
+    ratio = hidden / max(1, width)
+    # the config truncates hidden_size * mlp_ratio, so a quotient rounded down would lose a row
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str, ndim: int, source: str) -> tuple[int, ...]:
+    if name not in tensors:
+        raise CheckpointError(
+            f"{source}: tensor {name!r} is missing; wanted a DiT's state dict with the official names, "
+            f"got {len(tensors)} tensors: {_some(list(tensors))}"
+        )
+    shape = tuple(tensors[name].shape)
+    if len(shape) != ndim or not all(shape):
+        raise CheckpointError(
+            f"{source}: tensor {name!r} must have {ndim} non-empty dimensions, got shape {shape}"
+        )
+    return shape
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def _grids(grids: list[tuple[int, int]]) -> str:
+    return ", ".join(f"{rows}x{columns}" for rows, columns in grids)

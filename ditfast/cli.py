@@ -1,0 +1,170 @@
+"""The command ``ditfast``. Commands import what they need when they run, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+from . import __version__
+from .bench.command import app as bench_app
+
+
+class _Group(TyperGroup):
+    """Reports a user's errors, of any command, as one line on stderr and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, TypeError, OSError) as error:
+            # an OSError without a path is no user's mistake (a closed pipe, for one)
+            if ctx.params["traceback"] or (isinstance(error, OSError) and error.filename is None):
+                raise
+            typer.secho(f"error: {_one_line(error)}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(2) from None
+
+
+def _one_line(error: Exception) -> str:
+    text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+app = typer.Typer(
+    name="ditfast",
+    cls=_Group,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Any DiT, fast, without changing what it computes.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ditfast {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show the Python traceback of an error, for a bug report.")
+    ] = False,
+) -> None:
+    # both are acted on elsewhere: by their callback, and by _Group
+    pass
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Versions, devices, and the operators' backends: which are available, and why the others are not."""
+    from . import info as module
+
+    facts = module.collect()
+    typer.echo(json.dumps(facts, indent=2) if as_json else module.render(facts))
+
+
+@app.command()
+def convert(
+    src: Annotated[Path, typer.Argument(help="A .pt or .safetensors file, or a diffusers folder.", metavar="SRC")],
+    dst: Annotated[Path, typer.Argument(help="The file or folder to write.", metavar="DST")],
+    to: Annotated[
+        Literal["official", "safetensors", "diffusers"] | None,
+        typer.Option(help="The format to write; by default what DST's suffix implies.", show_default=False),
+    ] = None,
+    weights: Annotated[
+        Literal["auto", "ema", "model"],
+        typer.Option(help="Which weights of a training checkpoint; auto prefers ema."),
+    ] = "auto",
+    allow_inexact: Annotated[
+        bool,
+        typer.Option("--allow-inexact", help="Write diffusers even where its model computes something else."),
+    ] = False,
+    num_heads: Annotated[
+        int | None, typer.Option(help="Attention heads, where the file does not tell them.", show_default=False)
+    ] = None,
+    image_size: Annotated[
+        str | None,
+        typer.Option(help="Pixels, SIZE or HEIGHTxWIDTH, where the grid is ambiguous.", show_default=False),
+    ] = None,
+) -> None:
+    """Convert a checkpoint between the official, safetensors and diffusers formats."""
+    from . import checkpoint
+
+    config = checkpoint.convert(
+        src,
+        dst,
+        to=to,
+        weights=weights,
+        allow_inexact=allow_inexact,
+        num_heads=num_heads,
+        image_size=None if image_size is None else _parse_size(image_size),
+    )
+    typer.echo(f"{config.name} ({config.conditioning}): {src} -> {dst}")
+
+
+def _parse_size(text: str) -> int | tuple[int, int]:
+    """``"256"`` -> 256, ``"256x512"`` -> (256, 512)."""
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() for part in parts):
+        raise ValueError(f"image-size must be SIZE or HEIGHTxWIDTH in pixels, got {text!r}")
+    sizes = [int(part) for part in parts]
+    return sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1])
+
+
+app.add_typer(bench_app, name="bench")
+
+
+@app.command()
+def verify(
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N. By default cuda where there is one.", show_default=False)
+    ] = None,
+    dtype: Annotated[
+        list[Literal["fp32", "bf16", "fp16"]] | None,
+        typer.Option(help="May be repeated; all three by default.", show_default=False),
+    ] = None,
+) -> None:
+    """Check every operator and model design against fp64 on this machine; exit 1 where one fails."""
+    from .bench import verify as module
+    from .bench.render import print_tables
+
+    rows = []
+    for row in module.verify(device, dtype):
+        typer.echo(f"{'ok  ' if row.ok else 'FAIL'} {row.subject}, {row.dtype}", err=True)
+        rows.append(row)
+    print_tables(module.render(rows))
+    if not all(row.ok for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+def kernels(
+    arch: Annotated[
+        list[str] | None, typer.Option(help="sm_80 or sm_90; may be repeated, both by default.", show_default=False)
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the report here.", show_default=False, metavar="FILE")
+    ] = None,
+) -> None:
+    """Compile every kernel for real GPUs, on any machine; exit 1 where one is past its budget."""
+    from .bench import kernel_report
+    from .bench.render import print_tables
+
+    reports = kernel_report.compile_all(arch or ("sm_80", "sm_90"), report=lambda what: typer.echo(what, err=True))
+    data = kernel_report.to_json(reports)
+    if json_file is not None:
+        kernel_report.write_json(data, json_file)
+    print_tables(kernel_report.render(data))
+    if any(row["violations"] for row in data["kernels"]):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """The entry point of ``ditfast`` and ``python -m ditfast``."""
+    app(prog_name="ditfast")

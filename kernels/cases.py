@@ -1,0 +1,121 @@
+"""What ``ditfast kernels`` compiles: every kernel at the models' widths, as the heuristic launches it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from . import adaln
+from .aot import Budget, KernelCase
+from .launch import row_config
+
+WIDTHS = (384, 768, 1024, 1152)
+_TRITON = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_TOKENS, _BATCH = 256, 64
+
+# Memory-bound: what counts are wide accesses and enough warps to keep loads in flight. 16 warps, each with four
+# 16-byte loads a lane, are 32 KB in flight (28 with two: 28 KB); 4.8 TB/s at 700 ns want 25 KB a multiprocessor.
+_FORWARD = Budget(registers=96, shared=4096, resident_warps=28, wide=0.8, instructions=("LDG.E.128", "STG.E.128"))
+_BACKWARD = Budget(registers=128, shared=8192, resident_warps=16, wide=0.8, instructions=("LDG.E.128", "STG.E.128"))
+_SUM = Budget(registers=64, shared=4096, resident_warps=32, instructions=("LDG.E.128",))
+
+# operator -> (adds a branch, normalises)
+_OPERATORS = {
+    "layer_norm_modulate": (False, True),
+    "gated_residual": (True, False),
+    "gated_residual_layer_norm_modulate": (True, True),
+}
+
+
+def cases() -> Iterator[KernelCase]:
+    """Every kernel, operator, width and dtype, the fp32 stream beside bf16 included."""
+    for width in WIDTHS:
+        for stream, rest in (
+            (torch.bfloat16, torch.bfloat16),
+            (torch.float32, torch.float32),
+            (torch.float32, torch.bfloat16),
+        ):
+            for operator in _OPERATORS:
+                yield _forward(operator, width, stream, rest)
+                yield _backward(operator, width, stream, rest)
+        yield _sum(width)
+
+
+def _forward(operator: str, width: int, stream: torch.dtype, rest: torch.dtype) -> KernelCase:
+    branch, norm = _OPERATORS[operator]
+    present = {"x": stream}
+    if branch:
+        present |= {"branch": rest, "gate": rest, "r": stream}
+    if norm:
+        present |= {"shift": rest, "scale": rest, "out": rest, "mean": torch.float32, "rstd": torch.float32}
+    constants = {"HAS_BRANCH": branch, "HAS_NORM": norm}
+    return _case(f"{operator}, forward", adaln._adaln_fwd_kernel, "adaln_fwd", width, present, constants, _FORWARD)
+
+
+def _backward(operator: str, width: int, stream: torch.dtype, rest: torch.dtype) -> KernelCase:
+    branch, norm = _OPERATORS[operator]
+    present = {}
+    if branch:
+        present |= {"d_r": stream, "branch": rest, "gate": rest, "d_branch": rest, "sum_gate": torch.float32}
+    if norm:
+        present |= {"d_out": rest, "r": stream, "scale": rest, "d_x": stream}
+        present |= dict.fromkeys(("mean", "rstd", "sum_shift", "sum_scale"), torch.float32)
+    constants = {
+        "HAS_NORM": norm,
+        "HAS_D_R": branch,
+        "WANT_X": norm,
+        "WANT_BRANCH": branch,
+        "WANT_GATE": branch,
+        "WANT_MODULATION": norm,
+    }
+    return _case(f"{operator}, backward", adaln._adaln_bwd_kernel, "adaln_bwd", width, present, constants, _BACKWARD)
+
+
+def _case(
+    name: str,
+    kernel: Any,
+    operator: str,
+    width: int,
+    present: dict[str, torch.dtype],
+    constants: dict[str, Any],
+    budget: Budget,
+) -> KernelCase:
+    stream = present.get("x", present.get("d_x", present.get("d_r")))
+    rest = present.get("out", present.get("d_out", present.get("branch")))
+    config = row_config(operator, width, _TOKENS, _BATCH, torch.empty(0, dtype=stream, device="meta"))
+    pointers = {f"{argument}_ptr": f"*{_TRITON[dtype]}" for argument, dtype in present.items()}
+    types: dict[str, str | None] = {}
+    for argument in kernel.arg_names:
+        if argument.endswith("_ptr"):
+            types[argument] = pointers.get(argument)
+        elif argument == "eps":
+            types[argument] = "fp32"
+        elif argument.islower():
+            types[argument] = "i32"
+    return KernelCase(
+        name=name,
+        shape=f"D={width}",
+        dtype=_TRITON[rest] if stream == rest else f"{_TRITON[rest]}, {_TRITON[stream]} stream",
+        kernel=kernel,
+        types=types,
+        constants={"D": width, "BLOCK": config.block, "TAIL": config.tail, **constants},
+        divisible=frozenset(argument for argument in types if argument.startswith("stride_")),
+        num_warps=config.num_warps,
+        budget=budget,
+    )
+
+
+def _sum(width: int) -> KernelCase:
+    return KernelCase(
+        name="sum over slabs",
+        shape=f"D={width}",
+        dtype="bf16",
+        kernel=adaln._sum_slabs_kernel,
+        types={"partial_ptr": "*fp32", "out_ptr": "*bf16", "slabs": "i32"},
+        constants={"D": width, "BLOCK_SLABS": 16, "BLOCK_D": 128},
+        divisible=frozenset(),
+        num_warps=4,
+        budget=_SUM,
+    )

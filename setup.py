@@ -1,0 +1,31 @@
+"""The packages of ditfast: ``kernels/`` and ``bench/`` lie at the top and are installed inside ``ditfast``.
+
+In a checkout the same names resolve through the committed symlinks ``ditfast/kernels`` and ``ditfast/bench``.
+Everything else about the distribution is in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+from setuptools import find_packages, setup
+
+MAPPED = ("kernels", "bench")
+
+packages = find_packages(
+    include=["ditfast", "ditfast.*"],
+    # reached through the symlinks they would be packaged twice
+    exclude=[pattern for room in MAPPED for pattern in (f"ditfast.{room}", f"ditfast.{room}.*")],
+)
+for room in MAPPED:
+    # named outright: without an __init__.py at its top (so that the PyPI package "kernels" wins over the
+    # folder when the working directory is the checkout) find_packages does not see it
+    packages += [f"ditfast.{room}", *(f"ditfast.{room}.{name}" for name in find_packages(room))]
+
+setup(
+    packages=packages,
+    package_dir={"ditfast": "ditfast", **{f"ditfast.{room}": room for room in MAPPED}},
+    package_data={
+        "ditfast": ["py.typed"],
+        "ditfast.kernels": ["README.md", "configs/*.json"],
+        "ditfast.bench": ["*.json", "results/*.json"],
+    },
+)

@@ -1,0 +1,75 @@
+"""Shared by all tests: two torch threads, a fixed seed, and the markers of what a machine may lack."""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+# kernels run in Triton's interpreter where there is no GPU; it must be known before triton is imported
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(2)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU; torch.cuda.is_available() is False")
+    if item.get_closest_marker("compiler") and (reason := _compiler_missing()):
+        pytest.skip(reason)
+
+
+@functools.cache
+def _compiler_missing() -> str | None:
+    """Why torch.compile cannot build its C++ here, or None."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        return f"needs a C++ compiler; {compiler} is not on the PATH"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return f"needs Python's C headers; no Python.h in {sysconfig.get_path('include')}"
+    return None
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Every test starts from the same random state; returns the seed."""
+    random.seed(0)
+    torch.manual_seed(0)
+    return 0
+
+
+@pytest.fixture(scope="session")
+def source_files() -> list[Path]:
+    """The repository's files, relative to its root: tracked, and new ones that git does not ignore."""
+    if not (ROOT / ".git").exists():
+        pytest.skip(f"needs a git checkout; {ROOT} is none")
+    # safe.directory: a checkout owned by another user is fine to list
+    command = ["git", "-c", "safe.directory=*", "ls-files", "-co", "--exclude-standard", "-z"]
+    listing = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    names = [Path(name) for name in listing.stdout.decode().split("\0") if name]
+    # a file deleted but not yet committed is still listed
+    return [name for name in names if os.path.lexists(ROOT / name)]
+
+
+@pytest.fixture(scope="session")
+def checkout(source_files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A copy of the repository's files, symlinks kept, so that building leaves the checkout untouched."""
+    copy = tmp_path_factory.mktemp("checkout")
+    for name in source_files:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, copy / name, follow_symlinks=False)
+    yield copy
+    shutil.rmtree(copy)

@@ -1,0 +1,266 @@
+"""The loop of the benchmark: who gets a tick, who gets a speed-up, and what becomes of providers that fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from ditfast import DiTConfig, reference
+from ditfast.bench.cases import Case, Mode
+from ditfast.bench.ceilings import Ceilings
+from ditfast.bench.metrics import flops_per_image, with_shares
+from ditfast.bench.providers import PROVIDERS, Provider
+from ditfast.bench.records import Row
+from ditfast.bench.runner import Settings, run, steps
+from ditfast.bench.variants import Variant
+from ditfast.bench.workload import Inputs, Workload
+
+CPU = torch.device("cpu")
+CONFIG = DiTConfig(depth=2, hidden_size=72, num_heads=2, latent_size=8, num_classes=10)
+CEILINGS = Ceilings(copy_gb_per_s=1000.0, copy_bytes=1, matmul_tflops={"fp32": 0.01}, matmul_size={"fp32": 1})
+
+
+class FakeTime:
+    """A clock on which the steps of each provider take the time they are given."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self, thunk: Callable[[], None]) -> float:
+        before = self.now
+        thunk()
+        return self.now - before
+
+    def provider(self, name: str, ms: float, change: Callable[[Tensor], Tensor] = lambda output: output) -> Provider:
+        """The reference whose output is changed and whose steps take ``ms`` on this clock."""
+
+        def build(work: Workload) -> Variant:
+            variant = PROVIDERS["reference"].build(work)
+            inner = variant.step
+
+            def step(inputs: Inputs) -> Tensor:
+                self.now += ms / 1e3
+                return change(inner(inputs))
+
+            return replace(variant, step=step)
+
+        return Provider(name, "fake", build)
+
+
+def run_one(
+    providers: list[Provider], clock: FakeTime | None, mode: Mode = "forward", batch: int = 2
+) -> dict[str, Row]:
+    case = Case(CONFIG, batch, torch.float32, mode)
+    [rows] = run([case], providers, CPU, Settings(seconds=0.02, clock=clock))
+    rows = with_shares(rows, CEILINGS)
+    assert [row.provider for row in rows] == [provider.name for provider in providers]
+    return {row.provider: row for row in rows}
+
+
+def test_derived_columns_by_hand() -> None:
+    clock = FakeTime()
+    rows = run_one(
+        [clock.provider("slow", 10.0), clock.provider("fast", 8.0), clock.provider("ditfast-fake", 4.0)], clock
+    )
+    ours = rows["ditfast-fake"]
+    assert ours.ms is not None
+    assert ours.ms.median == pytest.approx(4.0)
+    assert ours.images_per_s == pytest.approx(500.0)
+    flops = flops_per_image(CONFIG, "forward")
+    assert ours.tflops == pytest.approx(2 * flops / 0.004 / 1e12)
+    assert (ours.ceiling_share, ours.ceiling) == (pytest.approx(2 * flops / 0.004 / 1e12 / 0.01), "matmul")
+    assert ours.parity is True
+    assert (ours.speedup, ours.rival) == (pytest.approx(2.0), "fast")
+    # rivals are the yardstick of speed, they get no speed-up themselves
+    assert rows["slow"].speedup is None and rows["fast"].speedup is None
+    assert [row.noise for row in rows.values()] == [pytest.approx(0.0)] * 3
+
+
+def test_wrong_provider_gets_no_tick_and_no_speedup() -> None:
+    clock = FakeTime()
+    rows = run_one(
+        [clock.provider("reference", 8.0), clock.provider("ditfast-wrong", 1.0, lambda output: output * 1.001)], clock
+    )
+    wrong = rows["ditfast-wrong"]
+    assert wrong.status == "ok"
+    assert wrong.parity is False
+    assert wrong.speedup is None and wrong.rival is None
+    assert wrong.error == pytest.approx(1e-3, rel=0.01)
+    assert wrong.bound is not None and wrong.error is not None and wrong.error > wrong.bound
+    assert "parity failed" in wrong.note
+
+
+def test_wrong_for_one_sample_only_is_found() -> None:
+    def change(output: Tensor) -> Tensor:
+        return torch.cat([output[:-1], output[-1:] * 1.01])
+
+    clock = FakeTime()
+    rows = run_one([clock.provider("ditfast-wrong", 1.0, change)], clock, batch=9)
+    assert rows["ditfast-wrong"].parity is False
+    assert rows["ditfast-wrong"].parity_samples == 4
+
+
+def test_nan_gets_no_tick() -> None:
+    clock = FakeTime()
+    rows = run_one([clock.provider("ditfast-nan", 1.0, lambda output: output * float("nan"))], clock)
+    assert rows["ditfast-nan"].parity is False
+    assert rows["ditfast-nan"].error is None
+    assert "not finite" in rows["ditfast-nan"].note
+
+
+@pytest.mark.parametrize("keep", ["first", "last"])
+def test_stale_inputs_are_found(keep: str) -> None:
+    """A graph that forgets to copy its inputs in returns the right output of other inputs."""
+
+    def build(work: Workload) -> Variant:
+        variant = PROVIDERS["reference"].build(work)
+        inner = variant.step
+        seen: list[Inputs] = []
+
+        def step(inputs: Inputs) -> Tensor:
+            seen.append(inputs)
+            return inner(seen[0] if keep == "first" else seen[max(len(seen) - 2, 0)])
+
+        return replace(variant, step=step)
+
+    rows = run_one([Provider("ditfast-stale", "fake", build)], None)
+    assert rows["ditfast-stale"].parity is False
+
+
+def test_failing_providers_become_rows_and_the_others_go_on() -> None:
+    def fail(work: Workload) -> Variant:
+        raise RuntimeError("boom\nsecond line")
+
+    def out_of_memory(work: Workload) -> Variant:
+        raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+
+    calls = 0
+
+    def fail_late(output: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 6:  # after the judging, in the timing
+            raise RuntimeError("late")
+        return output
+
+    clock = FakeTime()
+    rows = run_one(
+        [
+            Provider("broken", "fake", fail),
+            Provider("big", "fake", out_of_memory),
+            clock.provider("late", 1.0, fail_late),
+            Provider("absent", "fake", fail, lambda case, device: "not on this device"),
+            clock.provider("reference", 8.0),
+            clock.provider("ditfast-fake", 4.0),
+        ],
+        clock,
+    )
+    assert (rows["broken"].status, rows["broken"].note) == ("error", "RuntimeError: boom")
+    assert (rows["big"].status, rows["big"].note) == ("oom", "OutOfMemoryError: tried to allocate 9 GiB")
+    assert (rows["late"].status, rows["late"].note, rows["late"].parity) == ("error", "RuntimeError: late", None)
+    assert (rows["absent"].status, rows["absent"].note) == ("unavailable", "not on this device")
+    assert rows["broken"].ms is None and rows["late"].ms is None
+    # a rival that failed is none
+    assert (rows["ditfast-fake"].speedup, rows["ditfast-fake"].rival) == (pytest.approx(2.0), "reference")
+
+
+@pytest.mark.parametrize("mode", ["forward", "cfg", "train"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ditfast_has_parity(mode: Mode, dtype: torch.dtype) -> None:
+    case = Case(CONFIG, 3, dtype, mode)
+    [rows] = run([case], [PROVIDERS["reference"], PROVIDERS["ditfast"]], CPU, Settings(seconds=0.02))
+    reference, ours = rows
+    assert (reference.status, reference.parity, reference.note) == ("ok", True, "")
+    assert (ours.status, ours.parity, ours.note) == ("ok", True, "")
+    assert ours.speedup is not None and ours.rival == "reference"
+    assert ours.parity_samples == 3
+    assert reference.error is not None and reference.error > 0  # random weights: a fresh DiT outputs zero
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["forward", "cfg", "train"])
+def test_every_provider_on_a_gpu(mode: Mode) -> None:
+    device = torch.device("cuda")
+    case = Case(CONFIG, 3, torch.bfloat16, mode)
+    able = [provider for provider in PROVIDERS.values() if provider.unavailable(case, device) is None]
+    [rows] = run([case], able, device, Settings(seconds=0.1))
+    for row in rows:
+        assert row.status == "ok", row.note
+        assert row.peak_bytes is not None and row.peak_bytes > 0
+        if row.is_ours or row.provider == "reference":
+            assert row.parity is True, row.note
+
+
+def test_wrong_gradients_get_no_tick() -> None:
+    def build(work: Workload) -> Variant:
+        variant = PROVIDERS["reference"].build(work)
+        inner = variant.gradients
+
+        class Wrong(Variant):
+            def gradients(self, inputs: Inputs) -> dict[str, Tensor] | None:
+                found = inner(inputs) or {}
+                return found | {"blocks.1.mlp.fc1.bias": found["blocks.1.mlp.fc1.bias"] * 1.01}
+
+        return Wrong(variant.step, loss=variant.loss, parameters=variant.parameters)
+
+    rows = run_one([Provider("ditfast-wrong", "fake", build)], None, "train")
+    assert rows["ditfast-wrong"].parity is False
+    assert "blocks.1.mlp.fc1.bias" in rows["ditfast-wrong"].note
+
+
+def test_frozen_parameter_is_a_missing_gradient() -> None:
+    def build(work: Workload) -> Variant:
+        variant = PROVIDERS["reference"].build(work)
+        parameters = {n: p for n, p in (variant.parameters or {}).items() if n != "final_layer.linear.bias"}
+        return replace(variant, parameters=parameters)
+
+    rows = run_one([Provider("ditfast-wrong", "fake", build)], None, "train")
+    assert rows["ditfast-wrong"].parity is False
+    assert "no gradient for final_layer.linear.bias" in rows["ditfast-wrong"].note
+
+
+def test_peak_memory_counts_weights_kept_tensors_and_the_call() -> None:
+    extra, temporary = 1 << 22, 1 << 23
+
+    def build(work: Workload) -> Variant:
+        variant = PROVIDERS["reference"].build(work)
+        inner = variant.step
+        kept = torch.ones(extra // 4)
+
+        def step(inputs: Inputs) -> Tensor:
+            buffer = torch.ones(temporary // 4)
+            return inner(inputs) + 0 * (buffer[0] + kept[0])
+
+        return replace(variant, step=step)
+
+    rows = run_one([PROVIDERS["reference"], Provider("hungry", "fake", build)], None)
+    plain, hungry = rows["reference"].peak_bytes, rows["hungry"].peak_bytes
+    weights = sum(p.nbytes for p in reference.DiT(CONFIG).parameters())
+    assert plain is not None and hungry is not None
+    assert weights < plain < weights + temporary
+    assert extra + temporary <= hungry - plain < extra + temporary + (1 << 12)
+
+
+def test_reports_every_step_and_yields_case_by_case() -> None:
+    clock = FakeTime()
+    providers = [clock.provider("reference", 8.0), clock.provider("ditfast-fake", 4.0)]
+    cases = [Case(CONFIG, batch, torch.float32) for batch in (1, 2)]
+    said: list[str] = []
+    run_of_two = run(cases, providers, CPU, Settings(seconds=0.02, clock=clock), said.append)
+    assert [row.batch for row in next(run_of_two)] == [1, 1]
+    assert len(said) == 3
+    assert [row.batch for row in next(run_of_two)] == [2, 2]
+    assert len(said) == steps(cases, providers) == 6
+
+
+def test_diffusers_is_judged_by_its_own_constants() -> None:
+    pytest.importorskip("diffusers", reason="compares with the real diffusers model")
+    # with the case's constants the outputs lie far apart, so a tick shows which oracle was used
+    rows = run_one([PROVIDERS["diffusers"]], None)
+    error, yardstick = rows["diffusers"].error, rows["diffusers"].yardstick_error
+    assert rows["diffusers"].status == "ok"
+    assert error is not None and yardstick is not None and error < 4 * yardstick

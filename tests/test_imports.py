@@ -1,0 +1,276 @@
+"""The house rules: who imports whom, what appears nowhere, and that `import ditfast` is light and needs no triton."""
+
+from __future__ import annotations
+
+import ast
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import ditfast
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a room may import: other rooms, packages, and packages only inside functions (optional or heavy ones).
+
+    "face" is ``ditfast/__init__.py``; its ``__version__`` is open to everyone, the standard library too.
+    """
+
+    rooms: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
+    inside: tuple[str, ...] = ()
+
+
+_CORE = ("config", "reference", "ops", "model")
+_PRODUCT = (*_CORE, "checkpoint", "accelerate")
+
+RULES = {
+    "config": Rule(),
+    "reference": Rule(("config",), ("torch",)),
+    "kernels": Rule((), ("torch", "triton")),
+    "ops": Rule(("config", "reference", "kernels"), ("torch",), ("triton", "flash_attn")),
+    "model": Rule(("config", "reference", "ops"), ("torch",)),
+    "checkpoint": Rule(_CORE, ("torch", "numpy", "safetensors")),
+    "accelerate": Rule(_CORE, ("torch",)),
+    "inference": Rule(_PRODUCT, ("torch", "numpy"), ("diffusers", "rich")),
+    "training": Rule(_PRODUCT, ("torch", "numpy"), ("rich",)),
+    "bench": Rule(
+        ("face", "kernels", *_PRODUCT, "inference", "training"),
+        ("torch", "numpy", "typer", "rich"),
+        ("diffusers", "matplotlib", "triton"),
+    ),
+    "info": Rule(("ops",), (), ("torch",)),
+    "cli": Rule((*_PRODUCT, "inference", "training", "info", "bench"), ("typer",), ("torch", "rich")),
+    "main": Rule(("cli",)),
+}
+FACE = "face"
+
+
+def room_of(module: str) -> str:
+    """``ditfast.ops.adaln`` -> ``ops``; a private helper belongs to the room it is named after."""
+    parts = module.split(".")
+    return parts[1].strip("_").split("_")[0] if len(parts) > 1 else FACE
+
+
+def module_of(path: Path) -> str | None:
+    """``kernels/adaln.py`` -> ``ditfast.kernels.adaln``; None for a file that is not of the package."""
+    if path.suffix != ".py" or path.parts[0] not in ("ditfast", "kernels", "bench"):
+        return None
+    parts = path.with_suffix("").parts
+    parts = parts if parts[0] == "ditfast" else ("ditfast", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(tree: ast.AST, package: str, inside: bool = False) -> Iterator[tuple[str, bool]]:
+    """(imported module, whether the import waits for a call or a type checker) of every import statement."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, inside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.rsplit(".", node.level - 1)[0] if node.level > 1 else package
+            source = ".".join(filter(None, [base if node.level else "", node.module or ""]))
+            # "from ditfast import x" is about x; elsewhere the module alone tells the room
+            names = [f"{source}.{alias.name}" for alias in node.names] if source == "ditfast" else [source]
+            yield from ((name, inside) for name in names)
+        else:
+            function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            checking = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+            yield from imports_of(node, package, inside or function or checking)
+
+
+def violations(source: str, path: Path) -> list[str]:
+    """What a file imports against the rules, as sentences."""
+    module = module_of(path)
+    assert module is not None
+    room = room_of(module)
+    if room == FACE:
+        return []  # imports lazily and by name; the tests below run it
+    if room not in RULES:
+        return [f"{path}: no rule for the room {room!r}; add it to RULES and to CONTRIBUTING.md"]
+    rule, found = RULES[room], []
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for name, inside in imports_of(ast.parse(source), package):
+        top = name.partition(".")[0]
+        if top == "ditfast":
+            exported = name.count(".") == 1 and name.split(".")[1] in {*ditfast.__all__} - {"ops", "reference"}
+            target = FACE if exported else room_of(name)
+            if target not in (room, *rule.rooms) and name != "ditfast.__version__":
+                found.append(f"{path}: {room} must not import {name}")
+        elif top not in sys.stdlib_module_names and top not in rule.packages:
+            if top not in rule.inside:
+                found.append(f"{path}: {room} must not import {name}")
+            elif not inside:
+                found.append(f"{path}: {room} must import {name} inside a function")
+    return found
+
+
+def test_every_file_keeps_the_import_rules(source_files: list[Path]) -> None:
+    files = [path for path in source_files if module_of(path)]
+    assert len(files) > 10
+    found = [text for path in files for text in violations((ROOT / path).read_text(), path)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "message"),
+    [
+        ("kernels/adaln.py", "from ditfast.ops import adaln", "kernels must not import ditfast.ops"),
+        ("kernels/adaln.py", "import numpy", "kernels must not import numpy"),
+        ("kernels/adaln.py", "import torch\nimport triton\nfrom . import launch\nfrom .launch import x", None),
+        ("ditfast/reference/dit.py", "from ..config import DiTConfig\nfrom . import ops", None),
+        ("ditfast/reference/dit.py", "from ..ops import adaln", "reference must not import ditfast.ops"),
+        ("ditfast/reference/dit.py", "import numpy", "reference must not import numpy"),
+        ("ditfast/ops/adaln.py", "from ..model import DiT", "ops must not import ditfast.model"),
+        ("ditfast/ops/adaln.py", "from .. import model", "ops must not import ditfast.model"),
+        ("ditfast/ops/adaln.py", "from ditfast import DiT", "ops must not import ditfast.DiT"),
+        ("ditfast/ops/adaln.py", "import triton", "ops must import triton inside a function"),
+        ("ditfast/ops/adaln.py", "def f():\n    import triton", None),
+        ("ditfast/model.py", "from .bench.parity import judge", "model must not import ditfast.bench.parity"),
+        ("ditfast/_checkpoint_infer.py", "from . import __version__\nfrom .model import DiT", None),
+        ("bench/runner.py", "import ditfast\nfrom ditfast import DiT\nfrom .parity import judge", None),
+        ("bench/runner.py", "from ditfast.cli import app", "bench must not import ditfast.cli"),
+        ("bench/runner.py", "import pandas", "bench must not import pandas"),
+        ("ditfast/cli.py", "import torch", "cli must import torch inside a function"),
+        ("ditfast/cli.py", "if TYPE_CHECKING:\n    import torch", None),
+        ("ditfast/tokens.py", "import torch", "no rule for the room 'tokens'"),
+    ],
+)
+def test_the_rules_find_what_they_are_for(path: str, source: str, message: str | None) -> None:
+    found = violations(source, Path(path))
+    assert len(found) == (message is not None)
+    assert message is None or message in found[0]
+
+
+def forbidden(source: str) -> list[str]:
+    """Calls that may appear nowhere: unsafe loading, and what Triton has removed."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            safe = [k for k in node.keywords if k.arg == "weights_only" and ast.unparse(k.value) == "True"]
+            if not safe:
+                found.append(f"line {node.lineno}: torch.load without weights_only=True")
+        if isinstance(node, ast.Attribute) and (node.attr == "make_block_ptr" or ast.unparse(node) == "tl.advance"):
+            found.append(f"line {node.lineno}: {ast.unparse(node)} is gone from Triton")
+    return found
+
+
+def test_nothing_forbidden_appears(source_files: list[Path]) -> None:
+    found = [
+        f"{path}, {text}"
+        for path in source_files
+        if path.suffix == ".py"
+        for text in forbidden((ROOT / path).read_text())
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("source", "count"),
+    [
+        ("torch.load(path)", 1),
+        ("torch.load(f(path),\n    weights_only=False)", 1),
+        ("torch.load(f(path),\n    weights_only=True, mmap=True)", 0),
+        ("p = tl.make_block_ptr(x)\np = tl.advance(p, 1)", 2),
+    ],
+)
+def test_the_ban_finds_what_it_is_for(source: str, count: int) -> None:
+    assert len(forbidden(source)) == count
+
+
+def test_no_file_is_past_400_lines(source_files: list[Path]) -> None:
+    long = [p for p in source_files if p.suffix == ".py" and len((ROOT / p).read_text().splitlines()) > 400]
+    assert not long
+
+
+def test_kernels_and_bench_are_symlinks_without_a_top_init() -> None:
+    for name in ("kernels", "bench"):
+        link = ROOT / "ditfast" / name
+        assert link.is_symlink() and os.readlink(link) == f"../{name}"
+        assert link.resolve() == ROOT / name and link.is_dir()
+        # with one, the folder would shadow the PyPI package of that name in the checkout
+        assert not (ROOT / name / "__init__.py").exists()
+
+
+def test_the_face() -> None:
+    promised = {"DiT", "DiTConfig", "MODELS", "reference", "ops", "load_checkpoint", "save_checkpoint"}
+    assert promised <= set(ditfast.__all__)
+    assert set(ditfast.__all__) <= set(dir(ditfast))
+    for name in ditfast.__all__:
+        assert getattr(ditfast, name) is not None
+    assert issubclass(ditfast.DiT, ditfast.reference.DiT)
+    with pytest.raises(AttributeError, match="'ditfast' has no attribute 'DiTT'"):
+        _ = ditfast.DiTT  # type: ignore[attr-defined]
+
+
+_WITHOUT_TRITON = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ImportError("triton is blocked")
+
+sys.meta_path.insert(0, Blocked())
+import ditfast
+assert "torch" not in sys.modules, "import ditfast imports torch before anything asks for it"
+
+import torch
+for name in ditfast.__all__:
+    getattr(ditfast, name)
+assert not torch.cuda.is_initialized()
+
+from ditfast.bench.inputs import random_batch, randomize_
+from ditfast.bench.parity import judge
+
+config = ditfast.DiTConfig(depth=2, hidden_size=72, num_heads=2, num_classes=10, latent_size=(8, 4))
+fast = randomize_(ditfast.DiT(config)).eval()
+reference = ditfast.reference.DiT(config).eval()
+reference.load_state_dict(fast.state_dict())
+x, t, y = random_batch(config, 3)
+with torch.no_grad():
+    ours, yardstick, oracle = fast(x, t, y), reference(x, t, y), reference.double()(x.double(), t, y)
+assert judge("model", ours, yardstick, oracle, torch.float32).ok
+assert not [name for name in sys.modules if name.partition(".")[0] == "triton"]
+print("ok")
+"""
+
+
+def _fresh(script: str) -> str:
+    """The output of a script in a fresh interpreter that finds ditfast where this one does."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(ditfast.__file__).parents[1])}
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+@pytest.mark.subprocess
+def test_works_where_importing_triton_fails() -> None:
+    assert _fresh(_WITHOUT_TRITON) == "ok"
+
+
+@pytest.mark.subprocess
+def test_the_face_waits_for_triton_and_dynamo() -> None:
+    script = (
+        "import sys, torch, ditfast; [getattr(ditfast, name) for name in ditfast.__all__]; "
+        "print([name for name in ('triton', 'torch._dynamo', 'diffusers') if name in sys.modules])"
+    )
+    # torch._dynamo takes a second to import, and imports triton; both can wait for a first compile or launch
+    assert _fresh(script) == "[]"
+
+
+@pytest.mark.subprocess
+def test_import_is_light_beyond_torch() -> None:
+    script = "import time, torch; start = time.perf_counter(); import ditfast; print(time.perf_counter() - start)"
+    seconds = [float(_fresh(script)) for _ in range(5)]
+    assert statistics.median(seconds) < 0.2, f"import ditfast takes {seconds} s beyond import torch"

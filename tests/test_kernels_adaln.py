@@ -1,0 +1,320 @@
+"""The adaLN kernels in Triton's interpreter (on a GPU for real), against fp64: outputs and every gradient."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ditfast import ops
+from ditfast.bench.operators import OPERATORS, Shape, check, draw_inputs, run
+
+NAMES = ("layer_norm_modulate", "gated_residual", "gated_residual_layer_norm_modulate")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+every_operator = pytest.mark.parametrize("name", NAMES)
+pytestmark = pytest.mark.kernels
+
+# batch, tokens and width of the numerics rule; the large ones once, a program takes 3 ms in the interpreter
+SHAPES = [
+    Shape(0, 7, 72),
+    Shape(3, 0, 72),
+    Shape(1, 1, 72),
+    Shape(3, 7, 72),
+    Shape(1, 64, 200),
+    Shape(3, 1, 384),
+    Shape(2, 17, 384),
+    Shape(3, 7, 768),
+    Shape(2, 33, 1024),
+    Shape(3, 7, 1152),
+    Shape(1, 256, 1152),
+    Shape(2, 257, 1152),
+    Shape(1, 2, 8192),
+]
+
+
+def triton_operator(name):
+    """The operator with its kernel demanded."""
+    operator = OPERATORS[name]
+
+    def fused(**inputs):
+        with ops.use_backend("triton"):
+            return operator.fused(**inputs)
+
+    return replace(operator, fused=fused)
+
+
+def failures(verdicts):
+    return {name: verdict for name, verdict in verdicts.items() if not verdict.ok}
+
+
+@every_operator
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.batch}x{s.tokens}x{s.width}")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_outputs_and_every_gradient(name, shape, dtype):
+    assert not failures(check(triton_operator(name), shape, DTYPES[dtype], DEVICE))
+
+
+@every_operator
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_fp32_stream(name, dtype):
+    for shape in (Shape(3, 7, 72), Shape(2, 5, 1152)):
+        assert not failures(check(triton_operator(name), shape, DTYPES[dtype], DEVICE, mixed=True))
+
+
+@every_operator
+@pytest.mark.parametrize("mean", [30.0, 1000.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_means_do_not_cancel(name, mean, dtype):
+    if dtype == "bf16" and DEVICE == "cpu" and mean > 100:
+        mean = 30.0  # the interpreter truncates to bf16 instead of rounding: 4 apart at 1000
+    assert not failures(check(triton_operator(name), Shape(2, 5, 1152, mean=mean), DTYPES[dtype], DEVICE))
+
+
+def subsets():
+    for name in NAMES:
+        inputs = tuple(draw_inputs(OPERATORS[name], Shape(1, 1, 4), torch.float32, "cpu"))
+        for mask in range(1 << len(inputs)):
+            yield name, tuple(item for index, item in enumerate(inputs) if mask >> index & 1)
+
+
+@pytest.mark.parametrize(("name", "wanted"), list(subsets()), ids=lambda v: v if isinstance(v, str) else "+".join(v))
+def test_every_subset_of_gradients(name, wanted):
+    verdicts = check(triton_operator(name), Shape(2, 3, 72), torch.float32, DEVICE, wanted=wanted)
+    assert {key for key in verdicts if key.startswith("d_")} == {f"d_{item}" for item in wanted}
+    assert not failures(verdicts)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_one_output_alone(used):
+    """The gradient of an output that nobody used is missing, not zero."""
+    operator = triton_operator("gated_residual_layer_norm_modulate")
+
+    def one(function):
+        return lambda **inputs: function(**inputs)[used]
+
+    alone = replace(operator, fused=one(operator.fused), formula=one(operator.formula))
+    assert not failures(check(alone, Shape(2, 5, 200), torch.float32, DEVICE))
+
+
+@every_operator
+def test_two_runs_are_bit_equal(name):
+    operator, shape = triton_operator(name), Shape(2, 40, 200)
+    inputs = draw_inputs(operator, shape, torch.float32, DEVICE)
+    first, second = (run(operator.fused, inputs, {}, tuple(inputs)) for _ in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@every_operator
+def test_a_sample_does_not_depend_on_its_neighbours(name):
+    """Bit-equal alone and in a batch, gradients included: the second sample's shift is not the first's."""
+    operator, shape = triton_operator(name), Shape(3, 40, 72)
+    inputs = draw_inputs(operator, shape, torch.float32, DEVICE)
+    outputs = operator.fused(**inputs)
+    incoming = [torch.randn_like(o) for o in (outputs if isinstance(outputs, tuple) else (outputs,))]
+
+    def results(rows):
+        leaves = [value[rows].detach().requires_grad_() for value in inputs.values()]
+        out = operator.fused(**dict(zip(inputs, leaves, strict=True)))
+        out = out if isinstance(out, tuple) else (out,)
+        return [*out, *torch.autograd.grad(out, leaves, [value[rows] for value in incoming])]
+
+    for alone, together in zip(results(slice(1, 2)), results(slice(None)), strict=True):
+        assert torch.equal(alone, together[1:2])
+
+
+def poison(monkeypatch):
+    """Fresh memory holds NaN, so that an element nobody wrote is found out."""
+    original = torch.Tensor.new_empty
+
+    def poisoned(self, *args, **kwargs):
+        return original(self, *args, **kwargs).fill_(float("nan"))
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+@every_operator
+def test_every_element_is_written(name, monkeypatch):
+    poison(monkeypatch)
+    assert torch.randn(3).new_empty(2).isnan().all()
+    for shape in (Shape(2, 17, 72), Shape(3, 33, 1152), Shape(2, 0, 72)):
+        assert not failures(check(triton_operator(name), shape, torch.float32, DEVICE))
+
+
+@every_operator
+def test_inputs_of_any_layout(name):
+    """Strided batches and rows, an expanded batch, a transposed last axis."""
+    operator, shape = triton_operator(name), Shape(3, 5, 72)
+    inputs = draw_inputs(operator, shape, torch.float32, DEVICE)
+
+    def strided(value):
+        wide = torch.full((*value.shape[:-1], 100), float("nan"), device=DEVICE)
+        wide[..., :72] = value
+        return wide[..., :72]
+
+    def batch_last(value):
+        return value.transpose(0, -2).contiguous().transpose(0, -2) if value.ndim == 3 else value
+
+    def transposed(value):
+        return value.mT.contiguous().mT
+
+    expected = run(operator.fused, {key: value.contiguous() for key, value in inputs.items()}, {}, tuple(inputs))
+    for layout in (strided, batch_last, transposed):
+        laid_out = {key: layout(value) for key, value in inputs.items()}
+        actual = run(operator.fused, laid_out, {}, tuple(inputs))
+        assert all(torch.equal(actual[key], expected[key]) for key in expected), layout.__name__
+    one = {key: value[:1].expand_as(value) for key, value in inputs.items()}
+    copied = {key: value.contiguous() for key, value in one.items()}
+    expected, actual = (run(operator.fused, values, {}, ()) for values in (copied, one))
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+
+
+def test_expanded_incoming_gradients():
+    inputs = draw_inputs(OPERATORS["layer_norm_modulate"], Shape(2, 5, 72), torch.float32, DEVICE)
+    leaves = [value.detach().requires_grad_() for value in inputs.values()]
+    gradients = []
+    for backend in ("triton", "torch"):
+        with ops.use_backend(backend):
+            out = ops.layer_norm_modulate(*leaves)
+            gradients.append(torch.autograd.grad(out.sum(), leaves))  # an expanded scalar, all strides 0
+    for kernel, formula in zip(*gradients, strict=True):
+        assert (kernel - formula).norm() <= 1e-5 * (1 + formula.norm())
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    name=st.sampled_from(NAMES),
+    batch=st.integers(0, 3),
+    tokens=st.integers(0, 35),
+    width=st.integers(1, 300),
+    mean=st.sampled_from([0.0, 5.0, -50.0]),
+    dtype=st.sampled_from(sorted(DTYPES)),
+    mixed=st.booleans(),
+    mask=st.integers(0, 31),
+    seed=st.integers(0, 1000),
+)
+def test_drawn_shapes(name, batch, tokens, width, mean, dtype, mixed, mask, seed):
+    operator = triton_operator(name)
+    shape = Shape(batch, tokens, width, mean=mean)
+    names = tuple(operator.draw(shape, torch.Generator()))
+    wanted = tuple(item for index, item in enumerate(names) if mask >> index & 1)
+    verdicts = check(operator, shape, DTYPES[dtype], DEVICE, mixed=mixed and dtype != "fp32", wanted=wanted, seed=seed)
+    # a row of one element is its own mean: its norm and the norm's gradients vanish, and no relative error exists
+    assert width == 1 or not failures(verdicts)
+
+
+@every_operator
+def test_opcheck(name):
+    inputs = draw_inputs(OPERATORS[name], Shape(2, 5, 72), torch.float32, DEVICE)
+    x = inputs.get("x", inputs.get("residual"))
+    branch, gate, shift, scale = (inputs.get(key) for key in ("branch", "gate", "shift", "scale"))
+    # autograd is registered outside the operator, by a Function
+    utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    forward = torch.ops.ditfast.adaln_forward.default
+    torch.library.opcheck(forward, (x, branch, gate, shift, scale, 1e-6), test_utils=utilities)
+    r, _, mean, rstd = forward(x, branch, gate, shift, scale, 1e-6)
+    normed, gated = shift is not None, gate is not None
+    d_r, d_out = (torch.randn_like(x) if present else None for present in (gated, normed))
+    arguments = (d_r, d_out, r if gated else x, branch, gate, scale)
+    moments = (mean, rstd) if normed else (None, None)
+    torch.library.opcheck(
+        torch.ops.ditfast.adaln_backward.default,
+        (*arguments, *moments, normed, gated, gated, normed),
+        test_utils=utilities,
+    )
+
+
+@every_operator
+def test_fullgraph_compile(name):
+    torch.compiler.reset()
+    with ops.use_backend("triton"):
+        compiled = torch.compile(OPERATORS[name].fused, fullgraph=True, backend="aot_eager")
+        verdicts = check(replace(OPERATORS[name], fused=compiled), Shape(2, 5, 72), torch.float32, DEVICE)
+    assert not failures(verdicts)
+
+
+@every_operator
+def test_meta_tensors_trace_the_kernels(name):
+    inputs = draw_inputs(OPERATORS[name], Shape(2, 5, 72), torch.bfloat16, "meta", mixed=True)
+    leaves = {key: value.requires_grad_() for key, value in inputs.items()}
+    with ops.use_backend("triton"):
+        outputs = OPERATORS[name].fused(**leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
+    for leaf in leaves.values():
+        assert (leaf.grad.shape, leaf.grad.dtype) == (leaf.shape, leaf.dtype)
+
+
+@every_operator
+def test_functional_gradients(name):
+    operator, shape = OPERATORS[name], Shape(2, 5, 72)
+    inputs = draw_inputs(operator, shape, torch.float32, DEVICE)
+
+    def loss(backend):
+        def value(*leaves):
+            with ops.use_backend(backend):
+                out = operator.fused(**dict(zip(inputs, leaves, strict=True)))
+            return sum(item.sin().sum() for item in (out if isinstance(out, tuple) else (out,)))
+
+        return value
+
+    numbers = tuple(range(len(inputs)))
+    gradients = [torch.func.grad(loss(backend), argnums=numbers)(*inputs.values()) for backend in ("triton", "torch")]
+    for kernel, formula in zip(*gradients, strict=True):
+        assert (kernel - formula).norm() <= 1e-5 * formula.norm()
+
+
+def test_nothing_is_kept_that_backward_does_not_read():
+    """One stream-sized tensor saved for the norm, two with the gate's gradient, and vectors."""
+    shape = Shape(2, 64, 384)
+    for name, wanted, streams in (
+        ("layer_norm_modulate", None, 1),
+        ("gated_residual", None, 1),
+        ("gated_residual_layer_norm_modulate", None, 2),
+        ("gated_residual_layer_norm_modulate", ("residual", "shift"), 1),
+    ):
+        inputs = draw_inputs(OPERATORS[name], shape, torch.float32, DEVICE)
+        leaves = {key: v.detach().requires_grad_(wanted is None or key in wanted) for key, v in inputs.items()}
+        saved = {}
+
+        def pack(tensor, saved=saved):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), ops.use_backend("triton"):
+            OPERATORS[name].fused(**leaves)
+        assert sum(size == 2 * 64 * 384 for size in saved.values()) == streams, name
+
+
+def test_refusals_name_the_reason():
+    x, v = torch.randn(2, 5, 72), torch.randn(2, 72)
+    with ops.use_backend("triton"):
+        with pytest.raises(RuntimeError, match="layer_norm_modulate cannot run its Triton kernel: .*fp64"):
+            ops.layer_norm_modulate(x.double(), v.double(), v.double())
+        wide = torch.randn(1, 1, 8193), torch.randn(1, 8193)
+        with pytest.raises(RuntimeError, match="rows of at most 8192 elements, got 8193"):
+            ops.gated_residual(wide[0], wide[0], wide[1])
+    # without a demand the formula takes over
+    assert torch.isfinite(ops.gated_residual(wide[0], wide[0], wide[1])).all()
+
+
+@pytest.mark.gpu
+def test_second_gpu():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    for name in NAMES:
+        assert not failures(check(triton_operator(name), Shape(2, 5, 72), torch.bfloat16, "cuda:1"))
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_elements():
+    x = torch.randn(2, 1_000_000, 1152, device="cuda", dtype=torch.bfloat16)
+    gate, shift, scale = torch.randn(3, 2, 1152, device="cuda", dtype=torch.bfloat16)
+    with ops.use_backend("triton"):
+        r, out = ops.gated_residual_layer_norm_modulate(x, x, gate, shift, scale)
+        tail = x[1:, -3:]
+        expected = ops.gated_residual_layer_norm_modulate(tail, tail, gate[1:], shift[1:], scale[1:])
+    assert torch.equal(r[1:, -3:], expected[0])
+    assert torch.equal(out[1:, -3:], expected[1])
