@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from .ops_command import ops
+
 if TYPE_CHECKING:
     import torch
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from .records import Results
 
 app = typer.Typer(help="Measure DiT models: the reference, its rivals and ditfast, each row with a parity tick.")
+
+app.command("ops")(ops)
 
 _FAILED, _INTERRUPTED = 1, 130
 # seconds after which the default run on a CPU compiles nothing more: it has to end within two minutes

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -32,8 +31,10 @@ def compile_all(
         report: told of each compilation, for progress.
 
     Raises:
-        ValueError: unknown architecture, or triton is not installed.
+        ValueError: unknown architecture, triton is not installed, or TRITON_INTERPRET is set.
     """
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        raise ValueError("kernels are compiled without Triton's interpreter: unset TRITON_INTERPRET")
     try:
         from ditfast.kernels import aot
         from ditfast.kernels.cases import cases as all_cases
@@ -108,13 +109,3 @@ def render(data: dict[str, Any]) -> Table:
             "[green]✓[/]" if not row["violations"] else f"[red]{'; '.join(row['violations'])}[/]",
         )
     return table
-
-
-def write_json(data: dict[str, Any], path: Path) -> None:
-    """Writes beside, then renames."""
-    beside = path.with_name(f".{path.name}.new")
-    try:
-        beside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

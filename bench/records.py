@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import secrets
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .ceilings import Ceilings
+from .files import write_json
 from .timing import Spread
 
 SCHEMA = "ditfast.bench/1"
@@ -95,14 +94,7 @@ class Results:
 
     def save(self, path: Path) -> None:
         """Writes beside, then renames: a reader, or an interruption, never meets half a file."""
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-        try:
-            beside.write_text(text, encoding="utf-8")
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_json(self.to_dict(), path)
 
     @classmethod
     def load(cls, path: Path) -> Results:

@@ -57,8 +57,11 @@ def verify(device: str | None = None, dtypes: Sequence[str] | None = None) -> It
         dtypes: of "fp32", "bf16", "fp16"; all three by default.
 
     Raises:
-        ValueError: a device that is not there.
+        ValueError: a device that is not there, or an unknown dtype.
     """
+    for label in dtypes or ():
+        if label not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {label!r}")
     where = parse_device(device)
     chosen = {label: dtype for label, dtype in DTYPES.items() if not dtypes or label in dtypes}
     yield from verify_operators(where, chosen)

@@ -126,8 +126,8 @@ def verify(
         str | None, typer.Option(help="cpu, cuda or cuda:N. By default cuda where there is one.", show_default=False)
     ] = None,
     dtype: Annotated[
-        list[Literal["fp32", "bf16", "fp16"]] | None,
-        typer.Option(help="May be repeated; all three by default.", show_default=False),
+        list[str] | None,
+        typer.Option(help="fp32, bf16 or fp16; may be repeated, all three by default.", show_default=False),
     ] = None,
 ) -> None:
     """Check every operator and model design against fp64 on this machine; exit 1 where one fails."""
@@ -154,12 +154,13 @@ def kernels(
 ) -> None:
     """Compile every kernel for real GPUs, on any machine; exit 1 where one is past its budget."""
     from .bench import kernel_report
+    from .bench.files import write_json
     from .bench.render import print_tables
 
     reports = kernel_report.compile_all(arch or ("sm_80", "sm_90"), report=lambda what: typer.echo(what, err=True))
     data = kernel_report.to_json(reports)
     if json_file is not None:
-        kernel_report.write_json(data, json_file)
+        write_json(data, json_file)
     print_tables(kernel_report.render(data))
     if any(row["violations"] for row in data["kernels"]):
         raise typer.Exit(1)

@@ -91,12 +91,9 @@ def compile_case(case: KernelCase, arch: str) -> Report:
 
     Raises:
         ValueError: unknown architecture.
-        RuntimeError: kernels were defined for Triton's interpreter, or the compiler failed.
     """
     if arch not in _SHARED:
         raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}")
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError("kernels are defined for Triton's interpreter here: compile without TRITON_INTERPRET")
     constants = {**case.constants, **{name: None for name, kind in case.types.items() if kind is None}}
     signature, attributes = {}, {}
     for index, name in enumerate(case.kernel.arg_names):

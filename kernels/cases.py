@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import adaln
+from . import adaln, conditioning
 from .aot import Budget, KernelCase
 from .launch import row_config
 
@@ -20,6 +20,8 @@ _TOKENS, _BATCH = 256, 64
 _FORWARD = Budget(registers=96, shared=4096, resident_warps=28, wide=0.8, instructions=("LDG.E.128", "STG.E.128"))
 _BACKWARD = Budget(registers=128, shared=8192, resident_warps=16, wide=0.8, instructions=("LDG.E.128", "STG.E.128"))
 _SUM = Budget(registers=64, shared=4096, resident_warps=32, instructions=("LDG.E.128",))
+
+_SMALL = Budget(registers=64, shared=1024, resident_warps=16)  # (B, D) vectors: one short launch each
 
 # operator -> (adds a branch, normalises)
 _OPERATORS = {
@@ -41,6 +43,8 @@ def cases() -> Iterator[KernelCase]:
                 yield _forward(operator, width, stream, rest)
                 yield _backward(operator, width, stream, rest)
         yield _sum(width)
+        yield _conditioning(width)
+    yield _sinusoid()
 
 
 def _forward(operator: str, width: int, stream: torch.dtype, rest: torch.dtype) -> KernelCase:
@@ -104,6 +108,38 @@ def _case(
         divisible=frozenset(argument for argument in types if argument.startswith("stride_")),
         num_warps=config.num_warps,
         budget=budget,
+    )
+
+
+def _conditioning(width: int) -> KernelCase:
+    return KernelCase(
+        name="conditioning",
+        shape=f"D={width}",
+        dtype="bf16",
+        kernel=conditioning._conditioning_kernel,
+        types={
+            **dict.fromkeys(("t_emb_ptr", "table_ptr", "out_ptr"), "*bf16"),
+            "y_ptr": "*i64",
+            **dict.fromkeys(("labels", "stride_t_emb", "stride_table"), "i32"),
+        },
+        constants={"D": width, "BLOCK": conditioning._BLOCK},
+        divisible=frozenset({"stride_t_emb", "stride_table"}),
+        num_warps=1,
+        budget=_SMALL,
+    )
+
+
+def _sinusoid() -> KernelCase:
+    return KernelCase(
+        name="timestep embedding",
+        shape="dim=256",
+        dtype="bf16",
+        kernel=conditioning._sinusoid_kernel,
+        types={"t_ptr": "*i64", "out_ptr": "*bf16"},
+        constants={"STEP": -0.1, "HALF": 128, "BLOCK": 128},
+        divisible=frozenset(),
+        num_warps=4,
+        budget=_SMALL,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import pytest
 
 from ditfast import DiTConfig
-from ditfast.bench import records
 from ditfast.bench.ceilings import Ceilings, highest
 from ditfast.bench.compare import compare
 from ditfast.bench.metrics import (
@@ -157,7 +157,7 @@ def test_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     def full(*args: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(records.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="no space left"):
         results(row("reference"), row("ditfast")).save(path)
     assert path.read_text() == old

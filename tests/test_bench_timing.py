@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from ditfast.bench.timing import Spread, measure, noise, spread
+from ditfast.bench.timing import Spread, _needed, measure, noise, spread
 
 CPU = torch.device("cpu")
 
@@ -35,7 +35,7 @@ def test_rounds_interleave_and_each_begins_with_the_next_variant() -> None:
     names = ["a", "b", "c"]
     result = measure({name: recorder.variant(name) for name in names}, CPU, 1e-4, recorder.clock)
     rounds = result.times["a"].samples
-    assert rounds >= 5
+    assert rounds >= 3
     timed = recorder.samples[-3 * rounds :]
     for index in range(rounds):
         first = index % 3
@@ -43,7 +43,7 @@ def test_rounds_interleave_and_each_begins_with_the_next_variant() -> None:
     # before that, each is warmed up on its own
     warm_up = recorder.samples[: -3 * rounds]
     assert warm_up == sorted(warm_up)
-    assert all(warm_up.count(name) >= 2 for name in names)
+    assert all(warm_up.count(name) >= 1 for name in names)
 
 
 def test_calls_are_numbered_so_that_inputs_rotate() -> None:
@@ -76,13 +76,18 @@ def test_failure_in_the_middle_takes_only_that_variant_out() -> None:
 
     def failing(number: int) -> None:
         recorder.calls.append(("bad", number))
-        if number == 4:
+        if number == 2:
             raise RuntimeError("boom")
 
     result = measure({"bad": failing, "good": recorder.variant("good")}, CPU, 1e-4, recorder.clock)
     assert set(result.times) == {"good"}
     assert str(result.failures["bad"]) == "boom"
-    assert result.times["good"].samples >= 5
+    assert result.times["good"].samples >= 3
+
+
+@pytest.mark.parametrize(("elapsed", "rounds"), [(1.0, 5), (1.9, 5), (2.0, 3)])
+def test_rounds_past_the_budget(elapsed: float, rounds: int) -> None:
+    assert _needed(elapsed, 1.0) == rounds
 
 
 def test_interruption_is_not_swallowed() -> None:

@@ -3,10 +3,12 @@
 from ._backend import available_backends, current_backend, use_backend
 from .adaln import gated_residual, gated_residual_layer_norm_modulate, layer_norm_modulate
 from .attention import self_attention
+from .conditioning import conditioning, timestep_embedding
 from .linear import gelu_mlp, linear_gated_residual, linear_gelu
 
 __all__ = [
     "available_backends",
+    "conditioning",
     "current_backend",
     "gated_residual",
     "gated_residual_layer_norm_modulate",
@@ -15,5 +17,6 @@ __all__ = [
     "linear_gated_residual",
     "linear_gelu",
     "self_attention",
+    "timestep_embedding",
     "use_backend",
 ]

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_library = torch.library.Library("ditfast", "FRAGMENT")
-_library.define(
+from ._library import library, register
+
+library.define(
     "adaln_forward(Tensor x, Tensor? branch, Tensor? gate, Tensor? shift, Tensor? scale, float eps)"
     " -> (Tensor r, Tensor out, Tensor mean, Tensor rstd)"
 )
-_library.define(
+library.define(
     "adaln_backward(Tensor? d_r, Tensor? d_out, Tensor r, Tensor? branch, Tensor? gate, Tensor? scale, Tensor? mean,"
     " Tensor? rstd, bool want_x, bool want_branch, bool want_gate, bool want_modulation)"
     " -> (Tensor d_x, Tensor d_branch, Tensor d_vectors)"
@@ -65,13 +66,8 @@ def _backward_fake(
     return d_x, d_branch, like.new_empty((want_gate + 2 * want_modulation, r.shape[0], r.shape[2]))
 
 
-for _name, _kernel, _fake in (
-    ("adaln_forward", _forward, _forward_fake),
-    ("adaln_backward", _backward, _backward_fake),
-):
-    for _key in ("CUDA", "CPU"):  # on the CPU in Triton's interpreter
-        _library.impl(_name, _kernel, _key)
-    torch.library.register_fake(f"ditfast::{_name}", _fake, lib=_library)
+register("adaln_forward", _forward, _forward_fake)
+register("adaln_backward", _backward, _backward_fake)
 
 
 class _AdaLN(torch.autograd.Function):

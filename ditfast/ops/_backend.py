@@ -23,8 +23,9 @@ _backend: ContextVar[Backend] = ContextVar("ditfast_backend", default="auto")
 def use_backend(backend: Backend) -> Iterator[None]:
     """Chooses the operators' implementation within a ``with`` block, for this thread or task.
 
-    "auto" (the default) takes the fastest implementation that fits the tensors, "torch" the formula,
-    "triton" the Triton kernel or an error. A compiled function keeps the choice made when it was traced.
+    "auto" (the default) takes the fastest implementation that fits the tensors, "torch" the formula. "triton"
+    demands the Triton kernel of every operator that has one, or raises; meta tensors trace the launches of a GPU
+    under it. A compiled function keeps the choice made when it was traced.
 
     Raises:
         ValueError: unknown backend.
@@ -46,6 +47,13 @@ def current_backend() -> Backend:
 # Dynamo cannot trace ContextVar.get; torch.compiler.assume_constant_result sets this mark too, but imports
 # Dynamo and Triton first
 current_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype autocast casts to on a device type, or None where it is off (or unknown, as on meta)."""
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 def takes_triton(operator: str, x: Tensor, width: int) -> bool:
@@ -100,20 +108,6 @@ def _interpreter_unavailable() -> str | None:
 
 _gpu_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _interpreter_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def choose(operator: str) -> Literal["auto", "torch"]:
-    """The choice for an operator that has no Triton kernel.
-
-    Raises:
-        RuntimeError: a kernel was asked for by ``use_backend("triton")``.
-    """
-    backend = current_backend()
-    if backend == "triton":
-        raise RuntimeError(
-            f'{operator} has no Triton kernel in this version; use_backend("auto") or ("torch") runs its formula'
-        )
-    return backend
 
 
 def flash_attn_unavailable() -> str | None:

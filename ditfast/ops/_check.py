@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._backend import autocast_dtype
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -55,14 +57,14 @@ def linear(x: Tensor, names: tuple[str, str], weight: Tensor, bias: Tensor | Non
     if weight.shape[1] != in_features:
         raise ValueError(f"{names[0]} must have shape (out, {in_features}), got {tuple(weight.shape)}")
     same_device(names[0], weight, x)
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if not autocast:
+    exact = autocast_dtype(x.device.type) is None
+    if exact:
         same_dtype(names[0], weight, "x", x)
     if bias is not None:
         tensor(names[1], bias, 1)
         shape(names[1], bias, (weight.shape[0],))
         same_device(names[1], bias, x)
-        if not autocast:
+        if exact:
             same_dtype(names[1], bias, names[0], weight)
 
 

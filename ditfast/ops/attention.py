@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..reference import ops as formulas
 from . import _check
-from ._backend import choose, flash_attn_unavailable
+from ._backend import autocast_dtype, flash_attn_unavailable
 
 AttentionBackend = Literal["sdpa", "flash_attn"]
 
@@ -47,7 +47,6 @@ def self_attention(
         _check_bias(bias, qkv, num_heads)
     if backend is not None and backend not in get_args(AttentionBackend):
         raise ValueError(f"backend must be None or one of {', '.join(get_args(AttentionBackend))}, got {backend!r}")
-    choose("self_attention")
     if backend == "flash_attn":
         return _flash_attn(qkv, num_heads, scale, bias)
     return formulas.self_attention(qkv, num_heads, scale, bias)
@@ -56,7 +55,7 @@ def self_attention(
 def _check_bias(bias: Tensor, qkv: Tensor, num_heads: int) -> None:
     _check.tensor("bias", bias)
     _check.same_device("bias", bias, qkv)
-    if not torch.is_autocast_enabled(qkv.device.type):
+    if autocast_dtype(qkv.device.type) is None:
         _check.same_dtype("bias", bias, "qkv", qkv)
     wanted = (qkv.shape[0], num_heads, qkv.shape[1], qkv.shape[1])
     padded = (1,) * (4 - bias.ndim) + tuple(bias.shape)

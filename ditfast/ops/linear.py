@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..reference import ops as formulas
 from . import _check
-from ._backend import choose
+from ._backend import autocast_dtype, current_backend
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -26,7 +26,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     _check_input("x", x)
     _check.linear(x, ("weight", "bias"), weight, bias, x.shape[-1])
-    return _linear_gelu(x, weight, bias, choose("linear_gelu") == "auto")
+    return _linear_gelu(x, weight, bias)
 
 
 def gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
@@ -46,7 +46,7 @@ def gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | 
     _check_input("x", x)
     _check.linear(x, ("w1", "b1"), w1, b1, x.shape[-1])
     _check.linear(x, ("w2", "b2"), w2, b2, w1.shape[0])
-    hidden = _linear_gelu(x, w1, b1, choose("gelu_mlp") == "auto")
+    hidden = _linear_gelu(x, w1, b1)
     return torch.nn.functional.linear(hidden, w2, b2)
 
 
@@ -74,10 +74,9 @@ def linear_gated_residual(
     _check.shape("residual", residual, (x.shape[0], x.shape[1], weight.shape[0]))
     _check.same_device("residual", residual, x)
     _check.modulation("gate", gate, residual)
-    if not torch.is_autocast_enabled(x.device.type):
+    if autocast_dtype(x.device.type) is None:
         _check.same_dtype("gate", gate, "x", x)
         _check.stream("residual", residual, "x", x)
-    choose("linear_gated_residual")
     return formulas.linear_gated_residual(x, weight, bias, gate, residual)
 
 
@@ -87,8 +86,8 @@ def _check_input(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must have at least 1 axis, got a scalar")
 
 
-def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: bool) -> Tensor:
-    if epilogue and bias is not None and _takes_cublaslt(x, weight, bias):
+def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is not None and _takes_cublaslt(x, weight, bias):
         out = torch._addmm_activation(bias, x.reshape(-1, x.shape[-1]), weight.t(), use_gelu=True)
         return out.view(*x.shape[:-1], weight.shape[0])
     return formulas.linear_gelu(x, weight, bias)
@@ -96,12 +95,13 @@ def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: bool)
 
 def _takes_cublaslt(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     """Whether cuBLASLt's GELU epilogue applies: CUDA, where it is the tanh form, and nothing to save for backward."""
+    backend = current_backend()
     return (
-        x.is_cuda
+        ((x.is_cuda and backend != "torch") or (x.is_meta and backend == "triton"))
         and torch.version.hip is None
         and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and x.numel() > 0
         and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cuda")
+        and autocast_dtype(x.device.type) is None
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad))
     )

@@ -300,7 +300,7 @@ class DiT(nn.Module):
 
     def _embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, c, and what the blocks are conditioned on: c, or the length-2 sequence [t, class]."""
-        x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed
+        x = self._tokens(x)
         t_emb, y_emb = self.t_embedder(t), self.y_embedder(y)
         c = t_emb + y_emb
         if self.config.conditioning in ("adaln", "adaln_zero"):
@@ -309,6 +309,9 @@ class DiT(nn.Module):
         if self.config.conditioning == "in_context":
             x = torch.cat([x, context.to(x.dtype)], dim=1)
         return x, c, context
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:

@@ -1,0 +1,106 @@
+"""The conditioning vector: the timestep's sinusoid, and SiLU of the summed embeddings."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..reference import ops as formulas
+from . import _check
+from ._backend import takes_triton
+from ._library import library, register
+
+library.define("timestep_embedding(Tensor t, int dim, float freq_shift, ScalarType dtype) -> Tensor")
+library.define("conditioning(Tensor t_emb, Tensor y, Tensor table) -> Tensor")
+
+
+def timestep_embedding(t: Tensor, dim: int, freq_shift: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The sinusoid of the timesteps, [cos, sin]; no gradient.
+
+    Source: Vaswani et al. 2017, section 3.5, with DiT's order of the halves.
+
+    Args:
+        t: (B,), int or float.
+        dim: even.
+        freq_shift: frequencies are 10000 ** (-i / (dim / 2 - freq_shift)).
+        dtype: of the result.
+
+    Returns:
+        (B, dim); computed in fp64 by the kernel, at least in fp32 by the formula.
+
+    Raises:
+        TypeError, ValueError: t is no vector, or dim is odd.
+    """
+    if not isinstance(t, Tensor):
+        raise TypeError(f"t must be a tensor, got {type(t).__name__}")
+    if t.ndim != 1:
+        raise ValueError(f"t must have shape (B,), got {tuple(t.shape)}")
+    if dim < 2 or dim % 2:
+        raise ValueError(f"dim must be even and at least 2, got {dim}")
+    if _takes_kernel("timestep_embedding", t, 1) and dtype != torch.float64:
+        return cast(Tensor, torch.ops.ditfast.timestep_embedding.default(t, dim, float(freq_shift), dtype))
+    return formulas.timestep_embedding(t, dim, freq_shift, dtype).to(dtype)
+
+
+def conditioning(t_emb: Tensor, y: Tensor, table: Tensor) -> Tensor:
+    """silu(t_emb + table[y]): what every adaLN Linear reads.
+
+    Source: Peebles & Xie, section 3.2, and figure 3.
+
+    Args:
+        t_emb: (B, D).
+        y: (B,), int64 or int32, rows of the table.
+        table: (rows, D).
+
+    Returns:
+        (B, D) in the wider of the two dtypes. The kernel serves inference; where a gradient is wanted the formula
+        runs.
+
+    Raises:
+        TypeError, ValueError: a dtype or shape does not fit, naming the argument.
+    """
+    _check.tensor("t_emb", t_emb, 2)
+    _check.tensor("table", table, 2)
+    if table.shape[1] != t_emb.shape[1]:
+        raise ValueError(f"table must have shape (rows, {t_emb.shape[1]}), got {tuple(table.shape)}")
+    if y.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"y must be int64 or int32, got {y.dtype}")
+    _check.shape("y", y, (t_emb.shape[0],))
+    for name, value in (("y", y), ("table", table)):
+        _check.same_device(name, value, t_emb)
+    wants_gradient = torch.is_grad_enabled() and (t_emb.requires_grad or table.requires_grad)
+    if not wants_gradient and _takes_kernel("conditioning", t_emb, 1):
+        return cast(Tensor, torch.ops.ditfast.conditioning.default(t_emb, y, table))
+    return F.silu(t_emb + F.embedding(y, table))
+
+
+def _takes_kernel(operator: str, like: Tensor, width: int) -> bool:
+    # Inductor fuses these formulas with what stands around them; an opaque kernel would stop it
+    return not torch.compiler.is_compiling() and takes_triton(operator, like, width)
+
+
+def _timestep_embedding(*args: Any) -> Tensor:
+    from ..kernels import conditioning as kernels  # imports triton
+
+    return kernels.timestep_embedding(*args)
+
+
+def _conditioning(*args: Any) -> Tensor:
+    from ..kernels import conditioning as kernels
+
+    return kernels.conditioning(*args)
+
+
+def _timestep_embedding_fake(t: Tensor, dim: int, freq_shift: float, dtype: torch.dtype) -> Tensor:
+    return t.new_empty((t.shape[0], dim), dtype=dtype)
+
+
+def _conditioning_fake(t_emb: Tensor, y: Tensor, table: Tensor) -> Tensor:
+    return t_emb.new_empty(t_emb.shape, dtype=torch.promote_types(t_emb.dtype, table.dtype))
+
+
+register("timestep_embedding", _timestep_embedding, _timestep_embedding_fake)
+register("conditioning", _conditioning, _conditioning_fake)

@@ -1,0 +1,160 @@
+"""Every kernel compiled for sm_80 and sm_90 without a GPU, within its budget; and budgets that can be broken."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+from ditfast.kernels.aot import Budget, KernelCase, Report, resident_warps, violations  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.subprocess
+
+
+def run(*command):
+    """A fresh interpreter with the kernels defined for the compiler, not for Triton's interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "COLUMNS": "300"}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="session")
+def report(tmp_path_factory):
+    path = tmp_path_factory.mktemp("kernels") / "report.json"
+    done = run("-m", "ditfast", "kernels", "--arch", "sm_80", "--arch", "sm_90", "--json", str(path))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(path.read_text())
+
+
+def test_every_kernel_is_within_its_budget(report):
+    assert report["schema"] == "ditfast.kernels/1"
+    assert not [row for row in report["kernels"] if row["violations"]]
+    for row in report["kernels"]:
+        assert row["spill_bytes"] == 0
+        assert not any(name.startswith(("LDL", "STL")) for name in row["instructions"])
+
+
+def test_the_report_covers_what_it_should(report):
+    rows = {(row["kernel"], row["shape"], row["dtype"], row["arch"]) for row in report["kernels"]}
+    for operator in ("layer_norm_modulate", "gated_residual", "gated_residual_layer_norm_modulate"):
+        for direction in ("forward", "backward"):
+            for width in (384, 768, 1024, 1152):
+                for dtype in ("bf16", "fp32", "bf16, fp32 stream"):
+                    for arch in ("sm_80", "sm_90"):
+                        assert (f"{operator}, {direction}", f"D={width}", dtype, arch) in rows
+    for row in report["kernels"]:
+        if "residual" in row["kernel"] or "modulate" in row["kernel"]:
+            assert row["instructions"]["LDG.E.128"] and row["instructions"]["STG.E.128"], row
+
+
+def test_every_kernel_of_the_folder_is_compiled():
+    """A new @triton.jit kernel must come with a case."""
+    code = """
+import importlib, pathlib, triton
+from ditfast.kernels.cases import cases
+compiled = {case.kernel.fn.__name__ for case in cases()}
+for path in pathlib.Path("kernels").glob("*.py"):
+    module = importlib.import_module(f"ditfast.kernels.{path.stem}")
+    for name, value in vars(module).items():
+        if isinstance(value, triton.JITFunction) and name.endswith("_kernel") and name not in compiled:
+            print(name)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+
+
+BREAK = """
+import sys
+from dataclasses import replace
+from ditfast.kernels import cases
+cases.WIDTHS = (384,)
+cases._FORWARD = replace(cases._FORWARD, {budget})
+from ditfast.cli import main
+sys.argv = ["ditfast", "kernels", "--arch", "sm_90"]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ("registers=16", ", at most 16 allowed"),
+        ("instructions=('HGMMA',)", "no HGMMA instruction"),
+    ],
+)
+def test_a_broken_budget_fails_the_command(budget, message):
+    done = run("-c", BREAK.format(budget=budget))
+    assert done.returncode == 1
+    assert message in done.stdout
+
+
+def test_spills_are_found():
+    """Rows of 8192 in the fused backward spill: the widest there is, far from any model's width."""
+    code = """
+from ditfast.kernels import aot, cases
+import torch
+case = cases._backward("gated_residual_layer_norm_modulate", 8192, torch.bfloat16, torch.bfloat16)
+print(aot.violations(aot.compile_case(case, "sm_80")))
+"""
+    done = run("-c", code)
+    assert "spills" in done.stdout, done.stderr
+
+
+def test_bad_arguments():
+    done = run("-m", "ditfast", "kernels", "--arch", "sm_75")
+    assert done.returncode == 2
+    assert "arch must be one of sm_80, sm_90, got 'sm_75'" in done.stderr
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "ditfast", "kernels"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "unset TRITON_INTERPRET" in done.stderr
+
+
+CASE = KernelCase("k", "D=1", "bf16", None, {}, {}, frozenset(), 4, Budget(64, 4096, 16, 0.5, ("LDG.E.128",)))
+WITHIN = Report(CASE, "sm_90", 64, 0, 4096, 16, 0.5, {"LDG.E.128": 1})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"registers": 65}, "registers 65, at most 64 allowed"),
+        ({"spill_bytes": 8}, "spills 8 bytes"),
+        ({"instructions": {"LDG.E.128": 1, "STL.64": 2}}, "2 local loads and stores"),
+        ({"shared": 4097}, "shared 4097, at most 4096 allowed"),
+        ({"resident_warps": 15}, "resident warps 15, at least 16 wanted"),
+        ({"wide": 0.49}, "49% of global bytes in 128-bit accesses"),
+        ({"instructions": {}}, "no LDG.E.128 instruction"),
+    ],
+)
+def test_violations(change, message):
+    found = violations(replace(WITHIN, **change))
+    assert found == [] if message is None else (len(found) == 1 and message in found[0])
+
+
+def test_shared_memory_is_held_against_the_hardware():
+    generous = replace(CASE, budget=replace(CASE.budget, shared=1 << 20, resident_warps=0))
+    assert violations(replace(WITHIN, case=generous, shared=227 * 1024)) == []
+    assert "sm_90 has 232448 a block" in violations(replace(WITHIN, case=generous, shared=227 * 1024 + 1))[0]
+
+
+def test_resident_warps_by_hand():
+    assert resident_warps("sm_90", 4, 128, 0) == 16  # 65536 / (4 * 32 * 128) = 4 blocks
+    assert resident_warps("sm_90", 4, 121, 0) == 16  # registers come in eights
+    assert resident_warps("sm_90", 4, 120, 0) == 16  # 4.27 blocks
+    assert resident_warps("sm_90", 8, 32, 0) == 64
+    assert resident_warps("sm_90", 1, 32, 0) == 32  # at most 32 blocks
+    assert resident_warps("sm_90", 8, 32, 100 * 1024) == 16  # 228 / 101 = 2 blocks
+    assert resident_warps("sm_80", 8, 32, 100 * 1024) == 8
