@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ditfast-env
 BENCH ?=
 
-.PHONY: env bench test lint clean
+.PHONY: env bench test lint kernels-oldest clean
 .DEFAULT_GOAL := env
 
 env: $(STAMP)
@@ -37,6 +37,11 @@ test: lint
 lint: env
 	"$(BIN)/python" -m ruff check .
 	"$(BIN)/python" -m mypy ditfast
+
+# the kernels once more with the oldest triton supported, beside the environment's own
+kernels-oldest: env
+	"$(BIN)/python" -m pip install --quiet --no-deps --upgrade --target "$(VENV)/triton-oldest" triton==3.6.0
+	PYTHONPATH="$(VENV)/triton-oldest:." "$(BIN)/python" -m ditfast kernels
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

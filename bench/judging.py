@@ -11,15 +11,12 @@ from torch import Tensor
 
 from ditfast.training.loss import diffusion_loss
 
-from .parity import Verdict, judge
+from .parity import VANISHING, Verdict, judge
 from .variants import Variant
 from .workload import Inputs, Workload, cast_inputs, inference_call, take_outputs, take_samples
 
 _MAX_SAMPLES = 4  # of a batch: samples are independent, and fp64 is slow
 _CHUNK = 8  # images at a time in the gradients' oracle, which needs the whole batch
-
-# gradients that vanish exactly: a constant on every key leaves the softmax as it is
-_VANISHING = ("cross_attn.k.bias", "k_norm.bias")
 
 Constants = Mapping[str, float]
 
@@ -121,4 +118,4 @@ class Judge:
 
 
 def _counts(name: str, parameter: Tensor) -> bool:
-    return parameter.grad is not None and not name.endswith(_VANISHING)
+    return parameter.grad is not None and not name.endswith(VANISHING)

@@ -14,15 +14,11 @@ from torch import Tensor, nn
 from ditfast import DiT, DiTConfig, reference
 from ditfast.config import Conditioning
 
+from .cases import DTYPES
 from .environment import parse_device
 from .inputs import random_batch, randomize_
 from .operators import OPERATORS, Shape, check
-from .parity import Verdict, judge
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-# gradients that vanish exactly: a constant on every key leaves the softmax as it is
-_VANISHING = ("cross_attn.k.bias", "k_norm.bias")
+from .parity import VANISHING, Verdict, judge
 
 _SHAPES = (
     Shape(1, 1, 72),
@@ -124,7 +120,7 @@ def run_model(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> dict[str, Te
     results["output"] = output.detach()
     incoming = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(output)
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    named = {name: parameter for name, parameter in named.items() if not name.endswith(_VANISHING)}
+    named = {name: parameter for name, parameter in named.items() if not name.endswith(VANISHING)}
     gradients = torch.autograd.grad(output, list(named.values()), incoming)
     return results | {f"d_{name}": gradient for name, gradient in zip(named, gradients, strict=True)}
 

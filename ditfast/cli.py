@@ -88,6 +88,9 @@ def convert(
     num_heads: Annotated[
         int | None, typer.Option(help="Attention heads, where the file does not tell them.", show_default=False)
     ] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(help="Change the class count; new classes start random.", show_default=False)
+    ] = None,
     image_size: Annotated[
         str | None,
         typer.Option(help="Pixels, SIZE or HEIGHTxWIDTH, where the grid is ambiguous.", show_default=False),
@@ -103,6 +106,7 @@ def convert(
         weights=weights,
         allow_inexact=allow_inexact,
         num_heads=num_heads,
+        num_classes=num_classes,
         image_size=None if image_size is None else _parse_size(image_size),
     )
     typer.echo(f"{config.name} ({config.conditioning}): {src} -> {dst}")

@@ -1,5 +1,6 @@
 """Every operator by the numerics rule, against formulas written out, and under torch's transforms."""
 
+import importlib.util
 import math
 import os
 import subprocess
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ditfast import ops
 from ditfast.bench.operators import OPERATORS, Shape, check, draw_inputs, run
+from ditfast.ops import _backend
 from ditfast.reference import ops as formulas
 
 SHAPES = [
@@ -179,6 +183,9 @@ def test_triton_demands_only_kernels_that_exist(name):
 def test_triton_is_never_silently_replaced():
     code = """
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from ditfast import ops
 x, v = torch.randn(2, 5, 72), torch.randn(2, 72)
 with ops.use_backend("triton"):
@@ -192,6 +199,61 @@ with ops.use_backend("triton"):
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "gated_residual cannot run its Triton kernel" in done.stdout
     assert "TRITON_INTERPRET=1" in done.stdout
+
+
+class Recorder(TorchDispatchMode):
+    """The names of the operators that run within."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def on_a_fake_gpu(name, monkeypatch):
+    """The operators that a forward runs for tensors of a GPU that is not there; no gradients, they want a real one."""
+    monkeypatch.setattr(_backend, "_gpu_reason", lambda index: None)
+    operator, shape = OPERATORS[name], Shape(2, 5, 72)
+    inputs = draw_inputs(operator, shape, torch.bfloat16, "cpu")
+    with FakeTensorMode(), Recorder() as recorder:
+        fakes = {key: torch.empty(v.shape, dtype=v.dtype, device="cuda") for key, v in inputs.items()}
+        operator.fused(**fakes, **operator.options(shape))
+    return recorder.names
+
+
+@pytest.mark.parametrize("name", ["layer_norm_modulate", "gated_residual", "gated_residual_layer_norm_modulate"])
+def test_auto_takes_the_kernels_on_a_gpu(name, monkeypatch):
+    assert "ditfast::adaln_forward" in on_a_fake_gpu(name, monkeypatch)
+    with ops.use_backend("torch"):
+        assert "ditfast::adaln_forward" not in on_a_fake_gpu(name, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["linear_gelu", "gelu_mlp"])
+def test_auto_takes_the_gemms_gelu_epilogue_for_inference_on_a_gpu(name, monkeypatch):
+    assert "aten::_addmm_activation" in on_a_fake_gpu(name, monkeypatch)
+    with ops.use_backend("torch"):
+        assert "aten::_addmm_activation" not in on_a_fake_gpu(name, monkeypatch)
+
+
+def test_the_gelu_epilogue_is_for_inference_alone():
+    x, weight, bias = (torch.randn(shape, device="meta") for shape in ((5, 72), (8, 72), (8,)))
+    for wants_gradient in (False, True):
+        with ops.use_backend("triton"), Recorder() as recorder:
+            ops.linear_gelu(x, weight.requires_grad_(wants_gradient), bias)
+        assert ("aten::_addmm_activation" in recorder.names) != wants_gradient
+
+
+def test_the_gpus_check_is_a_constant_for_dynamo(monkeypatch):
+    monkeypatch.setattr(_backend, "_gpu_reason", lambda index: importlib.util.find_spec("torch") and f"gpu {index}")
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def function(x):
+        return x + 1 if _backend._gpu_unavailable(3) == "gpu 3" else x
+
+    assert function(torch.zeros(1)) == 1
 
 
 def test_available_backends_name_a_reason():

@@ -84,9 +84,13 @@ def takes_triton(operator: str, x: Tensor, width: int) -> bool:
     return reason is None
 
 
-@lru_cache(maxsize=32)
 def _gpu_unavailable(index: int) -> str | None:
     """Why the kernels cannot run on a GPU, or None."""
+    return _gpu_reason(index)  # Dynamo looks through a cache's wrapper and misses the mark below
+
+
+@lru_cache(maxsize=32)
+def _gpu_reason(index: int) -> str | None:
     if torch.version.hip is not None:
         return "the kernels are for NVIDIA GPUs"
     if importlib.util.find_spec("triton") is None:
