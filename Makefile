@@ -32,7 +32,7 @@ bench: env
 	"$(BIN)/ditfast" bench $(BENCH)
 
 test: lint
-	"$(BIN)/python" -m pytest -q
+	"$(BIN)/python" -m pytest -q --durations=12
 
 lint: env
 	"$(BIN)/python" -m ruff check .

@@ -86,11 +86,11 @@ def bench(
     results = None
     with _terminated_as_interrupted():
         try:
+            from .files import check_target
             from .records import Results
 
             old = None if compare is None else Results.load(compare)
-            if json is not None and (json.is_dir() or not json.absolute().parent.is_dir()):
-                raise ValueError(f"--json must be a file in a folder that exists, got {json}")
+            check_target(json)
             plan = _plan(model, batch, dtype, mode, providers, device, image_size, conditioning, seconds)
             results = Results(environment={}, settings=plan.settings)
             _measure(plan, results, json)

@@ -9,10 +9,19 @@ from pathlib import Path
 from typing import Any
 
 
+def check_target(path: Path | None) -> None:
+    """Refuses a --json file that could not be written in the end, before anything is measured.
+
+    Raises:
+        ValueError: a folder, or a file in a folder that does not exist.
+    """
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise ValueError(f"--json must be a file in a folder that exists, got {path}")
+
+
 def write_json(data: Any, path: Path) -> None:
     """Writes beside, then renames: a reader, or an interruption, never meets half a file."""
     text = json.dumps(data, indent=1, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         beside.write_text(text, encoding="utf-8")

@@ -42,6 +42,12 @@ class Operator:
     draw: Callable[[Shape, torch.Generator], Inputs]
     mixed: bool = False  # whether the stream may be fp32 while the rest is bf16 or fp16
     options: Callable[[Shape], Mapping[str, Any]] = lambda shape: {}
+    kernel: bool = False  # whether it has a Triton kernel
+    gradients: bool = True
+
+    def differentiable(self, inputs: Inputs) -> tuple[str, ...]:
+        """The inputs that have a gradient."""
+        return tuple(name for name, value in inputs.items() if self.gradients and value.is_floating_point())
 
 
 def _tokens(shape: Shape, generator: torch.Generator, mean: float = 0.0) -> Tensor:
@@ -100,6 +106,29 @@ def _draw_biased_attention(shape: Shape, generator: torch.Generator) -> Inputs:
     return {**_draw_attention(shape, generator), "bias": bias}
 
 
+def _draw_conditioning(shape: Shape, generator: torch.Generator) -> Inputs:
+    t_emb = torch.randn(shape.batch, shape.width, generator=generator)
+    table = torch.randn(11, shape.width, generator=generator)
+    return {"t_emb": t_emb, "y": torch.randint(0, 11, (shape.batch,), generator=generator), "table": table}
+
+
+def _draw_timesteps(shape: Shape, generator: torch.Generator) -> Inputs:
+    # the empty tensor carries the dtype of the result
+    return {"t": torch.randint(0, 1000, (shape.batch,), generator=generator), "like": torch.empty(0)}
+
+
+def _conditioning_formula(t_emb: Tensor, y: Tensor, table: Tensor) -> Tensor:
+    return torch.nn.functional.silu(t_emb + table[y])
+
+
+def _timesteps(t: Tensor, like: Tensor) -> Tensor:
+    return ops.timestep_embedding(t, 256, dtype=like.dtype)
+
+
+def _timesteps_formula(t: Tensor, like: Tensor) -> Tensor:
+    return formulas.timestep_embedding(t, 256, dtype=like.dtype).to(like.dtype)
+
+
 def _heads(shape: Shape) -> Mapping[str, Any]:
     return {"num_heads": shape.num_heads}
 
@@ -107,14 +136,24 @@ def _heads(shape: Shape) -> Mapping[str, Any]:
 OPERATORS: dict[str, Operator] = {
     operator.name: operator
     for operator in (
-        Operator("layer_norm_modulate", ops.layer_norm_modulate, formulas.layer_norm_modulate, _draw_norm, True),
-        Operator("gated_residual", ops.gated_residual, formulas.gated_residual, _draw_residual, True),
+        Operator(
+            "layer_norm_modulate",
+            ops.layer_norm_modulate,
+            formulas.layer_norm_modulate,
+            _draw_norm,
+            mixed=True,
+            kernel=True,
+        ),
+        Operator(
+            "gated_residual", ops.gated_residual, formulas.gated_residual, _draw_residual, mixed=True, kernel=True
+        ),
         Operator(
             "gated_residual_layer_norm_modulate",
             ops.gated_residual_layer_norm_modulate,
             formulas.gated_residual_layer_norm_modulate,
             _draw_fused,
-            True,
+            mixed=True,
+            kernel=True,
         ),
         Operator("linear_gelu", ops.linear_gelu, formulas.linear_gelu, _draw_linear_gelu),
         Operator(
@@ -124,6 +163,18 @@ OPERATORS: dict[str, Operator] = {
         Operator("self_attention", ops.self_attention, formulas.self_attention, _draw_attention, options=_heads),
         Operator(
             "self_attention+bias", ops.self_attention, formulas.self_attention, _draw_biased_attention, options=_heads
+        ),
+        # its kernel is for inference: where a gradient is wanted the formula would be compared with itself
+        Operator(
+            "conditioning",
+            ops.conditioning,
+            _conditioning_formula,
+            _draw_conditioning,
+            kernel=True,
+            gradients=False,
+        ),
+        Operator(
+            "timestep_embedding", _timesteps, _timesteps_formula, _draw_timesteps, kernel=True, gradients=False
         ),
     )
 }
@@ -135,7 +186,10 @@ def draw_inputs(
     """The operator's inputs in ``dtype`` on ``device``; with ``mixed``, its residual stream in fp32."""
     inputs = operator.draw(shape, torch.Generator().manual_seed(seed))
     return {
-        name: value.to(device, torch.float32 if mixed and name in _STREAM else dtype) for name, value in inputs.items()
+        name: value.to(device, torch.float32 if mixed and name in _STREAM else dtype)
+        if value.is_floating_point()
+        else value.to(device)
+        for name, value in inputs.items()
     }
 
 
@@ -152,7 +206,9 @@ def run(
         dtype: casts every input first (fp64 for the oracle); None keeps each one's own.
     """
     leaves = {
-        name: (value.to(dtype) if dtype is not None else value).detach().requires_grad_(name in wanted)
+        name: (value.to(dtype) if dtype is not None and value.is_floating_point() else value)
+        .detach()
+        .requires_grad_(name in wanted)
         for name, value in inputs.items()
     }
     outputs = function(**leaves, **options)
@@ -161,7 +217,8 @@ def run(
     if wanted:
         generator = torch.Generator().manual_seed(1)
         # representable in every run, so that the oracle and the candidate see the same values
-        narrowest = min((value.dtype for value in inputs.values()), key=lambda dtype: torch.finfo(dtype).bits)
+        dtypes = [value.dtype for value in inputs.values() if value.is_floating_point()]
+        narrowest = min(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
         incoming = [
             torch.randn(output.mT.shape, generator=generator).mT.to(narrowest).to(output) for output in outputs
         ]
@@ -197,7 +254,7 @@ def check(
     """
     inputs = draw_inputs(operator, shape, dtype, device, mixed, seed)
     options = operator.options(shape)
-    wanted = tuple(inputs) if wanted is None else wanted
+    wanted = operator.differentiable(inputs) if wanted is None else wanted
     oracle = run(operator.formula, inputs, options, wanted, torch.float64)
     yardstick = run(operator.formula, inputs, options, wanted)
     actual = run(operator.fused, inputs, options, wanted)

@@ -34,17 +34,24 @@ def ops(
     from .cases import parse_dtype
     from .ceilings import measure_ceilings
     from .environment import collect, parse_device
-    from .files import write_json
-    from .operators import OPERATORS, Shape
+    from .files import check_target, write_json
+    from .operators import Shape
     from .render import print_tables
 
+    check_target(json)
+    for option, values in (("--batch", batch or ()), ("--width", width or ()), ("--tokens", (tokens,))):
+        for value in values:
+            if value < 1:
+                raise ValueError(f"{option} must be at least 1, got {value}")
+    if not seconds > 0:
+        raise ValueError(f"--seconds must be above 0, got {seconds}")
     where = parse_device(device)
     gpu = where.type == "cuda"
     label = dtype or ("bf16" if gpu else "fp32")
     chosen = parse_dtype(label)
     for name in operator or ():
-        if name not in OPERATORS:
-            raise ValueError(f"--operator must be one of {', '.join(OPERATORS)}, got {name!r}")
+        if name not in ops_bench.MEASURED:
+            raise ValueError(f"--operator must be one of {', '.join(ops_bench.MEASURED)}, got {name!r}")
     shapes = [
         Shape(batch_size, tokens, size, num_heads=heads(size))
         for size in width or ([384, 768, 1024, 1152] if gpu else [384])
@@ -56,7 +63,7 @@ def ops(
     directions: list[ops_bench.Direction] = [direction] if direction else ["forward", "backward"]
     try:
         for found in ops_bench.run_all(
-            list(operator or OPERATORS), directions, shapes, chosen, where, ceilings, seconds
+            list(operator or ops_bench.MEASURED), directions, shapes, chosen, where, ceilings, seconds
         ):
             rows += found
             typer.echo(f"{found[0].operator}, {found[0].direction}, B={found[0].batch} D={found[0].width}", err=True)
@@ -66,7 +73,7 @@ def ops(
         print_tables(ops_bench.render(rows, ceilings))
         raise typer.Exit(130) from None
     print_tables(ops_bench.render(rows, ceilings))
-    if any(row.provider == "ditfast" and row.parity is not True for row in rows):
+    if any(row.provider == "ditfast" and (row.parity is not True or row.ms is None) for row in rows):
         raise typer.Exit(1)
 
 

@@ -107,7 +107,7 @@ def _run_case(
         work = Workload(case, device, model, make_pool(case, device, weight_bytes(model), settings.seed))
         judge = Judge(work)
     except Exception as error:  # no provider can run without weights and inputs
-        for provider in providers:
+        for provider in able:
             rows[provider.name] = _failed(rows[provider.name], error)
             report(f"{case.label}: {provider.name}")
         report(f"{case.label}: nothing to time")

@@ -42,7 +42,8 @@ class Variant:
         if self.loss is None or self.parameters is None:
             return None
         self.loss(inputs).backward()
-        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        # cloned: a graph's backward writes its buffers again in the next step
+        gradients = {name: p.grad.clone() for name, p in self.parameters.items() if p.grad is not None}
         for parameter in self.parameters.values():
             parameter.grad = None
         return gradients

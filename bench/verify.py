@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ditfast import DiT, DiTConfig, reference
 from ditfast.config import Conditioning
+from ditfast.ops import interpreter_unavailable, use_backend
 
 from .cases import DTYPES
 from .environment import parse_device
@@ -34,6 +36,7 @@ class Row:
     """One line of the table: the worst tensor of one operator or model in one dtype."""
 
     subject: str
+    backend: str
     dtype: str
     tensor: str
     error: float
@@ -65,16 +68,27 @@ def verify(device: str | None = None, dtypes: Sequence[str] | None = None) -> It
 
 
 def verify_operators(device: torch.device, dtypes: dict[str, torch.dtype]) -> Iterator[Row]:
-    """A row per operator and dtype: outputs and every gradient over odd shapes, the worst one shown."""
+    """A row per operator, dtype and backend: outputs and every gradient over odd shapes, the worst one shown.
+
+    Kernels run on a GPU, or in Triton's interpreter where it is on; elsewhere there are rows of the formulas only.
+    """
+    interpreted = device.type == "cpu" and interpreter_unavailable() is None
     for operator in OPERATORS.values():
-        for label, dtype in dtypes.items():
+        backends = ["kernel"] if operator.kernel and device.type == "cuda" else ["torch"]
+        if operator.kernel and interpreted:
+            backends.append("interpreter")
+        for backend, (label, dtype) in itertools.product(backends, dtypes.items()):
+            # the interpreter truncates to bf16 instead of rounding, which tells at large means
+            coarse = backend == "interpreter" and dtype == torch.bfloat16
+            shapes = [shape for shape in _SHAPES if not (coarse and shape.mean)]
             for mixed in (False, True) if operator.mixed and dtype != torch.float32 else (False,):
-                verdicts = {
-                    f"{name} at B={shape.batch} T={shape.tokens} D={shape.width}": verdict
-                    for shape in _SHAPES
-                    for name, verdict in check(operator, shape, dtype, device, mixed).items()
-                }
-                yield _worst(operator.name, f"{label}, fp32 stream" if mixed else label, verdicts)
+                with use_backend("auto" if backend == "torch" else "triton"):
+                    verdicts = {
+                        f"{name} at B={shape.batch} T={shape.tokens} D={shape.width}": verdict
+                        for shape in shapes
+                        for name, verdict in check(operator, shape, dtype, device, mixed).items()
+                    }
+                yield _worst(operator.name, backend, f"{label}, fp32 stream" if mixed else label, verdicts)
 
 
 def verify_models(device: torch.device, dtypes: dict[str, torch.dtype]) -> Iterator[Row]:
@@ -84,7 +98,7 @@ def verify_models(device: torch.device, dtypes: dict[str, torch.dtype]) -> Itera
             depth=3, hidden_size=288, num_heads=4, latent_size=(8, 12), num_classes=10, conditioning=conditioning
         )
         for label, dtype in dtypes.items():
-            yield _worst(f"DiT, {conditioning}", label, check_model(config, dtype, device))
+            yield _worst(f"DiT, {conditioning}", "auto", label, check_model(config, dtype, device))
 
 
 def check_model(
@@ -128,22 +142,22 @@ def run_model(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> dict[str, Te
 def render(rows: Sequence[Row]) -> Table:
     """The table of ``ditfast verify``."""
     table = Table(title="Parity with fp64: ours must not exceed the bound", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for header in ("operator or model", "dtype", "worst tensor"):
+    for header in ("operator or model", "backend", "dtype", "worst tensor"):
         table.add_column(header, no_wrap=True)
     for header in ("ours", "eager PyTorch", "bound", "verdict"):
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
         verdict = "[green]pass[/]" if row.ok else "[red]FAIL[/]"
         numbers = (f"{value:.2e}" for value in (row.error, row.yardstick, row.bound))
-        table.add_row(row.subject, row.dtype, row.tensor, *numbers, verdict)
+        table.add_row(row.subject, row.backend, row.dtype, row.tensor, *numbers, verdict)
     return table
 
 
-def _worst(subject: str, dtype: str, verdicts: dict[str, Verdict]) -> Row:
+def _worst(subject: str, backend: str, dtype: str, verdicts: dict[str, Verdict]) -> Row:
     """The tensor furthest past its bound, or closest to it."""
 
     def share(verdict: Verdict) -> float:
         return verdict.error / verdict.bound if verdict.bound else (0.0 if verdict.ok else float("inf"))
 
     name, verdict = max(verdicts.items(), key=lambda item: (not item[1].ok, share(item[1])))
-    return Row(subject, dtype, name, verdict.error, verdict.yardstick, verdict.bound, verdict.ok)
+    return Row(subject, backend, dtype, name, verdict.error, verdict.yardstick, verdict.bound, verdict.ok)

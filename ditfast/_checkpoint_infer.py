@@ -46,16 +46,17 @@ def read_file(path: Path, weights: str) -> tuple[dict[str, Tensor], Mapping[str,
     metadata: Mapping[str, str] = {}
     if not head:
         raise CheckpointError(f"{path}: the file is empty")
-    if head.startswith((b"PK\x03\x04", b"\x80")):
-        # only the zip container can be mapped; b"\x80" opens a bare pickle, torch's format before 1.6
-        content: object = _load_pickle(path, mapped=head.startswith(b"PK"))
-    elif head[8:] == b"{":
+    # safetensors first: its header's length, of any value, comes before the brace
+    if head[8:] == b"{":
         try:
             with safe_open(path, framework="pt") as handle:
                 metadata = handle.metadata() or {}
-                content = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+                content: object = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(f"{path}: truncated or damaged safetensors file: {error}") from error
+    elif head.startswith((b"PK\x03\x04", b"\x80")):
+        # only the zip container can be mapped; b"\x80" opens a bare pickle, torch's format before 1.6
+        content = _load_pickle(path, mapped=head.startswith(b"PK"))
     else:
         raise CheckpointError(
             f"{path}: not a checkpoint; wanted a PyTorch file, a safetensors file or a diffusers folder"
@@ -211,8 +212,11 @@ def _load_pickle(path: Path, mapped: bool) -> object:
                 "tensors, plain containers and argparse.Namespace. Nothing was run"
             ) from error
         first = str(error).strip().partition("\n")[0]
+        if "weights_only" in first:  # torch's advice to switch the guard off
+            first = "its pickle holds more than tensors and plain containers"
         raise CheckpointError(
-            f"{path}: truncated or damaged PyTorch file: {first or type(error).__name__}"
+            f"{path}: truncated or damaged PyTorch file, or an unsafe one; nothing in it was run: "
+            f"{first or type(error).__name__}"
         ) from error
 
 

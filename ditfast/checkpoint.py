@@ -58,6 +58,7 @@ _OFFICIAL_CONSTANTS = {
     for name in ("norm1_eps", "norm2_eps", "norm_final_eps", "timestep_freq_shift")
 }
 _NULL_ROW = {"class_dropout_prob"}
+_MAX_TOKENS = 1 << 20  # a damaged or hostile configuration must not fill the memory with a position table
 
 
 def load_checkpoint(
@@ -269,8 +270,13 @@ def _expected(config: DiTConfig, tensors: Mapping[str, Tensor], source: str) -> 
         raise CheckpointError(
             f"{source}: the configuration has {config.depth} blocks, the file {len(tensors)} tensors"
         )
-    with torch.device("meta"):
-        return ReferenceDiT(config).state_dict()
+    if config.num_tokens > _MAX_TOKENS:
+        raise CheckpointError(f"{source}: the configuration has {config.num_tokens} tokens, at most {_MAX_TOKENS} fit")
+    try:
+        with torch.device("meta"):
+            return ReferenceDiT(config).state_dict()
+    except RuntimeError as error:  # sizes past what a tensor can have
+        raise CheckpointError(f"{source}: no model has the configuration's sizes: {error}") from error
 
 
 def _resize_label_table(table: Tensor, old: DiTConfig, new: DiTConfig) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -135,12 +137,18 @@ def verify(
     ] = None,
 ) -> None:
     """Check every operator and model design against fp64 on this machine; exit 1 where one fails."""
+    # without a GPU the kernels are checked in Triton's interpreter, which must be known before triton is imported
+    if device in (None, "cpu") and "triton" not in sys.modules:
+        import torch
+
+        if device == "cpu" or not torch.cuda.is_available():
+            os.environ.setdefault("TRITON_INTERPRET", "1")
     from .bench import verify as module
     from .bench.render import print_tables
 
     rows = []
     for row in module.verify(device, dtype):
-        typer.echo(f"{'ok  ' if row.ok else 'FAIL'} {row.subject}, {row.dtype}", err=True)
+        typer.echo(f"{'ok  ' if row.ok else 'FAIL'} {row.subject}, {row.backend}, {row.dtype}", err=True)
         rows.append(row)
     print_tables(module.render(rows))
     if not all(row.ok for row in rows):
@@ -158,9 +166,10 @@ def kernels(
 ) -> None:
     """Compile every kernel for real GPUs, on any machine; exit 1 where one is past its budget."""
     from .bench import kernel_report
-    from .bench.files import write_json
+    from .bench.files import check_target, write_json
     from .bench.render import print_tables
 
+    check_target(json_file)
     reports = kernel_report.compile_all(arch or ("sm_80", "sm_90"), report=lambda what: typer.echo(what, err=True))
     data = kernel_report.to_json(reports)
     if json_file is not None:

@@ -6,6 +6,7 @@ Source: Peebles & Xie, "Scalable Diffusion Models with Transformers", table 1 an
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
@@ -79,6 +80,8 @@ class DiTConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name} must be a number, got {value!r}")
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
         object.__setattr__(self, "latent_size", _pair("latent_size", self.latent_size))
 
         if self.conditioning not in CONDITIONINGS:

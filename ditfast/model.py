@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import ops
@@ -23,9 +24,21 @@ from .reference.ops import unpatchify
 
 
 def _is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
-    """Whether a layer may be read as its parameters: no subclass (LoRA, sharding), no hooks."""
-    return type(layer) is kind and not (
-        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    """Whether a layer may be read as its parameters: no subclass (LoRA, sharding), no hooks, its own or global."""
+    if type(layer) is not kind:
+        return False
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return False
+    return torch.compiler.is_compiling() or not _has_any_global_hook()
+
+
+def _is_plain_modulation(modulation: nn.Module | None) -> bool:
+    """Whether an adaLN_modulation is what it was built as, so that its Linear may be read apart from its SiLU."""
+    return (
+        isinstance(modulation, nn.Sequential)
+        and _is_plain(modulation, nn.Sequential)
+        and len(modulation) == 2
+        and _is_plain(modulation[0], nn.SiLU)
     )
 
 
@@ -47,10 +60,11 @@ class FusedTimestepEmbedder(reference.TimestepEmbedder):
 
 
 class FusedLabelEmbedder(reference.LabelEmbedder):
-    def forward(self, y: Tensor, t_emb: Tensor) -> Tensor:  # type: ignore[override]
-        """SiLU of the summed embeddings (B, D)."""
-        if self.training or not _is_plain(self.embedding_table, nn.Embedding):
-            return F.silu(t_emb + super().forward(y))
+    def forward(self, y: Tensor, t_emb: Tensor, activated: bool) -> Tensor:  # type: ignore[override]
+        """The summed embeddings (B, D), through SiLU where ``activated``."""
+        if not activated or self.training or not _is_plain(self.embedding_table, nn.Embedding):
+            c = t_emb + super().forward(y)
+            return F.silu(c) if activated else c
         return ops.conditioning(t_emb, y, self.embedding_table.weight)
 
 
@@ -78,11 +92,17 @@ class FusedAdaLNBlock(reference.AdaLNBlock):
     """adaLN with the residual's last addition left pending: (x, branch, gate) in, (x, branch, gate) out."""
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, branch: Tensor | None, gate: Tensor | None, c: Tensor, modulation: Tensor | None
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        gate: Tensor | None,
+        c: Tensor,
+        activated: bool,
+        modulation: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """c is SiLU(c) (B, D); modulation (B, 4D) or (B, 6D) where it was computed ahead."""
+        """c (B, D), through its SiLU where ``activated``; modulation (B, 4D) or (B, 6D) where computed ahead."""
         if modulation is None:
-            modulation = self.adaLN_modulation[1](c)
+            modulation = self.adaLN_modulation[1](c) if activated else self.adaLN_modulation(c)
         shift1, scale1, gate1, shift2, scale2, gate2 = self._chunks(modulation)
         x, h = _add_and_norm(x, branch, gate, shift1, scale1, self.norm1.eps)
         x, h = _add_and_norm(x, self.attn(h), gate1, shift2, scale2, self.norm2.eps)
@@ -102,10 +122,17 @@ class FusedAdaLNZeroBlock(FusedAdaLNBlock):
 
 class FusedFinalLayer(reference.FinalLayer):
     def forward(  # type: ignore[override]
-        self, x: Tensor, branch: Tensor | None, gate: Tensor | None, c: Tensor, modulation: Tensor | None
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        gate: Tensor | None,
+        c: Tensor,
+        activated: bool,
+        modulation: Tensor | None,
     ) -> Tensor:
         if modulation is None:
-            modulation = cast(nn.Sequential, self.adaLN_modulation)[1](c)
+            layers = cast(nn.Sequential, self.adaLN_modulation)
+            modulation = cast(Tensor, layers[1](c) if activated else layers(c))
         shift, scale = modulation.chunk(2, dim=-1)
         _, h = _add_and_norm(x, branch, gate, shift, scale, self.norm_final.eps)
         return cast(Tensor, self.linear(h))
@@ -141,6 +168,13 @@ class _OptimizerSteps:
 _optimizer_steps = _OptimizerSteps()
 
 
+def _concatenate(parameters: list[nn.Parameter], dtype: torch.dtype) -> Tensor:
+    if parameters[0].is_meta:  # nothing to copy: a trace sees what every later call launches
+        rows = sum(parameter.shape[0] for parameter in parameters)
+        return parameters[0].new_empty((rows, *parameters[0].shape[1:]), dtype=dtype, requires_grad=False)
+    return torch.cat([parameter.detach().to(dtype) for parameter in parameters])
+
+
 class _ModulationCache(NamedTuple):
     """All adaLN Linears as one, and the state of the parameters it was made from."""
 
@@ -160,8 +194,8 @@ class _ModulationCache(NamedTuple):
             [parameter.detach() for parameter in parameters],
             [parameter._version for parameter in parameters],
             _optimizer_steps.count,
-            torch.cat([weight.detach().to(dtype) for weight in weights]),
-            torch.cat([bias.detach().to(dtype) for bias in biases]),
+            _concatenate(weights, dtype),
+            _concatenate(biases, dtype),
         )
         if cache.weight.is_cuda:
             torch.cuda.current_stream(cache.weight.device).synchronize()  # other streams may use it next
@@ -187,15 +221,17 @@ class DiT(reference.DiT):
     reference's code (``repr`` says which).
 
     In inference all adaLN Linears run as one GEMM from a concatenated copy of their weights (a third of
-    XL/2's weights once more). The copy is remade when a parameter was replaced, moved or written in place, and
-    after any optimiser's step; only writes that torch cannot see (in place through ``parameter.data``, outside
-    an optimiser and with no training step before) need :meth:`reset_cache`.
+    XL/2's weights once more; not under torch.compile or in a captured CUDA graph, where each Linear runs on its
+    own). The copy is remade when a parameter was replaced, moved or written in place, after any optimiser's
+    step, after a forward that records gradients, and by ``train()`` and ``eval()``. Writes that leave torch's
+    version counters as they are and do none of this need :meth:`reset_cache`: in-place ones through
+    ``parameter.data`` (as diffusers' EMAModel makes them), and collectives such as ``dist.broadcast``.
     """
 
     def __init__(self, config: DiTConfig) -> None:
+        self._modulation_cache: _ModulationCache | None = None
         super().__init__(config)
         self.fused = config.conditioning in ("adaln", "adaln_zero")
-        self._modulation_cache: _ModulationCache | None = None
         if self.fused:
             for module in self.modules():
                 module.__class__ = _FUSED.get(type(module), type(module))
@@ -205,21 +241,28 @@ class DiT(reference.DiT):
         if not self.fused:
             return super().forward(x, t, y)
         self._check_inputs(x, t, y)
-        x, c = self._tokens(x), self._conditioning(t, y)
+        # all adaLN Linears read the same SiLU(c), as long as nobody changed what stands around them
+        activated = all(_is_plain_modulation(layer.adaLN_modulation) for layer in (*self.blocks, self.final_layer))
+        x, c = self._tokens(x), self._conditioning(t, y, activated)
         branch: Tensor | None = None
         gate: Tensor | None = None
-        *modulations, last = self._modulations(c)
+        *modulations, last = self._modulations(c, activated)
         for block, modulation in zip(self.blocks, modulations, strict=True):
-            x, branch, gate = block(x, branch, gate, c, modulation)
-        x = self.final_layer(x, branch, gate, c, last)
+            x, branch, gate = block(x, branch, gate, c, activated, modulation)
+        x = self.final_layer(x, branch, gate, c, activated, last)
         return unpatchify(x, self.config.patch_size, self.config.grid_size)
 
-    def _conditioning(self, t: Tensor, y: Tensor) -> Tensor:
-        """SiLU(c), which all adaLN Linears read."""
+    def _conditioning(self, t: Tensor, y: Tensor, activated: bool) -> Tensor:
+        """c, through its SiLU where ``activated``."""
         t_emb = self.t_embedder(t)
         if isinstance(self.y_embedder, FusedLabelEmbedder):
-            return cast(Tensor, self.y_embedder(y, t_emb))
-        return F.silu(t_emb + self.y_embedder(y))
+            return cast(Tensor, self.y_embedder(y, t_emb, activated))
+        c = t_emb + self.y_embedder(y)
+        return F.silu(c) if activated else cast(Tensor, c)
+
+    def train(self, mode: bool = True) -> DiT:
+        self.reset_cache()
+        return super().train(mode)
 
     def reset_cache(self) -> None:
         """Drops the concatenated adaLN weights; the next inference call makes them anew."""
@@ -229,22 +272,24 @@ class DiT(reference.DiT):
         how = "fused forward" if self.fused else "no fused forward for this design: runs the reference's code"
         return f"{self.config.name}, {self.config.conditioning}: {how}"
 
-    def _modulations(self, c: Tensor) -> tuple[Tensor | None, ...]:
+    def _modulations(self, c: Tensor, activated: bool) -> tuple[Tensor | None, ...]:
         """The modulation of each block and of the final layer, or None where the layer computes its own.
 
         One GEMM in inference. In training each block runs its own Linear: a concatenation would copy every
         adaLN weight in each step and its gradient back, which costs more than the launches it saves. The same
         holds where the copy could not be checked again (inside a compiled or captured graph).
         """
-        linears = [cast(nn.Sequential, layer.adaLN_modulation)[1] for layer in (*self.blocks, self.final_layer)]
-        apart = (None,) * len(linears)
+        apart = (None,) * (len(self.blocks) + 1)
         if torch.compiler.is_compiling():
             return apart
         if torch.is_grad_enabled() and (c.requires_grad or any(p.requires_grad for p in self.parameters())):
-            self.reset_cache()  # an optimiser may be about to write through .data
+            self.reset_cache()  # somebody may be about to write through .data
             return apart
         if c.is_cuda and torch.cuda.is_current_stream_capturing():
             return apart
+        if not activated:
+            return apart
+        linears = [cast(nn.Sequential, layer.adaLN_modulation)[1] for layer in (*self.blocks, self.final_layer)]
         if not all(_is_plain(linear) for linear in linears):
             return apart
         weights = [cast(nn.Parameter, linear.weight) for linear in linears]
@@ -263,7 +308,9 @@ class DiT(reference.DiT):
     def _cached_modulation(
         self, weights: list[nn.Parameter], biases: list[nn.Parameter], device_type: str
     ) -> _ModulationCache:
-        dtype = autocast_dtype(device_type) or weights[0].dtype
+        dtype = weights[0].dtype
+        if dtype != torch.float64:  # which autocast leaves alone
+            dtype = autocast_dtype(device_type) or dtype
         cache = self._modulation_cache
         if cache is None or not cache.is_fresh([*weights, *biases], dtype):
             self.reset_cache()  # frees the old copy before the new one is made

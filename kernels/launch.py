@@ -37,6 +37,13 @@ def row_config(operator: str, width: int, tokens: int, batch: int, x: Tensor) ->
     ``adaln_bwd`` never depends on the batch: its rows decide in which order the sums over tokens are taken, and a
     sample's gradients must not change with its neighbours.
     """
+    return _row_config(operator, width, tokens, batch, x.dtype, x.get_device() if x.is_cuda else None)
+
+
+@lru_cache(maxsize=4096)
+def _row_config(
+    operator: str, width: int, tokens: int, batch: int, dtype: torch.dtype, gpu: int | None
+) -> RowConfig:
     lower = 1 << (width.bit_length() - 1)
     block, tail = lower, 0
     if width > lower:
@@ -51,9 +58,9 @@ def row_config(operator: str, width: int, tokens: int, batch: int, x: Tensor) ->
         # enough programs to fill the largest GPU before the vectors of a slab are reused
         rows = min(max(triton.next_power_of_2(batch * tokens // 2048), 1), 16)
     heuristic = RowConfig(block, tail, rows, num_warps)
-    if not x.is_cuda:
+    if gpu is None:
         return heuristic
-    tuned = _tuned(torch.cuda.get_device_name(x.device)).get(table_key(operator, x.dtype, width, tokens))
+    tuned = _tuned(torch.cuda.get_device_name(gpu)).get(table_key(operator, dtype, width, tokens))
     return heuristic if tuned is None else heuristic._replace(**tuned)
 
 

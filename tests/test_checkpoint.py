@@ -100,6 +100,23 @@ def test_safetensors_carries_what_tensors_cannot_show(tmp_path: Path) -> None:
     )
 
 
+def test_safetensors_whose_first_byte_opens_a_pickle(tmp_path: Path) -> None:
+    """The file begins with its header's length: one in 32 has the byte that a bare pickle begins with."""
+    config = replace(TINY, timestep_freq_shift=1.0, norm2_eps=1e-5)
+    model, path = _random(config), tmp_path / "m.safetensors"
+    save_checkpoint(model, path)
+    with safe_open(path, framework="pt") as handle:
+        metadata = dict(handle.metadata())
+    for padding in range(0, 512, 8):
+        safetensors.torch.save_file(model.state_dict(), path, metadata={**metadata, "padding": "x" * padding})
+        if path.read_bytes()[0] == 0x80:
+            break
+    else:
+        pytest.fail("no padding gave the byte")
+    assert load_checkpoint(path).config == config
+    assert load_checkpoint(path.rename(tmp_path / "m.other")).config == config
+
+
 @pytest.mark.parametrize("weights", ["auto", "ema", "model"])
 def test_training_files(tmp_path: Path, weights: Any) -> None:
     model, ema = _random(seed=1), _random(seed=2)

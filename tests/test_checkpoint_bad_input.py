@@ -359,3 +359,24 @@ def test_nothing_is_left_of_a_refused_conversion(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=QKV):
         convert(_write(tmp_path / "a.pt", broken), tmp_path / "b.safetensors", num_heads=2)
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"hidden_size": 4_000_000_000, "num_heads": 2, "depth": 2}, "no model has the configuration's sizes"),
+        ({"num_heads": 2, "depth": 2, "latent_size": [8_000_000, 8_000_000]}, "tokens, at most"),
+    ],
+)
+def test_hostile_sizes_are_refused_before_memory_is_taken(tmp_path: Path, sizes: Any, message: str) -> None:
+    path = _write(tmp_path / "m.safetensors", _state(), {"ditfast_config": json.dumps(sizes)})
+    assert message in _message(path, num_heads=None)
+
+
+def test_torchs_advice_to_switch_the_guard_off_is_not_relayed(tmp_path: Path) -> None:
+    path = tmp_path / "m.pkl"
+    path.write_bytes(pickle.dumps(_Canary(tmp_path / "canary"), protocol=4))
+    message = _message(path)
+    assert "weights_only" not in message
+    assert "nothing in it was run" in message
+    assert not (tmp_path / "canary").exists()

@@ -60,9 +60,11 @@ def table(entries):
 @pytest.fixture
 def configs(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "CONFIGS", tmp_path)
-    launch._tuned.cache_clear()
+    for cached in (launch._tuned, launch._row_config):
+        cached.cache_clear()
     yield tmp_path
-    launch._tuned.cache_clear()
+    for cached in (launch._tuned, launch._row_config):
+        cached.cache_clear()
 
 
 def test_a_tuned_table_overrides_the_heuristic(configs, monkeypatch):
@@ -74,7 +76,11 @@ def test_a_tuned_table_overrides_the_heuristic(configs, monkeypatch):
     assert launch._tuned("NVIDIA A100") == {}
 
     class OnGpu:
-        is_cuda, dtype, device = True, torch.bfloat16, "cuda"
+        is_cuda, dtype = True, torch.bfloat16
+
+        @staticmethod
+        def get_device():
+            return 0
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     assert launch.row_config("adaln_fwd", 1152, 200, 8, OnGpu) == (1024, 128, 2, 8)

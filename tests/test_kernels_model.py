@@ -107,8 +107,6 @@ def traced(config: DiTConfig, batch: int) -> tuple[Cost, Cost]:
         models = [build(config).bfloat16().eval() for build in (reference.DiT, DiT)]
         x = torch.empty(batch, config.in_channels, *config.latent_hw, dtype=torch.bfloat16)
         t, y = (torch.empty(batch, dtype=torch.int64) for _ in range(2))
-    with torch.no_grad():
-        models[1](x, t, y)  # the concatenated adaLN weights are made once
     return tuple(count(lambda model=model: model(x, t, y)) for model in models)
 
 

@@ -47,7 +47,7 @@ def test_operator(name, shape, dtype, mixed):
 def test_any_subset_of_gradients(name):
     operator = OPERATORS[name]
     shape = Shape(2, 5, 72)
-    inputs = tuple(draw_inputs(operator, shape, torch.float32, "cpu"))
+    inputs = operator.differentiable(draw_inputs(operator, shape, torch.float32, "cpu"))
     for wanted in [(), *((name,) for name in inputs), inputs[::2], inputs[1:]]:
         verdicts = check(operator, shape, torch.float32, wanted=wanted)
         assert {key for key in verdicts if key.startswith("d_")} == {f"d_{name}" for name in wanted}
@@ -60,8 +60,8 @@ def test_two_runs_are_equal_and_inputs_untouched(name):
     shape = Shape(3, 7, 72)
     inputs = draw_inputs(operator, shape, torch.float32, "cpu")
     before = {key: value.clone() for key, value in inputs.items()}
-    first = run(operator.fused, inputs, operator.options(shape), tuple(inputs))
-    second = run(operator.fused, inputs, operator.options(shape), tuple(inputs))
+    wanted = operator.differentiable(inputs)
+    first, second = (run(operator.fused, inputs, operator.options(shape), wanted) for _ in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert all(torch.equal(inputs[key], before[key]) for key in inputs)
 
@@ -71,7 +71,10 @@ def test_gradcheck_of_the_formula(name):
     operator = OPERATORS[name]
     shape = Shape(2, 3, 8)
     inputs = draw_inputs(operator, shape, torch.float64, "cpu")
-    leaves = [value.detach().requires_grad_() for value in inputs.values()]
+    wanted = operator.differentiable(inputs)
+    if not wanted:
+        return
+    leaves = [value.detach().requires_grad_(key in wanted) for key, value in inputs.items()]
 
     def function(*values):
         return operator.formula(**dict(zip(inputs, values, strict=True)), **operator.options(shape))
@@ -125,6 +128,12 @@ def test_attention_written_out(scale):
             logits = q @ k.T * (8**-0.5 if scale is None else scale) + bias[h]
             weights = logits.exp() / logits.exp().sum(1, keepdim=True)
             torch.testing.assert_close(out[b, :, h * 8 : (h + 1) * 8], weights @ v, rtol=1e-12, atol=1e-12)
+
+
+def test_attention_takes_a_scalar_bias():
+    qkv = torch.randn(2, 5, 72, dtype=torch.float64)
+    out = ops.self_attention(qkv, 3, bias=torch.tensor(0.7, dtype=torch.float64))
+    assert (out - ops.self_attention(qkv, 3)).norm() <= 1e-14 * out.norm()  # a constant leaves the softmax as it is
 
 
 def test_attention_reads_strided_projections():
@@ -298,6 +307,11 @@ W, B = torch.randn(72, 72), torch.randn(72)
         (TypeError, "gate must have x's dtype", lambda: ops.linear_gated_residual(X, W, B, V.half(), X)),
         (ValueError, "num_heads must divide a third", lambda: ops.self_attention(X, 5)),
         (TypeError, "num_heads must be an int", lambda: ops.self_attention(X, 2.0)),
+        (ValueError, "freq_shift must be in", lambda: ops.timestep_embedding(X[0, 0], 4, freq_shift=2.0)),
+        (TypeError, "t must be int or float", lambda: ops.timestep_embedding(X[0, 0] > 0, 4)),
+        (TypeError, "dim must be an int", lambda: ops.timestep_embedding(X[0, 0], 4.0)),
+        (TypeError, "dtype must be floating", lambda: ops.timestep_embedding(X[0, 0], 4, dtype=torch.int64)),
+        (TypeError, "y must be a tensor, got list", lambda: ops.conditioning(V, [1, 2], V)),
         (ValueError, r"bias must broadcast to \(B, H, T, T\)", lambda: ops.self_attention(X, 2, bias=X[0, :4, :5])),
         (TypeError, "bias must have qkv's dtype", lambda: ops.self_attention(X, 2, bias=torch.randn(5, 5).half())),
         (ValueError, "backend must be None or one of", lambda: ops.self_attention(X, 2, backend="flash")),

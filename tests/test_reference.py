@@ -206,6 +206,16 @@ def test_guidance(guided_channels, guided):
             assert (half[:, guided:] - rest[:, guided:]).norm() <= tolerance
 
 
+def test_guidance_of_few_channels():
+    """The official three are all there are, where the latent has fewer."""
+    config = replace(TINY, in_channels=2)
+    model = randomize_(reference.DiT(config)).double().eval()
+    x, t, y = random_batch(config, 2, dtype=torch.float64)
+    double = torch.cat([x, x]), torch.cat([t, t]), y
+    default, everything = (model.forward_with_cfg(*double, 4.0, **more) for more in ({}, {"guided_channels": "all"}))
+    assert torch.equal(default, everything)
+
+
 def test_guidance_refuses():
     model = reference.DiT(TINY)
     x, t, y = random_batch(TINY, 4)

@@ -1,6 +1,6 @@
 """The fused operators: validated, differentiable, out of place; their formulas are ``ditfast.reference.ops``."""
 
-from ._backend import available_backends, current_backend, use_backend
+from ._backend import available_backends, current_backend, interpreter_unavailable, use_backend
 from .adaln import gated_residual, gated_residual_layer_norm_modulate, layer_norm_modulate
 from .attention import self_attention
 from .conditioning import conditioning, timestep_embedding
@@ -13,6 +13,7 @@ __all__ = [
     "gated_residual",
     "gated_residual_layer_norm_modulate",
     "gelu_mlp",
+    "interpreter_unavailable",
     "layer_norm_modulate",
     "linear_gated_residual",
     "linear_gelu",

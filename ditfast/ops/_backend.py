@@ -25,7 +25,8 @@ def use_backend(backend: Backend) -> Iterator[None]:
 
     "auto" (the default) takes the fastest implementation that fits the tensors, "torch" the formula. "triton"
     demands the Triton kernel of every operator that has one, or raises; meta tensors trace the launches of a GPU
-    under it. A compiled function keeps the choice made when it was traced.
+    under it (timestep_embedding and conditioning have kernels for eager inference only, and run their formulas in
+    training and under torch.compile). A compiled function keeps the choice made when it was traced.
 
     Raises:
         ValueError: unknown backend.
@@ -69,19 +70,26 @@ def takes_triton(operator: str, x: Tensor, width: int) -> bool:
     if backend == "torch" or (backend == "auto" and x.device.type != "cuda"):
         return False
     reason = None
-    if x.dtype == torch.float64:
+    if not torch.compiler.is_compiling() and _under_vmap():
+        reason = "it has no rule for torch.vmap"
+    elif x.dtype == torch.float64:
         reason = "the kernels compute in fp32, and x is fp64"
     elif width > MAX_WIDTH:
         reason = f"the kernels take rows of at most {MAX_WIDTH} elements, got {width}"
     elif x.device.type == "cuda":
         reason = _gpu_unavailable(x.device.index or 0)
     elif x.device.type == "cpu":
-        reason = _interpreter_unavailable()
+        reason = interpreter_unavailable()
     elif x.device.type != "meta":
         reason = f"there are no kernels for {x.device.type} tensors"
     if reason is not None and backend == "triton":
         raise RuntimeError(f"{operator} cannot run its Triton kernel: {reason}")
     return reason is None
+
+
+def _under_vmap() -> bool:
+    stack = torch._C._functorch.get_interpreter_stack()
+    return bool(stack) and any(item.key() == torch._C._functorch.TransformType.Vmap for item in stack or ())
 
 
 def _gpu_unavailable(index: int) -> str | None:
@@ -99,7 +107,7 @@ def _gpu_reason(index: int) -> str | None:
     return None if major >= 8 else f"the kernels need sm_80 or newer, the GPU is sm_{major}{minor}"
 
 
-def _interpreter_unavailable() -> str | None:
+def interpreter_unavailable() -> str | None:
     """Why CPU tensors cannot run a kernel, or None."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
@@ -111,7 +119,7 @@ def _interpreter_unavailable() -> str | None:
 
 
 _gpu_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_interpreter_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+interpreter_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def flash_attn_unavailable() -> str | None:
@@ -127,10 +135,12 @@ def available_backends() -> list[tuple[str, str, str | None]]:
     """(operator family, backend, why it is unavailable or None), for ``ditfast info``."""
     no_kernel = "no Triton kernel in this version"
     no_cuda = None if torch.cuda.is_available() else "needs a CUDA GPU"
-    adaln = _gpu_unavailable(torch.cuda.current_device()) if torch.cuda.is_available() else _interpreter_unavailable()
+    adaln = _gpu_unavailable(torch.cuda.current_device()) if torch.cuda.is_available() else interpreter_unavailable()
     return [
         ("adaln", "torch", None),
         ("adaln", "triton", adaln),
+        ("conditioning", "torch", None),
+        ("conditioning", "triton", adaln),
         ("linear", "torch", None),
         ("linear", "cublaslt", no_cuda),
         ("linear", "triton", no_kernel),

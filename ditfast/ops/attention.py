@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..reference import ops as formulas
 from . import _check
-from ._backend import autocast_dtype, flash_attn_unavailable
+from ._backend import autocast_dtype, current_backend, flash_attn_unavailable
 
 AttentionBackend = Literal["sdpa", "flash_attn"]
 
@@ -44,15 +44,31 @@ def self_attention(
     if num_heads < 1 or qkv.shape[2] % (3 * num_heads):
         raise ValueError(f"num_heads must divide a third of qkv's last axis {qkv.shape[2]}, got {num_heads}")
     if bias is not None:
-        _check_bias(bias, qkv, num_heads)
+        bias = _checked_bias(bias, qkv, num_heads)
     if backend is not None and backend not in get_args(AttentionBackend):
         raise ValueError(f"backend must be None or one of {', '.join(get_args(AttentionBackend))}, got {backend!r}")
     if backend == "flash_attn":
         return _flash_attn(qkv, num_heads, scale, bias)
+    if qkv.is_meta and current_backend() == "triton":
+        return _trace(qkv, num_heads, scale, bias)
     return formulas.self_attention(qkv, num_heads, scale, bias)
 
 
-def _check_bias(bias: Tensor, qkv: Tensor, num_heads: int) -> None:
+def _trace(qkv: Tensor, num_heads: int, scale: float | None, bias: Tensor | None) -> Tensor:
+    """The formula as a GPU runs it: its kernels write (B, T, H, head_dim), so the merge of the heads is a view.
+
+    The math path, which meta tensors take, writes (B, H, T, head_dim) and would count a copy.
+    """
+    batch, tokens, width = qkv.shape
+    q, k, v = qkv.view(batch, tokens, 3, num_heads, width // (3 * num_heads)).permute(2, 0, 3, 1, 4).unbind(0)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    if out.is_contiguous():
+        return out.view(batch, tokens, width // 3)  # no values on meta: only the shape counts
+    return formulas.merge_heads(out)
+
+
+def _checked_bias(bias: Tensor, qkv: Tensor, num_heads: int) -> Tensor:
+    """The bias with four axes."""
     _check.tensor("bias", bias)
     _check.same_device("bias", bias, qkv)
     if autocast_dtype(qkv.device.type) is None:
@@ -61,6 +77,7 @@ def _check_bias(bias: Tensor, qkv: Tensor, num_heads: int) -> None:
     padded = (1,) * (4 - bias.ndim) + tuple(bias.shape)
     if len(padded) != 4 or any(have not in (1, want) for have, want in zip(padded, wanted, strict=True)):
         raise ValueError(f"bias must broadcast to (B, H, T, T) = {wanted}, got {tuple(bias.shape)}")
+    return bias.reshape(padded)
 
 
 def _flash_attn(qkv: Tensor, num_heads: int, scale: float | None, bias: Tensor | None) -> Tensor:

@@ -32,14 +32,22 @@ def timestep_embedding(t: Tensor, dim: int, freq_shift: float = 0.0, dtype: torc
         (B, dim); computed in fp64 by the kernel, at least in fp32 by the formula.
 
     Raises:
-        TypeError, ValueError: t is no vector, or dim is odd.
+        TypeError, ValueError: an argument does not fit, naming it.
     """
     if not isinstance(t, Tensor):
         raise TypeError(f"t must be a tensor, got {type(t).__name__}")
     if t.ndim != 1:
         raise ValueError(f"t must have shape (B,), got {tuple(t.shape)}")
+    if t.is_complex() or t.dtype == torch.bool:
+        raise TypeError(f"t must be int or float, got {t.dtype}")
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"dim must be an int, got {dim!r}")
     if dim < 2 or dim % 2:
         raise ValueError(f"dim must be even and at least 2, got {dim}")
+    if not 0 <= freq_shift < dim // 2:
+        raise ValueError(f"freq_shift must be in [0, {dim // 2}), got {freq_shift}")
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be floating, got {dtype}")
     if _takes_kernel("timestep_embedding", t, 1) and dtype != torch.float64:
         return cast(Tensor, torch.ops.ditfast.timestep_embedding.default(t, dim, float(freq_shift), dtype))
     return formulas.timestep_embedding(t, dim, freq_shift, dtype).to(dtype)
@@ -66,6 +74,8 @@ def conditioning(t_emb: Tensor, y: Tensor, table: Tensor) -> Tensor:
     _check.tensor("table", table, 2)
     if table.shape[1] != t_emb.shape[1]:
         raise ValueError(f"table must have shape (rows, {t_emb.shape[1]}), got {tuple(table.shape)}")
+    if not isinstance(y, Tensor):
+        raise TypeError(f"y must be a tensor, got {type(y).__name__}")
     if y.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"y must be int64 or int32, got {y.dtype}")
     _check.shape("y", y, (t_emb.shape[0],))

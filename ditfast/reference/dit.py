@@ -235,7 +235,8 @@ class DiT(nn.Module):
         Args:
             x: latents (B, C, height, width) of ``config.latent_size``, any floating dtype.
             t: timesteps (B,), int or float.
-            y: labels (B,), int32 or int64; ``config.null_class`` is the null class.
+            y: labels (B,), int32 or int64; ``config.null_class`` is the null class. A label outside the table
+                is torch's IndexError on the CPU; a GPU's kernels answer it with an assertion or with NaN.
 
         Returns:
             (B, C_out, height, width) in the model's dtype.
@@ -262,8 +263,9 @@ class DiT(nn.Module):
             y: labels (2N,), the first half conditional and the second the null class; or (N,), to which
                 the null class of the config is appended.
             cfg_scale: 1 is no guidance; above, eps_u + cfg_scale * (eps_c - eps_u).
-            guided_channels: how many leading latent channels are guided: 3 as in the official release,
-                or "all" of the noise prediction, as in diffusers. The variance is never guided.
+            guided_channels: how many leading latent channels are guided: 3 as in the official release (or
+                fewer where the latent has fewer), or "all" of the noise prediction, as in diffusers. The variance
+                is never guided.
 
         Returns:
             (2N, C_out, height, width); both halves hold the guided channels.
@@ -272,7 +274,7 @@ class DiT(nn.Module):
             TypeError, ValueError: as :meth:`forward`; an odd batch; no null class in the config.
         """
         channels = self.config.in_channels
-        guided = channels if guided_channels == "all" else guided_channels
+        guided = {"all": channels, 3: min(3, channels)}.get(guided_channels, guided_channels)
         if isinstance(guided, bool) or not isinstance(guided, int) or not 1 <= guided <= channels:
             raise ValueError(f'guided_channels must be "all" or in 1..{channels}, got {guided_channels!r}')
         if x.ndim != 4 or x.shape[0] % 2:
@@ -287,6 +289,9 @@ class DiT(nn.Module):
 
     def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> None:
         shape = (self.config.in_channels, *self.config.latent_hw)
+        for name, value in (("x", x), ("t", t), ("y", y)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         if not x.is_floating_point():
             raise TypeError(f"x must have a floating dtype, got {x.dtype}")
         if x.ndim != 4 or x.shape[1:] != shape:
