@@ -299,8 +299,11 @@ class DiT(reference.DiT):
         cache = self._cached_modulation(weights, biases, c.device.type)
         c = c.to(cache.weight.dtype)
         if c.device.type == "cpu":
-            # the CPU's BLAS takes few rows against a tall weight two to four times faster this way round
-            modulations = torch.addmm(cache.bias.unsqueeze(1), cache.weight, c.t()).t().contiguous()
+            # MKL takes few rows against a tall weight two to four times faster this way round, and two columns
+            # three times faster than one, which goes to its matrix-vector product
+            columns = (c if len(c) != 1 else torch.cat([c, c])).t()
+            product = torch.addmm(cache.bias.unsqueeze(1), cache.weight, columns)
+            modulations = product[:, : len(c)].t().contiguous()
         else:
             modulations = F.linear(c, cache.weight, cache.bias)
         return tuple(modulations.split_with_sizes([weight.shape[0] for weight in weights], dim=1))
