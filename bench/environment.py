@@ -44,7 +44,8 @@ def collect(device_index: int | None = None) -> dict[str, Any]:
         "dirty": dirty,
         "python": platform.python_version(),
         "packages": {name: package_version(name) for name in _PACKAGES},
-        "os": platform.platform(),
+        # not the kernel's release, which names a host rather than a condition
+        "os": " ".join(part for part in (platform.system(), platform.machine(), *platform.libc_ver()) if part),
         "cpu": {"model": _cpu_model(), "cores": _cpu_cores(), "torch_threads": _torch_threads()},
         "gpu": _gpu(device_index),
     }

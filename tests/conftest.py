@@ -25,6 +25,13 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(2)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # on a GPU the kernels' tests run the real ones: `pytest -m gpu` takes them too
+    for item in items:
+        if torch.cuda.is_available() and item.get_closest_marker("kernels"):
+            item.add_marker("gpu")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU; torch.cuda.is_available() is False")
