@@ -209,7 +209,7 @@ def test_drawn_shapes(name, batch, tokens, width, mean, dtype, mixed, mask, seed
     wanted = tuple(item for index, item in enumerate(names) if mask >> index & 1)
     verdicts = check(operator, shape, DTYPES[dtype], DEVICE, mixed=mixed and dtype != "fp32", wanted=wanted, seed=seed)
     # a row of one element is its own mean: its norm and the norm's gradients vanish, and no relative error exists
-    assert width == 1 or not failures(verdicts)
+    assert (width == 1 and name != "gated_residual") or not failures(verdicts)
 
 
 @every_operator
