@@ -1,5 +1,6 @@
 # make bench   measure this machine: reference beside ditfast, each row with a parity tick
 # make test    lint, types, tests
+# make readme  the README's table, rendered from bench/results
 # Both make the environment first, once; VENV=..., PYTHON=... and BENCH="--model DiT-B/4" are honoured.
 
 VENV ?= .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ditfast-env
 BENCH ?=
 
-.PHONY: env bench test lint kernels-oldest clean
+.PHONY: env bench readme test lint kernels-oldest clean
 .DEFAULT_GOAL := env
 
 env: $(STAMP)
@@ -31,6 +32,10 @@ $(STAMP): pyproject.toml constraints.txt setup.py
 bench: env
 	"$(BIN)/ditfast" bench $(BENCH)
 
+# the README's table from the committed results
+readme: env
+	"$(BIN)/ditfast" bench readme README.md bench/results/*.json
+
 test: lint
 	"$(BIN)/python" -m pytest -q --durations=12
 
@@ -44,5 +49,5 @@ kernels-oldest: env
 	PYTHONPATH="$(VENV)/triton-oldest:." "$(BIN)/python" -m ditfast kernels
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

@@ -6,9 +6,21 @@ Everything else about the distribution is in pyproject.toml.
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
+
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 MAPPED = ("kernels", "bench")
+# pytest's files in bench/: of the checkout and the sdist (MANIFEST.in), not of the installed package
+TESTS = ("test_*.py", "conftest.py")
+
+
+class BuildWithoutTests(build_py):
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        found = super().find_package_modules(package, package_dir)
+        return [item for item in found if not any(fnmatch(f"{item[1]}.py", pattern) for pattern in TESTS)]
+
 
 packages = find_packages(
     include=["ditfast", "ditfast.*"],
@@ -22,6 +34,7 @@ for room in MAPPED:
 
 setup(
     packages=packages,
+    cmdclass={"build_py": BuildWithoutTests},
     package_dir={"ditfast": "ditfast", **{f"ditfast.{room}": room for room in MAPPED}},
     package_data={
         "ditfast": ["py.typed"],

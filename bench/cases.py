@@ -9,9 +9,9 @@ from typing import Literal, get_args
 
 import torch
 
-from ditfast.config import MODELS, DiTConfig
+from ditfast.config import MODELS, VAE_FACTOR, DiTConfig
 
-Mode = Literal["forward", "cfg", "train"]
+Mode = Literal["forward", "cfg", "train", "train-checkpoint"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,50 +44,80 @@ class Case:
         return dtype_name(self.dtype)
 
     @property
+    def training(self) -> bool:
+        return is_training(self.mode)
+
+    @property
     def label(self) -> str:
-        return f"{self.config.name} batch {self.batch}"
+        height, width = self.config.latent_hw
+        size = "" if (height, width) == (32, 32) else f" {height * VAE_FACTOR}x{width * VAE_FACTOR} px"
+        return f"{self.config.name}{size} batch {self.batch}, {self.mode}, {self.dtype_name}"
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What ``ditfast bench`` measures where the user names nothing."""
+    """What a suite measures where the user names nothing; ``large_size`` in pixels is for the models in /2 besides."""
 
     models: tuple[str, ...]
     batches: tuple[int, ...]
     dtype: torch.dtype
     providers: tuple[str, ...]
-    seconds: float
+    seconds: float = 1.0
+    modes: tuple[Mode, ...] = ("forward",)
+    large_size: str | None = None
 
 
+_CPU_PROVIDERS = ("reference", "reference-compile", "ditfast")
+_GPU_PROVIDERS = (
+    "reference-tf32",
+    "reference-autocast",
+    "reference",
+    "reference-compile",
+    "reference-max-autotune",
+    "reference-reduce-overhead",
+    "diffusers",
+    "diffusers-compile",
+    "ditfast",
+    "ditfast-compile",
+    "ditfast-graph",
+)
 # small models at honest sizes; compiling is most of the time, and two cases keep it under two minutes on two slow cores
-_CPU = Defaults(
-    models=("DiT-S/8", "DiT-S/4"),
-    batches=(8,),
-    dtype=torch.float32,
-    providers=("reference", "reference-compile", "ditfast"),
-    seconds=1.0,
+_CPU_QUICK = Defaults(("DiT-S/8", "DiT-S/4"), (8,), torch.float32, _CPU_PROVIDERS)
+_CPU_FULL = Defaults(
+    ("DiT-S/8", "DiT-S/4", "DiT-S/2"),
+    (1, 8),
+    torch.float32,
+    (*_CPU_PROVIDERS, "ditfast-compile"),
+    modes=("forward", "cfg", "train"),
 )
-_GPU = Defaults(
-    models=tuple(MODELS),
-    batches=(1, 32, 256),
-    dtype=torch.bfloat16,
-    providers=(
-        "reference-tf32",
-        "reference",
-        "reference-compile",
-        "reference-max-autotune",
-        "reference-reduce-overhead",
-        "diffusers",
-        "ditfast",
-        "ditfast-compile",
-        "ditfast-graph",
-    ),
-    seconds=1.0,
+_GPU_QUICK = Defaults(("DiT-XL/2",), (1, 256), torch.bfloat16, _GPU_PROVIDERS)
+_GPU_FULL = Defaults(
+    tuple(MODELS), (1, 8, 32, 128, 256), torch.bfloat16, _GPU_PROVIDERS, modes=MODES, large_size="512"
 )
 
 
-def defaults(device: torch.device) -> Defaults:
-    return _GPU if device.type == "cuda" else _CPU
+def defaults(device: torch.device, full: bool = False) -> Defaults:
+    """Of ``ditfast bench``, or with ``full`` of ``ditfast bench models``."""
+    if device.type == "cuda":
+        return _GPU_FULL if full else _GPU_QUICK
+    return _CPU_FULL if full else _CPU_QUICK
+
+
+def is_training(mode: str) -> bool:
+    """Whether a mode is a training step."""
+    return mode.startswith("train")
+
+
+def parse_mode(name: str) -> Mode:
+    """The mode of that name.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    for mode in MODES:
+        if mode == name:
+            return mode
+    raise ValueError(unknown("mode", name, MODES))
 
 
 def parse_dtype(name: str) -> torch.dtype:
@@ -129,7 +159,16 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
 
 
 def make_cases(
-    configs: Collection[DiTConfig], batches: Collection[int], dtype: torch.dtype, mode: Mode
+    configs: Collection[DiTConfig],
+    batches: Collection[int],
+    dtypes: Collection[torch.dtype],
+    modes: Collection[Mode],
 ) -> list[Case]:
-    """Every model at every batch, small batches first, without repetitions."""
-    return [Case(config, batch, dtype, mode) for config in dict.fromkeys(configs) for batch in sorted(set(batches))]
+    """Every model in every mode and dtype at every batch, small batches first, without repetitions."""
+    return [
+        Case(config, batch, dtype, mode)
+        for config in dict.fromkeys(configs)
+        for mode in dict.fromkeys(modes)
+        for dtype in dict.fromkeys(dtypes)
+        for batch in sorted(set(batches))
+    ]

@@ -66,7 +66,8 @@ def _copy(device: torch.device, seconds: float) -> tuple[float, int]:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         size = min(1 << 30, free // 8)
-    source = torch.randn(size // 4, device=device)
+    # a small random block over and over: to draw all of it would take longer than to measure
+    source = torch.randn(min(size // 4, 1 << 20), device=device).repeat(max(size // 4 >> 20, 1))
     target = torch.empty_like(source)
     best = _best(lambda: target.copy_(source), device, seconds)
     return 2 * source.nbytes / best / 1e9, source.nbytes

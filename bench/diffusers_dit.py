@@ -12,7 +12,7 @@ from ditfast import _checkpoint_diffusers as diffusers_format
 from ditfast.reference import ops
 
 from .cases import Case
-from .variants import Variant, inference_variant, training_variant
+from .variants import Transform, Variant, inference_variant, training_variant
 from .workload import Workload
 
 # the class's sinusoid has shift 1, and its own default for the second norm's epsilon is 1e-5
@@ -30,14 +30,16 @@ def unavailable(case: Case, device: torch.device) -> str | None:
     return None
 
 
-class _DiffusersDiT(nn.Module):
+class DiffusersDiT(nn.Module):
     """diffusers' model under the reference's interface, with the reference's guidance."""
 
     def __init__(self, model: Any, null_class: int | None) -> None:
         super().__init__()
         self.model, self.null_class = model, null_class
+        self.blocks = model.transformer_blocks
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        x = x.to(self.model.pos_embed.proj.weight.dtype)  # which the reference does by itself
         output: Tensor = self.model(x, timestep=t, class_labels=y, return_dict=False)[0]
         return output
 
@@ -47,7 +49,7 @@ class _DiffusersDiT(nn.Module):
         return ops.guide(self(torch.cat([half, half]), t, y), cfg_scale, guided_channels)
 
 
-def build(work: Workload) -> Variant:
+def build(work: Workload, transform: Transform | None = None) -> Variant:
     """The provider's ``build``."""
     from diffusers import DiTTransformer2DModel  # type: ignore[import-not-found, unused-ignore]
 
@@ -59,8 +61,8 @@ def build(work: Workload) -> Variant:
     model = nn.Module.to(model, case.dtype).eval()
     tensors = diffusers_format.tensors_to_diffusers(work.model.state_dict(), case.config.depth)
     model.load_state_dict(tensors, strict=True)
-    wrapped = _DiffusersDiT(model, case.config.null_class)
-    if case.mode == "train":
+    wrapped = DiffusersDiT(model, case.config.null_class)
+    if case.training:
         # the embedders' weights are repeated in every block, and so are parts of their gradients
-        return training_variant(wrapped, comparable=False)
-    return inference_variant(wrapped, case.mode, shared=False)
+        return training_variant(wrapped, case.mode, transform=transform, comparable=False)
+    return inference_variant(wrapped, case.mode, shared=False, transform=transform)

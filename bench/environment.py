@@ -51,6 +51,12 @@ def collect(device_index: int | None = None) -> dict[str, Any]:
     }
 
 
+def gpu_readings() -> dict[str, Any]:
+    """The current GPU's clocks, power and temperature at this moment; None where they cannot be read."""
+    gpu = _gpu(None) or {}
+    return {name: gpu.get(name) for name in _SMI_FIELDS if name != "driver"}
+
+
 def parse_device(name: str | None) -> torch.device:
     """The device of "cpu", "cuda" or "cuda:N"; None is CUDA where there is a GPU, and else the CPU.
 

@@ -21,10 +21,14 @@ def check_target(path: Path | None) -> None:
 
 def write_json(data: Any, path: Path) -> None:
     """Writes beside, then renames: a reader, or an interruption, never meets half a file."""
-    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+    write_bytes((json.dumps(data, indent=1, allow_nan=False) + "\n").encode(), path)
+
+
+def write_bytes(data: bytes, path: Path) -> None:
+    """The same for any content."""
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_bytes(data)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

@@ -14,13 +14,16 @@ from ditfast.config import DiTConfig
 def randomize_(model: nn.Module, seed: int = 0) -> nn.Module:
     """Draws every trainable parameter anew, scaled so that activations stay of order one. Returns the model.
 
-    The draw is made in fp32 on the CPU, so that it is the same on every device and in every dtype.
+    The draw is made in fp32 where the parameters are, so that it is the same in every dtype and every process.
+    On the meta device there is nothing to draw.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generators: dict[torch.device, torch.Generator] = {}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or parameter.is_meta:
             continue
-        value = torch.randn(parameter.shape, generator=generator)
+        if parameter.device not in generators:
+            generators[parameter.device] = torch.Generator(parameter.device).manual_seed(seed)
+        value = torch.randn(parameter.shape, generator=generators[parameter.device], device=parameter.device)
         if parameter.ndim == 1:
             norm_weight = name.endswith("weight")
             value = value * 0.1 + (1.0 if norm_weight else 0.0)
@@ -39,7 +42,10 @@ def random_batch(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents (B, C, h, w) in ``dtype``, timesteps (B,) in 0..999, labels (B,) without the null class."""
+    """Latents (B, C, h, w) in ``dtype``, timesteps (B,) in 0..999, labels (B,) without the null class.
+
+    Drawn on the CPU: the same on every device.
+    """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, config.in_channels, *config.latent_hw, generator=generator)
     t = torch.randint(0, 1000, (batch,), generator=generator)

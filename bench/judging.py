@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 from ditfast.training.loss import diffusion_loss
 
@@ -16,6 +19,7 @@ from .variants import Variant
 from .workload import Inputs, Workload, cast_inputs, inference_call, take_outputs, take_samples
 
 _MAX_SAMPLES = 4  # of a batch: samples are independent, and fp64 is slow
+_MAX_SCORES = 1 << 30  # bytes of attention scores at a time in the oracle
 _CHUNK = 8  # images at a time in the gradients' oracle, which needs the whole batch
 
 Constants = Mapping[str, float]
@@ -56,7 +60,7 @@ class Judge:
         In training this must come before the variant's first step.
         """
         case = self._work.case
-        if case.mode == "train":
+        if case.training:
             return variant.gradients(inputs)
         output = take_outputs(case.mode, variant.step(inputs), case.batch, self.samples)
         return {"output": output.clone()}  # a graph writes its buffer again in its next call
@@ -69,7 +73,7 @@ class Judge:
             constants: fields of the config in which the variant's function differs from the case's.
         """
         case = self._work.case
-        samples = case.batch if case.mode == "train" else len(self.samples)
+        samples = case.batch if case.training else len(self.samples)
         if found is None:
             return Judgement(None, samples, "parity not judged: its parameters are laid out otherwise")
         oracles, yardsticks = self.standard(constants)
@@ -91,7 +95,7 @@ class Judge:
         """(oracle, yardstick), each by name; made at the first call for these constants."""
         key = tuple(sorted(constants.items()))
         if key not in self._standards:
-            make = self._gradients if self._work.case.mode == "train" else self._outputs
+            make = self._gradients if self._work.case.training else self._outputs
             self._standards[key] = (
                 make(torch.float64, constants),
                 make(self._work.case.dtype, constants),
@@ -102,7 +106,7 @@ class Judge:
         mode = self._work.case.mode
         call = inference_call(self._work.own_model(dtype, **constants), mode)
         inputs = cast_inputs(take_samples(mode, self._inputs, self.samples), dtype)
-        with torch.inference_mode():
+        with torch.inference_mode(), _LeanAttention():
             return {"output": call(inputs)}
 
     def _gradients(self, dtype: torch.dtype, constants: Constants) -> dict[str, Tensor]:
@@ -115,6 +119,22 @@ class Judge:
             loss = diffusion_loss(model, *part) * (len(part[0]) / batch)
             loss.backward()
         return {name: p.grad for name, p in model.named_parameters() if _counts(name, p)}  # type: ignore[misc]
+
+
+class _LeanAttention(TorchFunctionMode):
+    """fp64 attention in slices of queries: it has no flash kernel, and whole scores of long sequences fit nowhere."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not scaled_dot_product_attention or args[0].dtype != torch.float64:
+            return func(*args, **kwargs)
+        q, k, v, *rest = args
+        mask = rest[0] if rest else kwargs.pop("attn_mask", None)
+        scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.element_size()
+        slices = math.ceil(scores / _MAX_SCORES)
+        if mask is not None or slices <= 1:
+            return func(q, k, v, mask, **kwargs)
+        return torch.cat([func(part, k, v, **kwargs) for part in q.chunk(slices, dim=2)], dim=2)
 
 
 def _counts(name: str, parameter: Tensor) -> bool:

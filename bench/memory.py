@@ -1,17 +1,31 @@
-"""Peak memory of a provider on its own: its weights, what it keeps between calls, and one call's peak.
+"""Memory of a provider on its own: its peak in a call, and what a training step's forward keeps for the backward.
 
-On CUDA the caching allocator's counters are read; what a graph's private pool holds is found as reserved memory.
-On the CPU the profiler's allocation events of torch's allocator are added up, and the tensors alive before and after.
+The peak is its weights, what it keeps between calls, and one call's peak. On CUDA the caching allocator's counters
+are read; what a graph's private pool holds is found as reserved memory. On the CPU the profiler's allocation events
+of torch's allocator are added up, and the tensors alive before and after.
+
+What is kept for the backward are the tensors that autograd saves, counted between the forward and the backward: of
+each the whole storage, once, for that is what stays in memory. What is there anyway is left out: parameters and the
+step's inputs, and whatever is a view of them.
 """
 
 from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
+
+if TYPE_CHECKING:
+    from .variants import Variant
+    from .workload import Inputs
 
 
 class MemoryMeter:
@@ -47,6 +61,75 @@ class MemoryMeter:
         tensors = [item for item in gc.get_objects() if type(item) in (Tensor, nn.Parameter)]
         storages = (t.untyped_storage() for t in tensors if t.device == self._device and t.layout == torch.strided)
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def saved_bytes(loss: Callable[[], Tensor], left_out: Iterable[Tensor] = ()) -> int:
+    """Bytes that a forward keeps for its backward.
+
+    Under activation checkpointing these are what is kept until the backward begins, not what it computes again.
+    Copies of parameters in another dtype, as autocast makes them, count. Works on meta tensors.
+
+    Args:
+        loss: the forward, run once; no backward follows.
+        left_out: tensors whose storages do not count, besides the leaves that the loss has gradients for.
+
+    Raises:
+        ValueError: the loss has no backward.
+    """
+    kept: list[weakref.ref[_Kept]] = []
+
+    def pack(tensor: Tensor) -> _Kept:
+        holder = _Kept(tensor.detach())  # the tensor itself may own the node that keeps it
+        kept.append(weakref.ref(holder))
+        return holder
+
+    with saved_tensors_hooks(pack, lambda holder: holder.tensor):
+        value = loss()
+    if value.grad_fn is None:
+        raise ValueError(f"loss must return a tensor with a backward, got one without, of shape {tuple(value.shape)}")
+    # what was saved by parts of the graph that are gone already is gone too
+    tensors = [holder.tensor for reference in kept if (holder := reference()) is not None]
+    known = list(left_out)
+    for node in _nodes(value.grad_fn):
+        if isinstance(leaf := getattr(node, "variable", None), Tensor):
+            known.append(leaf)
+        else:  # a Python function's node may hold tensors as attributes, which the hooks do not see
+            tensors += [item for item in tree_leaves(getattr(node, "__dict__", {})) if isinstance(item, Tensor)]
+    sizes = dict(map(_storage, tensors))
+    for tensor in known:
+        sizes.pop(_storage(tensor)[0], None)
+    return sum(sizes.values())
+
+
+def saved_in_step(variant: Variant, inputs: Inputs) -> int | None:
+    """The same of a variant's training step; None where it has no loss of its own."""
+    loss = variant.loss
+    if loss is None:
+        return None
+    return saved_bytes(lambda: loss(inputs), (*inputs, *(variant.parameters or {}).values()))
+
+
+@dataclass(eq=False)
+class _Kept:
+    """A saved tensor, for as long as the graph lives."""
+
+    tensor: Tensor
+
+
+def _nodes(root: Any) -> Iterator[Any]:
+    seen, pending = {root}, [root]
+    while pending:
+        node = pending.pop()
+        yield node
+        following = {parent for parent, _ in node.next_functions if parent is not None} - seen
+        seen |= following
+        pending += following
+
+
+def _storage(tensor: Tensor) -> tuple[int, int]:
+    """(identity, bytes) of a tensor's storage; on meta tensors there is no address."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() or storage._cdata, storage.nbytes()
 
 
 def _cuda_peak(call: Callable[[], object], device: torch.device) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,25 +13,29 @@ from torch.utils.flop_counter import FlopCounterMode
 from ditfast import reference
 from ditfast.config import DiTConfig
 
-from .cases import Mode
+from .cases import Mode, is_training
 from .ceilings import Ceilings
-from .records import Row
+from .rows import ModelRow, OpRow
+
+Timed = TypeVar("Timed", ModelRow, OpRow)
 
 
 @lru_cache(maxsize=64)
 def flops_per_image(config: DiTConfig, mode: Mode) -> int:
     """FLOPs of the reference for one image, 2 for a multiply-accumulate; counted on the meta device.
 
-    cfg runs two samples an image; train counts the forward and the backward (the optimiser's are left out).
+    cfg runs two samples an image; training counts the forward and the backward, neither the optimiser nor what
+    activation checkpointing computes twice.
     The count is the reference's for every provider, so that work a provider saves shows as speed.
     """
     with torch.device("meta"):
         model = reference.DiT(config).eval()
         x = torch.empty(1, config.in_channels, *config.latent_hw)
         index = torch.zeros(1, dtype=torch.int64)
-    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(mode == "train"):
+    training = is_training(mode)
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
         output = model(x, index, index)
-        if mode == "train":
+        if training:
             output.sum().backward()
     return int(counter.get_total_flops()) * (2 if mode == "cfg" else 1)
 
@@ -49,7 +54,7 @@ def tflops(flops: int, median_ms: float) -> float:
     return flops / median_ms / 1e9
 
 
-def with_shares(rows: Iterable[Row], ceilings: Ceilings) -> list[Row]:
+def with_shares(rows: Iterable[ModelRow], ceilings: Ceilings) -> list[ModelRow]:
     """The rows with ``ceiling_share`` and ``ceiling``: the larger of the shares of the two measured ceilings.
 
     They are the TFLOP/s over the matmul's in the row's precision, and reading the weights once over the copy.
@@ -58,7 +63,7 @@ def with_shares(rows: Iterable[Row], ceilings: Ceilings) -> list[Row]:
     return [_with_share(row, ceilings) for row in rows]
 
 
-def _with_share(row: Row, ceilings: Ceilings) -> Row:
+def _with_share(row: ModelRow, ceilings: Ceilings) -> ModelRow:
     peak = ceilings.matmul_tflops.get(row.precision)
     if row.ms is None or row.tflops is None or row.weight_bytes is None or peak is None:
         return row
@@ -67,7 +72,7 @@ def _with_share(row: Row, ceilings: Ceilings) -> Row:
     return replace(row, ceiling_share=share, ceiling=ceiling)
 
 
-def with_speedups(rows: Iterable[Row]) -> list[Row]:
+def with_speedups(rows: Iterable[Timed]) -> list[Timed]:
     """The rows of one case with ``speedup`` and ``rival`` set where they are earned.
 
     A ditfast row earns a speed-up only by a parity tick of this run. The rival is the fastest provider

@@ -23,18 +23,22 @@ _STREAM = ("x", "residual")  # arguments that may be fp32 beside bf16 and fp16
 
 @dataclass(frozen=True)
 class Shape:
-    """B batch, T tokens, D width; mean is added to the stream (large means provoke cancellation in a norm)."""
+    """B batch, T tokens, D width, F = ratio * D hidden width.
+
+    mean is added to the stream: large ones provoke cancellation in a norm.
+    """
 
     batch: int
     tokens: int
     width: int
     num_heads: int = 2
     mean: float = 0.0
+    ratio: int = 2
 
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator: the function in question, its formula, and how to draw its inputs (fp32, on the CPU)."""
+    """One operator: the function in question, its formula, and how to draw its inputs in fp32."""
 
     name: str
     fused: Callable[..., Any]
@@ -50,19 +54,27 @@ class Operator:
         return tuple(name for name, value in inputs.items() if self.gradients and value.is_floating_point())
 
 
+def _normal(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(size, generator=generator, device=generator.device)
+
+
+def _integers(below: int, count: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, below, (count,), generator=generator, device=generator.device)
+
+
 def _tokens(shape: Shape, generator: torch.Generator, mean: float = 0.0) -> Tensor:
-    return torch.randn(shape.batch, shape.tokens, shape.width, generator=generator) + mean
+    return _normal((shape.batch, shape.tokens, shape.width), generator) + mean
 
 
 def _modulations(shape: Shape, generator: torch.Generator, names: str) -> Inputs:
     """Chunks of one (B, 6D) tensor, as the models have them."""
-    chunks = torch.randn(shape.batch, 6 * shape.width, generator=generator).chunk(6, dim=1)
+    chunks = _normal((shape.batch, 6 * shape.width), generator).chunk(6, dim=1)
     return dict(zip(names.split(), chunks, strict=False))
 
 
 def _linear(out_features: int, in_features: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    weight = torch.randn(out_features, in_features, generator=generator) * in_features**-0.5
-    return weight, torch.randn(out_features, generator=generator) * 0.1
+    weight = _normal((out_features, in_features), generator) * in_features**-0.5
+    return weight, _normal((out_features,), generator) * 0.1
 
 
 def _draw_norm(shape: Shape, generator: torch.Generator) -> Inputs:
@@ -80,41 +92,41 @@ def _draw_fused(shape: Shape, generator: torch.Generator) -> Inputs:
 
 
 def _draw_linear_gelu(shape: Shape, generator: torch.Generator) -> Inputs:
-    weight, bias = _linear(2 * shape.width, shape.width, generator)
+    weight, bias = _linear(shape.ratio * shape.width, shape.width, generator)
     return {"x": _tokens(shape, generator), "weight": weight, "bias": bias}
 
 
 def _draw_linear_residual(shape: Shape, generator: torch.Generator) -> Inputs:
-    weight, bias = _linear(shape.width, 2 * shape.width, generator)
-    x = torch.randn(shape.batch, shape.tokens, 2 * shape.width, generator=generator)
+    weight, bias = _linear(shape.width, shape.ratio * shape.width, generator)
+    x = _normal((shape.batch, shape.tokens, shape.ratio * shape.width), generator)
     gate = _modulations(shape, generator, "gate")
     return {"x": x, "weight": weight, "bias": bias, **gate, "residual": _tokens(shape, generator, shape.mean)}
 
 
 def _draw_mlp(shape: Shape, generator: torch.Generator) -> Inputs:
-    w1, b1 = _linear(2 * shape.width, shape.width, generator)
-    w2, b2 = _linear(shape.width, 2 * shape.width, generator)
+    w1, b1 = _linear(shape.ratio * shape.width, shape.width, generator)
+    w2, b2 = _linear(shape.width, shape.ratio * shape.width, generator)
     return {"x": _tokens(shape, generator), "w1": w1, "b1": b1, "w2": w2, "b2": b2}
 
 
 def _draw_attention(shape: Shape, generator: torch.Generator) -> Inputs:
-    return {"qkv": torch.randn(shape.batch, shape.tokens, 3 * shape.width, generator=generator)}
+    return {"qkv": _normal((shape.batch, shape.tokens, 3 * shape.width), generator)}
 
 
 def _draw_biased_attention(shape: Shape, generator: torch.Generator) -> Inputs:
-    bias = torch.randn(shape.num_heads, shape.tokens, shape.tokens, generator=generator)
+    bias = _normal((shape.num_heads, shape.tokens, shape.tokens), generator)
     return {**_draw_attention(shape, generator), "bias": bias}
 
 
 def _draw_conditioning(shape: Shape, generator: torch.Generator) -> Inputs:
-    t_emb = torch.randn(shape.batch, shape.width, generator=generator)
-    table = torch.randn(11, shape.width, generator=generator)
-    return {"t_emb": t_emb, "y": torch.randint(0, 11, (shape.batch,), generator=generator), "table": table}
+    t_emb = _normal((shape.batch, shape.width), generator)
+    table = _normal((11, shape.width), generator)
+    return {"t_emb": t_emb, "y": _integers(11, shape.batch, generator), "table": table}
 
 
 def _draw_timesteps(shape: Shape, generator: torch.Generator) -> Inputs:
     # the empty tensor carries the dtype of the result
-    return {"t": torch.randint(0, 1000, (shape.batch,), generator=generator), "like": torch.empty(0)}
+    return {"t": _integers(1000, shape.batch, generator), "like": torch.empty(0)}
 
 
 def _conditioning_formula(t_emb: Tensor, y: Tensor, table: Tensor) -> Tensor:
@@ -184,7 +196,7 @@ def draw_inputs(
     operator: Operator, shape: Shape, dtype: torch.dtype, device: torch.device | str, mixed: bool = False, seed: int = 0
 ) -> Inputs:
     """The operator's inputs in ``dtype`` on ``device``; with ``mixed``, its residual stream in fp32."""
-    inputs = operator.draw(shape, torch.Generator().manual_seed(seed))
+    inputs = operator.draw(shape, torch.Generator(device).manual_seed(seed))
     return {
         name: value.to(device, torch.float32 if mixed and name in _STREAM else dtype)
         if value.is_floating_point()
@@ -215,12 +227,12 @@ def run(
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     results = {f"output{index}": output.detach() for index, output in enumerate(outputs)}
     if wanted:
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator(outputs[0].device).manual_seed(1)
         # representable in every run, so that the oracle and the candidate see the same values
         dtypes = [value.dtype for value in inputs.values() if value.is_floating_point()]
         narrowest = min(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
         incoming = [
-            torch.randn(output.mT.shape, generator=generator).mT.to(narrowest).to(output) for output in outputs
+            _normal(tuple(output.mT.shape), generator).mT.to(narrowest).to(output) for output in outputs
         ]
         # an output may not depend on the wanted inputs: the residual does not on shift and scale
         pairs = [(output, value) for output, value in zip(outputs, incoming, strict=True) if output.requires_grad]

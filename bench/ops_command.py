@@ -1,11 +1,18 @@
-"""``ditfast bench ops``: the options of the operator benchmark."""
+"""``ditfast bench ops``: every operator over the models' shapes."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from . import options
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from .operators import Shape
+    from .records import Results
 
 
 def ops(
@@ -15,66 +22,111 @@ def ops(
     direction: Annotated[
         Literal["forward", "backward"] | None, typer.Option(help="Both by default.", show_default=False)
     ] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="May be repeated.", show_default=False)] = None,
-    tokens: Annotated[int, typer.Option(help="T.")] = 256,
-    width: Annotated[list[int] | None, typer.Option(help="D; may be repeated.", show_default=False)] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="fp32, bf16 or fp16; bf16 by default on a GPU, else fp32.", show_default=False)
+    model: options.Models = None,
+    batch: options.Batches = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="T, in place of the models'.", show_default=False, metavar="T")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N. By default cuda where there is one.", show_default=False)
+    width: Annotated[
+        list[int] | None,
+        typer.Option(help="D, in place of the models'; may be repeated.", show_default=False, metavar="D"),
     ] = None,
-    seconds: Annotated[float, typer.Option(help="Time for each provider of a row.")] = 0.5,
-    json: Annotated[
-        Path | None, typer.Option(help="Write the results here, after every row.", show_default=False, metavar="FILE")
-    ] = None,
+    dtype: options.Dtypes = None,
+    device: options.Device = None,
+    seconds: options.Seconds = None,
+    json: options.Json = None,
+    resume: options.Continue = False,
+    budget: options.Budget = None,
 ) -> None:
-    """Every operator beside eager PyTorch and torch.compile, as a share of the measured limits."""
+    """Every operator beside eager PyTorch and torch.compile, as a share of the limits measured in the same run.
+
+    The shapes are those of the named models (by default all that end in /2); on a GPU whole rounds are replayed from
+    a CUDA graph, without launch overhead.
+    """
+    import torch
+
     from . import ops_bench
-    from .cases import parse_dtype
-    from .ceilings import measure_ceilings
-    from .environment import collect, parse_device
-    from .files import check_target, write_json
-    from .operators import Shape
-    from .render import print_tables
+    from .cases import dtype_name, parse_dtype, unknown
+    from .environment import parse_device
+    from .files import check_target
+    from .operators import OPERATORS
+    from .rows import Direction
+    from .suite import Recorder, run_suite
 
     check_target(json)
+    options.check_continue(resume, json)
     for option, values in (("--batch", batch or ()), ("--width", width or ()), ("--tokens", (tokens,))):
         for value in values:
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"{option} must be at least 1, got {value}")
-    if not seconds > 0:
-        raise ValueError(f"--seconds must be above 0, got {seconds}")
     where = parse_device(device)
     gpu = where.type == "cuda"
-    label = dtype or ("bf16" if gpu else "fp32")
-    chosen = parse_dtype(label)
+    dtypes = [parse_dtype(name) for name in dtype or ()] or [torch.bfloat16 if gpu else torch.float32]
     for name in operator or ():
         if name not in ops_bench.MEASURED:
-            raise ValueError(f"--operator must be one of {', '.join(ops_bench.MEASURED)}, got {name!r}")
-    shapes = [
-        Shape(batch_size, tokens, size, num_heads=heads(size))
-        for size in width or ([384, 768, 1024, 1152] if gpu else [384])
-        for batch_size in batch or ([8, 64, 256] if gpu else [4])
-    ]
-    ceilings = measure_ceilings(where, [label])
-    environment = collect()
-    rows: list[ops_bench.OpRow] = []
-    directions: list[ops_bench.Direction] = [direction] if direction else ["forward", "backward"]
-    try:
-        for found in ops_bench.run_all(
-            list(operator or ops_bench.MEASURED), directions, shapes, chosen, where, ceilings, seconds
-        ):
-            rows += found
-            typer.echo(f"{found[0].operator}, {found[0].direction}, B={found[0].batch} D={found[0].width}", err=True)
-            if json is not None:
-                write_json(ops_bench.to_json(rows, ceilings, environment), json)
-    except KeyboardInterrupt:
-        print_tables(ops_bench.render(rows, ceilings))
-        raise typer.Exit(130) from None
-    print_tables(ops_bench.render(rows, ceilings))
-    if any(row.provider == "ditfast" and (row.parity is not True or row.ms is None) for row in rows):
+            raise ValueError(unknown("--operator", name, ops_bench.MEASURED))
+    names = list(operator or ops_bench.MEASURED)
+    directions: list[Direction] = [direction] if direction else ["forward", "backward"]
+    shapes = _shapes(model, width, tokens, batch or ([8, 256] if gpu else [4]), gpu)
+    cases = [(s, name, d, t) for s in shapes for name in names for t in dtypes for d in directions]
+    duration = options.positive("--seconds", seconds, 0.5)
+
+    def measure(recorder: Recorder) -> None:
+        for shape, name, direction, dtype in cases:
+            label = f"{name}, {direction}, B={shape.batch} T={shape.tokens} D={shape.width}, {dtype_name(dtype)}"
+            keys = [ops_bench.blank_row(name, direction, shape, dtype, p).key for p in ops_bench.PROVIDERS]
+            if recorder.has(keys):
+                recorder.report(f"{label}: measured before")
+                continue
+            if recorder.out_of_time:
+                return
+            rows = ops_bench.run_operator(OPERATORS[name], direction, shape, dtype, where, duration)
+            recorder.add(rows, ops_bench.with_op_shares)
+            recorder.report(label)
+
+    settings = {
+        "device": str(where),
+        "operators": names,
+        "directions": directions,
+        "dtypes": list(map(dtype_name, dtypes)),
+        "shapes": [[shape.batch, shape.tokens, shape.width] for shape in shapes],
+        "seconds": duration,
+    }
+    results = run_suite(
+        "ops",
+        where,
+        settings,
+        measure,
+        lambda results: [ops_table(results)],
+        path=json,
+        steps=len(cases),
+        precisions=list(map(dtype_name, dtypes)),
+        resume=resume,
+        budget=options.parse_budget(budget),
+    )
+    if any(row.is_ours and (row.parity is not True or row.ms is None) for row in results.rows):
         raise typer.Exit(1)
+
+
+def _shapes(
+    models: list[str] | None, widths: list[int] | None, tokens: int | None, batches: list[int], gpu: bool
+) -> list[Shape]:
+    """The shapes of the models, or of the widths, at every batch."""
+    from ditfast.config import MODELS
+
+    from .operators import Shape
+
+    if widths:
+        pairs = [(tokens or 256, width, heads(width)) for width in widths]
+    else:
+        names = models or ([name for name in MODELS if name.endswith("/2")] if gpu else ["DiT-S/2"])
+        configs = options.named_configs(names, ("256",), "adaln_zero")
+        pairs = [(tokens or config.num_tokens, config.hidden_size, config.num_heads) for config in configs]
+    return [
+        Shape(batch, length, width, num_heads=num_heads, ratio=4)
+        for length, width, num_heads in dict.fromkeys(pairs)
+        for batch in dict.fromkeys(batches)
+    ]
 
 
 def heads(width: int) -> int:
@@ -82,3 +134,44 @@ def heads(width: int) -> int:
     if width == 1152:
         return 16
     return width // 64 if width % 64 == 0 else 1
+
+
+def ops_table(results: Results) -> RenderableType:
+    """The table of ``ditfast bench ops``, and what could not be measured and why."""
+    from rich.console import Console, Group
+
+    from .render import closing_notes, device_name, digits, line, plain_table, speedup, tick
+
+    ascii_only = Console().options.ascii_only
+    table = plain_table()
+    for header in ("operator", "direction", "B x T x D", "dtype", "provider"):
+        table.add_column(header, no_wrap=True)
+    for header in ("ms", "quartiles", "rate", "of limit", "parity", "speed-up"):
+        table.add_column(header, justify="right", no_wrap=True)
+    rows = [row for row in results.rows if row.status != "unavailable"]
+    for index, row in enumerate(rows):
+        times = ("-", "-") if row.ms is None else (f"{row.ms.median:.4g}", f"{row.ms.p25:.4g}-{row.ms.p75:.4g}")
+        table.add_row(
+            row.operator,
+            row.direction,
+            f"{row.batch} x {row.tokens} x {row.width}",
+            row.dtype,
+            row.provider,
+            *times,
+            f"[red]{row.status}[/]" if row.rate is None else f"{digits(row.rate)} {row.unit}",
+            "-" if row.share is None else f"{row.share:.0%}",
+            tick(row.parity, ascii_only),
+            speedup(row),
+            end_section=index + 1 == len(rows) or rows[index + 1].case != row.case,
+        )
+    timed = {"graph": "replayed from CUDA graphs", "calls": "with the host's launches"}
+    lines = [f"Timed {', '.join(dict.fromkeys(timed[row.timed] for row in rows))}."] if rows else []
+    lines.append("of limit: GB/s over the copy bandwidth, TFLOP/s over the matmul rate, both measured in this run.")
+    lines.append("speed-up: over the faster of eager and torch.compile; only with parity.")
+    noises = [row.noise for row in rows if row.noise is not None]
+    if noises:
+        lines.append(f"Noise: eager timed twice differed by up to {max(noises):.1%} in a row; less than that is a tie.")
+    noted = [row for row in results.rows if row.note]
+    lines += dict.fromkeys(f"{row.operator}, {row.direction}, {row.provider}: {row.note}" for row in noted)
+    title = line(f"ditfast bench ops, {device_name(results)}", "bold")
+    return Group(title, table, *map(line, [*lines, *closing_notes(results)]))

@@ -11,9 +11,10 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from .compare import Comparison
+from .compare import Comparison, timed
 from .metrics import is_tie
-from .records import Results, Row
+from .records import Results
+from .rows import ModelRow, OpRow
 
 _MAX_WIDTH = 400
 
@@ -22,42 +23,53 @@ _STATUS = {"oom": "out of memory", "error": "failed", "unavailable": "unavailabl
 
 def results_table(results: Results, ascii_only: bool | None = None) -> RenderableType:
     """The rows that ran or failed, and below them the limits, the noise, and who is missing and why."""
+    shown = [row for row in results.rows if row.status != "unavailable"]
+    kinds = list(dict.fromkeys((row.mode, row.dtype) for row in shown))
+    parts: list[RenderableType] = []
+    for mode, dtype in kinds:
+        parts.append(line(f"ditfast bench: {mode}, {dtype}, {device_name(results)}", "bold"))
+        parts.append(model_table([row for row in shown if (row.mode, row.dtype) == (mode, dtype)], ascii_only))
+    if not parts:
+        parts.append(line(f"ditfast bench, {device_name(results)}: no rows", "bold"))
+    return Group(*parts, *map(line, [*_notes(results), *closing_notes(results)]))
+
+
+def model_table(rows: Sequence[ModelRow], ascii_only: bool | None = None) -> Table:
+    """Model rows of one mode and dtype."""
     if ascii_only is None:
         ascii_only = Console().options.ascii_only
-    settings = results.settings
-    title = f"ditfast bench: {settings['mode']}, {settings['dtype']}, {_device(results)}"
-    table = _table()
+    table = plain_table()
     for header in ("model", "batch", "provider"):
         table.add_column(header, justify="right" if header == "batch" else "left", no_wrap=True)
-    headers = ("images/s", "ms", "TFLOP/s", "of limit", "memory", "error", "parity", "speed-up")
+    headers = ("images/s", "ms", "TFLOP/s", "of limit", "memory", "first call", "error", "parity", "speed-up")
     for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
-    shown = [row for row in results.rows if row.status != "unavailable"]
-    for index, row in enumerate(shown):
-        last = index + 1 == len(shown) or _case(shown[index + 1]) != _case(row)
-        first = index == 0 or _case(shown[index - 1]) != _case(row)
-        names = (_model(row), str(row.batch)) if first else ("", "")
+    for index, row in enumerate(rows):
+        last = index + 1 == len(rows) or rows[index + 1].case != row.case
+        first = index == 0 or rows[index - 1].case != row.case
+        names = (model_label(row), str(row.batch)) if first else ("", "")
         table.add_row(*names, escape(row.provider), *_cells(row, ascii_only), end_section=last)
-    return _section(title, table, _notes(results))
+    return table
 
 
 def comparison_table(comparison: Comparison, old_name: str) -> RenderableType:
     """The changes against an older run."""
-    table = _table()
-    for header in ("model", "batch", "provider"):
+    table = plain_table()
+    for header in ("case", "batch", "provider"):
         table.add_column(header, no_wrap=True)
     for header in ("then, ms", "now, ms", "change", ""):
         table.add_column(header, justify="right", no_wrap=True)
     styles = {"faster": "green", "slower": "red", "tie": "dim"}
     for change in comparison.changes:
         verdict = f"[{styles[change.verdict]}]{change.verdict}[/]"
-        numbers = (_digits(change.old_ms), _digits(change.new_ms), f"{change.speedup:.2f}x")
-        table.add_row(_model(change.row), str(change.row.batch), escape(change.row.provider), *numbers, verdict)
+        numbers = (digits(change.old_ms), digits(change.new_ms), f"{change.speedup:.2f}x")
+        row = timed(change.row)
+        table.add_row(case_label(row), str(row.batch), escape(row.provider), *numbers, verdict)
     lines = ["A change within the noise of either run, or with overlapping quartiles, is a tie."]
     if comparison.only_old or comparison.only_new:
         lines.append(f"Not compared: {comparison.only_old} rows only then, {comparison.only_new} rows only now.")
     lines += [f"Conditions differ: {condition}." for condition in comparison.conditions]
-    return _section(f"against {old_name}", table, lines)
+    return Group(line(f"against {old_name}", "bold"), table, *map(line, lines))
 
 
 def print_tables(*tables: RenderableType) -> None:
@@ -69,46 +81,45 @@ def print_tables(*tables: RenderableType) -> None:
     Console(width=max([console.width, *widths])).print(*tables, crop=False)
 
 
-def _table() -> Table:
+def plain_table() -> Table:
     return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
-def _section(title: str, table: Table, lines: Sequence[str]) -> Group:
-    """Lines are left to the terminal to wrap: a path or a message stays in one piece."""
-
-    def text(line: str, style: str = "") -> Text:
-        return Text(line, style, no_wrap=True, overflow="ignore")
-
-    return Group(text(title, "bold"), table, *map(text, lines))
+def line(text: str, style: str = "") -> Text:
+    """A line that is left to the terminal to wrap: a path or a message stays in one piece."""
+    return Text(text, style, no_wrap=True, overflow="ignore")
 
 
-def _cells(row: Row, ascii_only: bool) -> Sequence[str]:
+def _cells(row: ModelRow, ascii_only: bool) -> Sequence[str]:
     """The cells after the provider."""
     if row.ms is None:
-        return (f"[red]{_STATUS[row.status]}[/]", *("",) * 7)
+        return (f"[red]{_STATUS[row.status]}[/]", *("",) * 8)
     spread = (row.ms.p75 - row.ms.p25) / 2
     share = "-" if row.ceiling_share is None else f"{row.ceiling_share:.0%}"
     return (
-        _digits(row.images_per_s),
-        f"{_digits(row.ms.median)} {'+-' if ascii_only else '±'} {_digits(spread)}",
-        _digits(row.tflops),
+        digits(row.images_per_s),
+        f"{digits(row.ms.median)} {'+-' if ascii_only else '±'} {digits(spread)}",
+        digits(row.tflops),
         f"{share} mem" if row.ceiling == "copy" else share,
-        "-" if row.peak_bytes is None else _bytes(row.peak_bytes),
+        "-" if row.peak_bytes is None else gib(row.peak_bytes),
+        "-" if row.first_call_ms is None else f"{digits(row.first_call_ms / 1e3)} s",
         "-" if row.error is None else f"{row.error:.1e}",
-        _tick(row, ascii_only),
-        _speedup(row),
+        tick(row.parity, ascii_only),
+        speedup(row),
     )
 
 
-def _tick(row: Row, ascii_only: bool) -> str:
-    if row.parity is None:
+def tick(parity: bool | None, ascii_only: bool) -> str:
+    """The parity cell."""
+    if parity is None:
         return "-"
-    if row.parity:
+    if parity:
         return f"[green]{'yes' if ascii_only else '✓'}[/]"
     return f"[red]{'NO' if ascii_only else '✗'}[/]"
 
 
-def _speedup(row: Row) -> str:
+def speedup(row: ModelRow | OpRow) -> str:
+    """The speed-up cell, which says where it is a tie."""
     if row.speedup is None:
         return ""
     if is_tie(row.speedup, row.noise or 0.0):
@@ -118,50 +129,66 @@ def _speedup(row: Row) -> str:
 
 def _notes(results: Results) -> list[str]:
     lines = []
-    if results.ceilings is not None:
-        matmul = ", ".join(f"{name} {rate:.3g} TFLOP/s" for name, rate in results.ceilings.matmul_tflops.items())
-        copy = f"{results.ceilings.copy_gb_per_s:.3g} GB/s"
-        lines.append(f"Limits measured in this run: matmul {matmul}; copy {copy} (mem).")
     lines.append("ms: median and half the interquartile range. parity: error against fp64 within the bound.")
+    lines.append("first call: compilation and capture included; it is not part of ms.")
     lines.append("speed-up: over the fastest rival of the same model and batch in this run; only with parity.")
     noises = [row.noise for row in results.rows if row.noise is not None]
     if noises:
         lines.append(f"Noise: the reference timed twice differed by up to {max(noises):.1%}; less than that is a tie.")
     for row in results.rows:
         if row.note and row.status != "unavailable":
-            lines.append(f"{_model(row)} batch {row.batch}, {row.provider}: {row.note}")
+            lines.append(f"{case_label(row)}, batch {row.batch}, {row.provider}: {row.note}")
     absent = {row.provider: row.note for row in results.rows if row.status == "unavailable"}
     in_part = {row.provider for row in results.rows if row.status != "unavailable"} & absent.keys()
     for name, reason in {**results.settings.get("providers_left_out", {}), **absent}.items():
-        missing = [f"{_model(row)} batch {row.batch}" for row in results.rows if _is_absent(row, name)]
+        missing = [f"{model_label(row)} batch {row.batch}" for row in results.rows if _is_absent(row, name)]
         where = f" ({', '.join(missing)})" if name in in_part else ""
         lines.append(f"Not measured: {name}{where}: {reason}")
-    lines += _largest_batches(results)
+    return lines + _largest_batches(results)
+
+
+def closing_notes(results: Results) -> list[str]:
+    """What every measured suite says below its tables: limits, clocks, parts, interruption."""
+    lines = []
+    if results.ceilings is not None:
+        matmul = ", ".join(f"{name} {rate:.3g} TFLOP/s" for name, rate in results.ceilings.matmul_tflops.items())
+        lines.append(
+            f"Limits measured in this run: matmul {matmul}; copy {results.ceilings.copy_gb_per_s:.3g} GB/s (mem)."
+        )
+    for name, unit in (("sm_clock_mhz", "MHz"), ("power_draw_w", "W"), ("temperature_c", "C")):
+        values = [f"{reading.get('when')} {reading[name]:g}" for reading in results.readings if reading.get(name)]
+        if values:
+            lines.append(f"{name.rpartition('_')[0].replace('_', ' ')}, {unit}: {', '.join(values)}")
+    if results.parts > 1:
+        lines.append(f"Measured in {results.parts} parts, one after another.")
     if not results.complete:
-        lines.append("Interrupted: these are the rows so far.")
+        lines.append("Interrupted or out of time: these are the rows so far.")
     return lines
 
 
 def _largest_batches(results: Results) -> list[str]:
     """Where a batch did not fit: the largest one that did."""
     lines = []
-    short = dict.fromkeys((_model(row), row.provider) for row in results.rows if row.status == "oom")
-    for model, provider in short:
-        ran = [row.batch for row in results.rows if row.ms and (_model(row), row.provider) == (model, provider)]
-        largest = f"the largest batch that fits is {max(ran)}" if ran else "no batch fits"
-        lines.append(f"{model}, {provider}: {largest}")
+    short = dict.fromkeys((row.series, model_label(row), row.provider) for row in results.rows if row.status == "oom")
+    for series, label, provider in short:
+        ran = [row.batch for row in results.rows if row.ms and (row.series, row.provider) == (series, provider)]
+        largest = f"the largest measured batch that fits is {max(ran)}" if ran else "no measured batch fits"
+        lines.append(f"{label}, {series[-1]}, {provider}: {largest}")
     return lines
 
 
-def _is_absent(row: Row, provider: str) -> bool:
+def _is_absent(row: ModelRow, provider: str) -> bool:
     return row.provider == provider and row.status == "unavailable"
 
 
-def _case(row: Row) -> tuple[object, ...]:
-    return row.key[:-1]
+def case_label(row: ModelRow | OpRow) -> str:
+    """What was measured, without batch and provider."""
+    if isinstance(row, OpRow):
+        return f"{row.operator}, {row.direction}, T={row.tokens} D={row.width}, {row.dtype}"
+    return f"{model_label(row)}, {row.mode}, {row.dtype}"
 
 
-def _model(row: Row) -> str:
+def model_label(row: ModelRow) -> str:
     """The model's name, with what differs from the paper's default."""
     parts = [row.model]
     if row.latent_size != (32, 32):
@@ -171,15 +198,16 @@ def _model(row: Row) -> str:
     return " ".join(parts)
 
 
-def _device(results: Results) -> str:
-    environment, device = results.environment, str(results.settings["device"])
+def device_name(results: Results) -> str:
+    """The GPU's name, or the processor's with its threads."""
+    environment, device = results.environment, str(results.settings.get("device", "cpu"))
     if device.startswith("cuda"):
         return str((environment.get("gpu") or {}).get("name", device))
     cpu = environment.get("cpu") or {}
     return f"{cpu.get('model') or 'CPU'}, {cpu.get('torch_threads')} threads"
 
 
-def _digits(value: float | None) -> str:
+def digits(value: float | None) -> str:
     """Three digits, without an exponent."""
     if value is None:
         return "-"
@@ -188,5 +216,5 @@ def _digits(value: float | None) -> str:
     return f"{value:.1f}" if value >= 10 else (f"{value:.2f}" if value >= 1 else f"{value:.3f}")
 
 
-def _bytes(count: int) -> str:
+def gib(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -1,55 +1,108 @@
-"""The loop of ``ditfast bench``: in each case build and judge every provider, then time all of them side by side."""
+"""The loop over cases: in each, every provider is built and judged, then all of them are timed side by side."""
 
 from __future__ import annotations
 
-import gc
-import math
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 
 from .cases import Case
+from .isolation import Isolate, ProviderFailed, Remote, Worker, wants_isolation
 from .judging import Judge
-from .memory import MemoryMeter
-from .metrics import flops_per_image, images_per_second, tflops, weight_bytes, with_speedups
+from .metrics import flops_per_image, images_per_second, tflops, with_speedups
+from .preparing import Prepared, blank_row, clear, empty_cache, failed, make_work, prepare
 from .providers import Provider
-from .records import Row
-from .timing import Clock, Spread, measure, noise
-from .variants import Variant
-from .workload import Inputs, Workload, build_model, cast_inputs, make_pool
+from .rows import ModelRow
+from .timing import Clock, Sampler, Spread, measure, noise
+from .workload import Workload
 
 #: Called with what is being done, after each of the :func:`steps` of a run.
 Report = Callable[[str], None]
 
 _AGAIN = " (again)"
-_NOTE_LENGTH = 300
+_TIGHT = 0.8  # share of the device's memory from which on the providers of a case hand theirs back between samples
+_ALONE = "timed alone: beside the others memory did not suffice"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run measures: seconds a variant, the seed of weights and inputs, and a clock for tests."""
+    """How a run measures.
+
+    Attributes:
+        seconds: time for each variant.
+        seed: of weights and inputs.
+        isolate: which providers run in processes of their own: "auto", "all" or "none".
+        plugins: what such a process loads to know its provider.
+        clock: for tests, in place of the device's.
+    """
 
     seconds: float = 1.0
     seed: int = 0
+    isolate: Isolate = "auto"
+    plugins: tuple[str, ...] = ()
     clock: Clock | None = None
 
 
 @dataclass
-class _Entry:
-    """A provider that was built and judged: its row so far, and what to time."""
+class _Workers:
+    """The processes of a run, one a provider, kept from case to case; a dead one is replaced when asked for."""
 
-    row: Row
-    variant: Variant
-    pool: list[Inputs]
+    device: torch.device
+    settings: Settings
+    running: dict[str, Worker] = field(default_factory=dict)
+
+    def get(self, provider: str) -> Worker:
+        worker = self.running.get(provider)
+        if worker is None or not worker.alive:
+            worker = Worker(provider, self.device, self.settings.seed, self.settings.plugins)
+            self.running[provider] = worker
+        return worker
+
+    def stop(self, provider: str) -> None:
+        worker = self.running.pop(provider, None)
+        if worker is not None:
+            worker.close()
+
+    def close(self) -> None:
+        for provider in list(self.running):
+            self.stop(provider)
 
 
 def steps(cases: Sequence[Case], providers: Sequence[Provider]) -> int:
     """How often :func:`run` reports: once a provider and once for the timing, in each case."""
     return len(cases) * (len(providers) + 1)
+
+
+class Runner:
+    """Measures cases one after another; a context manager, at whose end the workers' processes end.
+
+    Args:
+        device: a CPU or CUDA device.
+        settings: how to measure.
+    """
+
+    def __init__(self, device: torch.device, settings: Settings | None = None) -> None:
+        self._device, self._settings = device, settings or Settings()
+        self._workers = _Workers(device, self._settings)
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._workers.close()
+
+    def rows(
+        self, case: Case, providers: Sequence[Provider], report: Report = lambda what: None
+    ) -> list[ModelRow]:
+        """Measures every provider on a case.
+
+        Returns:
+            a row for each, without shares of the ceilings (see metrics.with_shares). A provider that runs out of
+            memory, fails or cannot run here has a row that says so.
+        """
+        return _Run(case, providers, self._device, self._settings, self._workers, report).rows()
 
 
 def run(
@@ -58,150 +111,138 @@ def run(
     device: torch.device,
     settings: Settings | None = None,
     report: Report = lambda what: None,
-) -> Iterator[list[Row]]:
-    """Measures every provider on every case.
+) -> Iterator[list[ModelRow]]:
+    """The rows of every case; see :meth:`Runner.rows`."""
+    with Runner(device, settings) as runner:
+        for case in cases:
+            yield runner.rows(case, providers, report)
 
-    Args:
-        cases, providers: what to measure; the order of the rows.
-        device: a CPU or CUDA device.
-        settings: how.
-        report: told what was done, for a progress bar.
 
-    Yields:
-        the rows of one case, one a provider, without shares of the ceilings (see metrics.with_shares). A provider
-        that runs out of memory, fails or cannot run here has a row that says so.
-    """
-    settings = settings or Settings()
-    for case in cases:
+class _Run:
+    """One case."""
+
+    def __init__(
+        self,
+        case: Case,
+        providers: Sequence[Provider],
+        device: torch.device,
+        settings: Settings,
+        workers: _Workers,
+        report: Report,
+    ) -> None:
+        self._case, self._providers, self._device = case, providers, device
+        self._settings, self._workers, self._report = settings, workers, report
+        self._rows = {provider.name: blank_row(case, provider) for provider in providers}
+        self._work: tuple[Workload, Judge] | None = None
+
+    def rows(self) -> list[ModelRow]:
+        """Measures; the rows in the order of the providers."""
+        able = [provider for provider in self._providers if self._is_able(provider)]
+        with self._cleared():
+            self._measure(able)
+        out_of_memory = [provider for provider in able if self._rows[provider.name].status == "oom"]
+        for provider in out_of_memory if len(able) > 1 else ():
+            # what its neighbours held may have been what was missing
+            with self._cleared():
+                self._measure([provider], _ALONE)
+        self._say("timed side by side" if able else "nothing to time")
+        return with_speedups(self._with_noise())
+
+    def _is_able(self, provider: Provider) -> bool:
+        reason = provider.unavailable(self._case, self._device)
+        if reason is not None:
+            self._rows[provider.name] = replace(self._rows[provider.name], status="unavailable", note=reason)
+            self._say(f"{provider.name}: {reason}")
+        return reason is None
+
+    def _measure(self, providers: Sequence[Provider], note: str = "") -> None:
+        """Fills the rows of the providers that run; with a note, of those that had failed beside others."""
+        prepared: dict[str, Prepared | Remote] = {}
         try:
-            yield _run_case(case, providers, device, settings, report)
+            for provider in providers:
+                if self._isolates(provider):
+                    self._workers.get(provider.name)  # they import torch while the first is prepared
+            for provider in providers:
+                name = provider.name
+                try:
+                    prepared[name] = self._prepare(provider)
+                except Exception as error:  # a provider's failure is its row
+                    self._fail(name, error)
+                empty_cache(self._device)
+                if not note:
+                    self._say(name)
+            self._trim(prepared.values())
+            measured = measure(_samplers(prepared), self._device, self._settings.seconds)
+            share = _noise(measured.times)
+            for name, entry in prepared.items():
+                if name in measured.failures:
+                    self._fail(name, measured.failures[name])
+                    continue
+                notes = "; ".join(text for text in (entry.row.note, note) if text)
+                row = replace(entry.row, status="ok", noise=share, note=notes)
+                self._rows[name] = _derive(row, self._case, measured.times[name])
         finally:
-            # compiled code counts towards a limit per function, and a later case would hit it
-            if "torch._dynamo" in sys.modules:  # importing it takes a second
-                torch._dynamo.reset()
-            gc.collect()
-            _empty_cache(device)
+            for entry in prepared.values():
+                entry.close()
+            prepared.clear()
 
+    def _prepare(self, provider: Provider) -> Prepared | Remote:
+        if self._isolates(provider):
+            worker = self._workers.get(provider.name)
+            return Remote(worker.prepare(self._case), worker)
+        if self._work is None:
+            self._work = make_work(self._case, self._device, self._settings.seed)
+        return prepare(provider, *self._work, self._settings.clock)
 
-def _run_case(
-    case: Case,
-    providers: Sequence[Provider],
-    device: torch.device,
-    settings: Settings,
-    report: Report,
-) -> list[Row]:
-    rows = {p.name: _blank_row(case, p) for p in providers}
-    able = []
-    for provider in providers:
-        reason = provider.unavailable(case, device)
-        if reason is None:
-            able.append(provider)
+    def _isolates(self, provider: Provider) -> bool:
+        return wants_isolation(provider, self._device, self._settings.isolate)
+
+    def _fail(self, name: str, error: Exception) -> None:
+        if isinstance(error, ProviderFailed):
+            row = replace(failed(self._rows[name], error), status=error.status, note=error.note, isolated=True)
         else:
-            rows[provider.name] = replace(rows[provider.name], status="unavailable", note=reason)
-            report(f"{case.label}: {provider.name}: {reason}")
-    if not able:
-        report(f"{case.label}: nothing to time")
-        return list(rows.values())
-    try:
-        model = build_model(case.config, device, case.dtype, settings.seed)
-        work = Workload(case, device, model, make_pool(case, device, weight_bytes(model), settings.seed))
-        judge = Judge(work)
-    except Exception as error:  # no provider can run without weights and inputs
-        for provider in able:
-            rows[provider.name] = _failed(rows[provider.name], error)
-            report(f"{case.label}: {provider.name}")
-        report(f"{case.label}: nothing to time")
-        return list(rows.values())
+            row = failed(self._rows[name], error.with_traceback(None))
+        self._rows[name] = row
+        self._workers.stop(name)  # a fault may have left its process, or its part of the GPU, useless
 
-    entries: dict[str, _Entry] = {}
-    for provider in able:
-        report_as = f"{case.label}: {provider.name}"
+    def _trim(self, prepared: Iterable[Prepared | Remote]) -> None:
+        entries = list(prepared)
+        if self._device.type != "cuda":
+            return
+        needed = sum(entry.row.peak_bytes or 0 for entry in entries)
+        if needed > _TIGHT * torch.cuda.get_device_properties(self._device).total_memory:
+            for entry in entries:
+                entry.trim = True
+
+    @contextmanager
+    def _cleared(self) -> Iterator[None]:
+        """Frees weights, inputs and oracles of this process in the end."""
         try:
-            entries[provider.name] = _prepare(provider, work, judge, rows[provider.name])
-        except Exception as error:  # a provider's failure is its row
-            rows[provider.name] = _failed(rows[provider.name], error.with_traceback(None))
-        _empty_cache(device)
-        report(report_as)
+            yield
+        finally:
+            self._work = None
+            clear(self._device)
 
-    measured = measure(_timed_calls(entries), device, settings.seconds, settings.clock)
-    noise_share = _noise(measured.times)
-    for name, entry in entries.items():
-        if name in measured.failures:
-            rows[name] = _failed(entry.row, measured.failures[name])
-        else:
-            row = replace(entry.row, status="ok", noise=noise_share)
-            rows[name] = _derive(row, case, measured.times[name], weight_bytes(work.model))
-    report(f"{case.label}: timed side by side")
-    return with_speedups(rows.values())
+    def _with_noise(self) -> list[ModelRow]:
+        """The rows; one that was timed alone has the case's noise, if there is one."""
+        found = [row.noise for row in self._rows.values() if row.noise is not None]
+        share = max(found, default=None)
+        return [row if row.ms is None else replace(row, noise=share) for row in self._rows.values()]
+
+    def _say(self, what: str) -> None:
+        self._report(f"{self._case.label}: {what}")
 
 
-def _blank_row(case: Case, provider: Provider) -> Row:
-    return Row(
-        model=case.config.name,
-        conditioning=case.config.conditioning,
-        latent_size=case.config.latent_hw,
-        batch=case.batch,
-        dtype=case.dtype_name,
-        mode=case.mode,
-        provider=provider.name,
-        precision=provider.precision or case.dtype_name,
-        status="error",
-    )
-
-
-def _prepare(provider: Provider, work: Workload, judge: Judge, row: Row) -> _Entry:
-    """Builds a provider, times its first call, judges it warm and measures its memory."""
-    judge.standard(provider.constants)  # before the meter, which would count it
-    meter = MemoryMeter(work.device)
-    variant = provider.build(work)
-    pool = work.pool if variant.dtype is None else [cast_inputs(inputs, variant.dtype) for inputs in work.pool]
-    training = work.case.mode == "train"
-    found: dict[str, Tensor] | None = None
-
-    def first_call() -> None:
-        nonlocal found
-        found = judge.compared(variant, pool[0]) if training else None
-        if found is None:
-            variant.step(pool[1])
-
-    first_call_ms = _host_ms(first_call, work.device)
-    # others than the judged inputs came first, so that a graph that keeps its first or last ones is found out
-    for inputs in pool[1:3]:
-        variant.step(inputs)
-    if not training:
-        found = judge.compared(variant, pool[0])
-    judgement = judge.judge(found, provider.constants)
-    found = None
-    peak_bytes = meter.peak_bytes(lambda: variant.step(pool[0]), variant.shared_bytes)
-    verdict = judgement.verdict
-    row = replace(
-        row,
-        note=judgement.note,
-        first_call_ms=first_call_ms,
-        peak_bytes=peak_bytes,
-        error=_finite(verdict.error) if verdict else None,
-        yardstick_error=_finite(verdict.yardstick) if verdict else None,
-        bound=_finite(verdict.bound) if verdict else None,
-        parity=judgement.parity,
-        parity_samples=judgement.samples if verdict else None,
-    )
-    return _Entry(row, variant, pool)
-
-
-def _timed_calls(entries: dict[str, _Entry]) -> dict[str, Callable[[int], object]]:
+def _samplers(prepared: Mapping[str, Prepared | Remote]) -> dict[str, Sampler]:
     """What to time; the reference (or else the first) twice, for the noise."""
-
-    def call(entry: _Entry) -> Callable[[int], object]:
-        return lambda number: entry.variant.step(entry.pool[number % len(entry.pool)])
-
-    calls = {name: call(entry) for name, entry in entries.items()}
-    if entries:
-        repeated = "reference" if "reference" in entries else next(iter(entries))
-        calls[repeated + _AGAIN] = calls[repeated]
-    return calls
+    samplers: dict[str, Sampler] = {name: entry.sample for name, entry in prepared.items()}
+    if prepared:
+        repeated = "reference" if "reference" in prepared else next(iter(prepared))
+        samplers[repeated + _AGAIN] = samplers[repeated]
+    return samplers
 
 
-def _noise(times: dict[str, Spread]) -> float | None:
+def _noise(times: Mapping[str, Spread]) -> float | None:
     for name, spread in times.items():
         if name.endswith(_AGAIN):
             first = times.get(name.removesuffix(_AGAIN))
@@ -209,48 +250,11 @@ def _noise(times: dict[str, Spread]) -> float | None:
     return None
 
 
-def _derive(row: Row, case: Case, spread: Spread, weight_bytes: int) -> Row:
+def _derive(row: ModelRow, case: Case, spread: Spread) -> ModelRow:
     flops = flops_per_image(case.config, case.mode) * case.batch
     return replace(
         row,
         ms=spread,
         images_per_s=images_per_second(case.batch, spread.median),
         tflops=tflops(flops, spread.median),
-        weight_bytes=weight_bytes,
     )
-
-
-def _failed(row: Row, error: Exception) -> Row:
-    """The row of a provider that raised. Nothing measured before counts any more."""
-    chain: list[BaseException] = [error]
-    while chain[-1].__cause__ is not None and len(chain) < 10:
-        chain.append(chain[-1].__cause__)
-    oom = any(_is_oom(item) for item in chain)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    note = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:_NOTE_LENGTH]
-    unmeasured = ("first_call_ms", "peak_bytes", "error", "yardstick_error", "bound", "parity", "parity_samples")
-    blank = dict.fromkeys(unmeasured)
-    return replace(row, status="oom" if oom else "error", note=note, **blank)  # type: ignore[arg-type]
-
-
-def _is_oom(error: BaseException) -> bool:
-    # torch's CPU allocator raises a plain RuntimeError
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _host_ms(call: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of a call on the host's clock, to its end on the device."""
-    begin = time.perf_counter_ns()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter_ns() - begin) / 1e6
-
-
-def _empty_cache(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,8 +12,10 @@ from functools import partial
 
 import torch
 
-#: A variant is called with a running number, by which it picks its inputs.
-Variant = Callable[[int], object]
+#: A call takes a running number, by which it picks its inputs.
+Call = Callable[[int], object]
+#: Makes that many calls back to back and returns the seconds they took.
+Sampler = Callable[[int], float]
 Clock = Callable[[Callable[[], None]], float]
 
 _ROUNDS, _MIN_ROUNDS = 5, 3  # wanted even past the budget, and past twice the budget
@@ -40,9 +43,32 @@ class Measurement:
     failures: dict[str, Exception] = field(default_factory=dict)
 
 
-def measure(
-    variants: Mapping[str, Variant], device: torch.device, seconds: float, clock: Clock | None = None
-) -> Measurement:
+def sampler(call: Call, device: torch.device, clock: Clock | None = None) -> Sampler:
+    """A sampler of a call in this process, its inputs rotating.
+
+    Args:
+        call: what to time.
+        device: whose clock to use: events on CUDA, the host's on the CPU.
+        clock: seconds that a thunk takes, in place of the device's clock.
+    """
+    clock = clock or (_cuda_clock if device.type == "cuda" else _cpu_clock)
+    number = 0
+
+    def sample(calls: int) -> float:
+        def thunk(calls: int = calls) -> None:
+            nonlocal number
+            for _ in range(calls):
+                call(number)
+                number += 1
+
+        if calls > 1:
+            thunk(1)  # what ran before, or another process' turn on the GPU, is none of this call's time
+        return clock(thunk)
+
+    return sample
+
+
+def measure(samplers: Mapping[str, Sampler], device: torch.device, seconds: float) -> Measurement:
     """Times the variants for about ``seconds`` each.
 
     After a warm-up by time, rounds of one sample a variant follow, each round beginning with the next
@@ -50,40 +76,31 @@ def measure(
     out and the others go on.
 
     Args:
-        variants: name -> what to time.
-        device: whose clock to use: events on CUDA, the host's on the CPU.
+        samplers: name -> its sampler.
+        device: where they run.
         seconds: time for each variant; five samples are taken all the same, or three where that takes twice as long.
-        clock: seconds that a thunk takes, in place of the device's clock.
     """
     if seconds <= 0:
         raise ValueError(f"seconds must be above 0, got {seconds}")
-    clock = clock or (_cuda_clock if device.type == "cuda" else _cpu_clock)
     result = Measurement()
-    counters = dict.fromkeys(variants, 0)
 
     def sample(name: str, calls: int) -> float | None:
         """Seconds a call, or None where it failed."""
-
-        def thunk() -> None:
-            for _ in range(calls):
-                variants[name](counters[name])
-                counters[name] += 1
-
         try:
-            return clock(thunk) / calls
+            return samplers[name](calls) / calls
         except Exception as error:  # one variant's failure is its own result
             # the traceback's frames would keep its tensors alive
             result.failures[name] = error.with_traceback(None)
             return None
 
-    samples: dict[str, list[float]] = {name: [] for name in variants}
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
     with _cheap_garbage_collection():
-        calls = {name: _warm_up(partial(sample, name, 1), device, seconds / 4) for name in variants}
-        budget = seconds * len(variants)
+        calls = {name: _warm_up(partial(sample, name, 1), device, seconds / 4) for name in samplers}
+        budget = seconds * len(samplers)
         start = time.perf_counter()
         rounds = 0
         while (elapsed := time.perf_counter() - start) < budget or rounds < _needed(elapsed, budget):
-            running = [name for name in variants if name not in result.failures]
+            running = [name for name in samplers if name not in result.failures]
             if not running:
                 break
             first = rounds % len(running)
@@ -93,7 +110,7 @@ def measure(
                     samples[name].append(taken * 1e3)
             rounds += 1
     result.times = {
-        name: spread(samples[name], calls[name]) for name in variants if name not in result.failures and samples[name]
+        name: spread(samples[name], calls[name]) for name in samplers if name not in result.failures and samples[name]
     }
     return result
 
@@ -123,9 +140,17 @@ def spread(samples_ms: list[float], calls_per_sample: int = 1) -> Spread:
 
 
 def noise(first: Spread, second: Spread) -> float:
-    """How far the medians of one variant measured twice lie apart, as a share."""
+    """How far the medians of one variant measured twice lie apart, as a share.
+
+    At least twice the standard error of either median: few samples may agree by chance.
+    """
     low, high = sorted((first.median, second.median))
-    return high / low - 1
+    return max(high / low - 1, 2 * _standard_error(first), 2 * _standard_error(second))
+
+
+def _standard_error(spread: Spread) -> float:
+    """Of the median, as a share of it: 1.2533 sigma / sqrt(n), with sigma = IQR / 1.349 as for normal samples."""
+    return 1.2533 * (spread.p75 - spread.p25) / 1.349 / math.sqrt(spread.samples) / spread.median
 
 
 @contextmanager

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ditfast.training.loss import diffusion_loss
 
@@ -81,6 +83,7 @@ def inference_variant(
 
 def training_variant(
     model: nn.Module,
+    mode: Mode,
     *,
     transform: Transform | None = None,
     dtype: torch.dtype | None = None,
@@ -91,10 +94,13 @@ def training_variant(
 
     Args:
         model: has the reference's forward; its weights will change.
+        mode: "train", or "train-checkpoint", for which each of ``model.blocks`` is checkpointed.
         transform: what to make of the model's forward.
         comparable: whether the parameters have the reference's names and layout.
         dtype, switch: as in :func:`inference_variant`.
     """
+    if mode == "train-checkpoint":
+        checkpoint_blocks(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     fused = next(iter(trained.values())).is_cuda
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-4, weight_decay=0.0, fused=fused)
@@ -116,6 +122,12 @@ def training_variant(
         return value.detach()
 
     return Variant(step, dtype, 0, loss, trained if comparable else None)
+
+
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Activation checkpointing: each of ``model.blocks`` runs its forward again in the backward."""
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def parameter_bytes(model: nn.Module) -> int:

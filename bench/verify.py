@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from rich import box
@@ -21,6 +21,7 @@ from .environment import parse_device
 from .inputs import random_batch, randomize_
 from .operators import OPERATORS, Shape, check
 from .parity import VANISHING, Verdict, judge
+from .rows import VerifyRow
 
 _SHAPES = (
     Shape(1, 1, 72),
@@ -31,24 +32,7 @@ _SHAPES = (
 )
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: the worst tensor of one operator or model in one dtype."""
-
-    subject: str
-    backend: str
-    dtype: str
-    tensor: str
-    error: float
-    yardstick: float
-    bound: float
-    ok: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def verify(device: str | None = None, dtypes: Sequence[str] | None = None) -> Iterator[Row]:
+def verify(device: str | None = None, dtypes: Sequence[str] | None = None) -> Iterator[VerifyRow]:
     """All rows of ``ditfast verify``, operators first.
 
     Args:
@@ -67,7 +51,7 @@ def verify(device: str | None = None, dtypes: Sequence[str] | None = None) -> It
     yield from verify_models(where, chosen)
 
 
-def verify_operators(device: torch.device, dtypes: dict[str, torch.dtype]) -> Iterator[Row]:
+def verify_operators(device: torch.device, dtypes: dict[str, torch.dtype]) -> Iterator[VerifyRow]:
     """A row per operator, dtype and backend: outputs and every gradient over odd shapes, the worst one shown.
 
     Kernels run on a GPU, or in Triton's interpreter where it is on; elsewhere there are rows of the formulas only.
@@ -91,7 +75,7 @@ def verify_operators(device: torch.device, dtypes: dict[str, torch.dtype]) -> It
                 yield _worst(operator.name, backend, f"{label}, fp32 stream" if mixed else label, verdicts)
 
 
-def verify_models(device: torch.device, dtypes: dict[str, torch.dtype]) -> Iterator[Row]:
+def verify_models(device: torch.device, dtypes: dict[str, torch.dtype]) -> Iterator[VerifyRow]:
     """A row per design and dtype: outputs, guided outputs and every parameter gradient of a small DiT."""
     for conditioning in get_args(Conditioning):
         config = DiTConfig(
@@ -139,7 +123,7 @@ def run_model(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> dict[str, Te
     return results | {f"d_{name}": gradient for name, gradient in zip(named, gradients, strict=True)}
 
 
-def render(rows: Sequence[Row]) -> Table:
+def render(rows: Sequence[VerifyRow]) -> Table:
     """The table of ``ditfast verify``."""
     table = Table(title="Parity with fp64: ours must not exceed the bound", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for header in ("operator or model", "backend", "dtype", "worst tensor"):
@@ -148,16 +132,17 @@ def render(rows: Sequence[Row]) -> Table:
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
         verdict = "[green]pass[/]" if row.ok else "[red]FAIL[/]"
-        numbers = (f"{value:.2e}" for value in (row.error, row.yardstick, row.bound))
+        numbers = ("not finite" if value is None else f"{value:.2e}" for value in (row.error, row.yardstick, row.bound))
         table.add_row(row.subject, row.backend, row.dtype, row.tensor, *numbers, verdict)
     return table
 
 
-def _worst(subject: str, backend: str, dtype: str, verdicts: dict[str, Verdict]) -> Row:
+def _worst(subject: str, backend: str, dtype: str, verdicts: dict[str, Verdict]) -> VerifyRow:
     """The tensor furthest past its bound, or closest to it."""
 
     def share(verdict: Verdict) -> float:
         return verdict.error / verdict.bound if verdict.bound else (0.0 if verdict.ok else float("inf"))
 
     name, verdict = max(verdicts.items(), key=lambda item: (not item[1].ok, share(item[1])))
-    return Row(subject, backend, dtype, name, verdict.error, verdict.yardstick, verdict.bound, verdict.ok)
+    error = verdict.error if math.isfinite(verdict.error) else None
+    return VerifyRow(subject, backend, dtype, name, error, verdict.yardstick, verdict.bound, verdict.ok)

@@ -77,7 +77,7 @@ def make_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
     x, t, y = random_batch(case.config, case.batch, device, case.dtype, seed)
     if case.mode == "cfg":
         return torch.cat([x, x]), torch.cat([t, t]), y
-    if case.mode == "train":
+    if case.training:
         noise, _, _ = random_batch(case.config, case.batch, device, case.dtype, seed + 1_000_000)
         return x, t, y, noise
     return x, t, y

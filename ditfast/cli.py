@@ -135,6 +135,10 @@ def verify(
         list[str] | None,
         typer.Option(help="fp32, bf16 or fp16; may be repeated, all three by default.", show_default=False),
     ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write the rows here, one after another.", show_default=False, metavar="FILE"),
+    ] = None,
 ) -> None:
     """Check every operator and model design against fp64 on this machine; exit 1 where one fails."""
     # without a GPU the kernels are checked in Triton's interpreter, which must be known before triton is imported
@@ -144,14 +148,23 @@ def verify(
         if device == "cpu" or not torch.cuda.is_available():
             os.environ.setdefault("TRITON_INTERPRET", "1")
     from .bench import verify as module
+    from .bench.environment import collect
+    from .bench.files import check_target
+    from .bench.records import Results
     from .bench.render import print_tables
 
-    rows = []
+    check_target(json_file)
+    results = Results("verify", collect(), {"device": device, "dtypes": dtype})
     for row in module.verify(device, dtype):
         typer.echo(f"{'ok  ' if row.ok else 'FAIL'} {row.subject}, {row.backend}, {row.dtype}", err=True)
-        rows.append(row)
-    print_tables(module.render(rows))
-    if not all(row.ok for row in rows):
+        results.rows.append(row)
+        if json_file is not None:
+            results.save(json_file)
+    results.complete = True
+    if json_file is not None:
+        results.save(json_file)
+    print_tables(module.render(results.rows))
+    if not all(row.ok for row in results.rows):
         raise typer.Exit(1)
 
 

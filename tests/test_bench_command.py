@@ -16,8 +16,8 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from ditfast import MODELS, DiTConfig
-from ditfast.bench import command
-from ditfast.bench.cases import Case, defaults, parse_dtype, parse_image_size
+from ditfast.bench import models_command
+from ditfast.bench.cases import MODES, Case, defaults, parse_dtype, parse_image_size
 from ditfast.bench.providers import PROVIDERS, Provider
 from ditfast.bench.records import Results
 from ditfast.bench.render import print_tables, results_table
@@ -100,7 +100,7 @@ def test_another_schema_is_refused_before_anything_is_measured(tmp_path: Path) -
     old.write_text('{"schema": "ditfast.bench/0"}')
     result = bench("--compare", old)
     assert result.exit_code == 2
-    assert "must have the schema 'ditfast.bench/1', got 'ditfast.bench/0'" in result.stderr
+    assert "must have the schema 'ditfast.bench.models/1', got 'ditfast.bench/0'" in result.stderr
     assert str(old) in result.stderr
 
 
@@ -127,7 +127,7 @@ def test_interruption_keeps_the_rows_so_far(how: str, tmp_path: Path, monkeypatc
     result = bench(*arguments, *QUICK)
     assert result.exit_code == 130, result.output
     assert "patient" in result.stdout
-    assert "Interrupted: these are the rows so far." in result.stdout
+    assert "Interrupted or out of time: these are the rows so far." in result.stdout
     results = Results.load(path)
     assert not results.complete
     kept = [(row.provider, row.batch, row.status) for row in results.rows]
@@ -192,17 +192,33 @@ def test_other_modes_dtypes_and_sizes(mode: str, tmp_path: Path) -> None:
 def test_defaults() -> None:
     cpu, gpu = defaults(torch.device("cpu")), defaults(torch.device("cuda"))
     assert cpu.models == ("DiT-S/8", "DiT-S/4")
-    assert set(gpu.models) == set(MODELS) and len(gpu.models) == 12
-    assert set(gpu.providers) == set(PROVIDERS)
+    everything = defaults(torch.device("cuda"), full=True)
+    assert gpu.models == ("DiT-XL/2",) and gpu.batches == (1, 256)
+    assert set(everything.models) == set(MODELS) and len(everything.models) == 12
+    assert (everything.batches, everything.modes) == ((1, 8, 32, 128, 256), MODES)
+    assert set(gpu.providers) == set(everything.providers) == set(PROVIDERS)
     assert set(cpu.providers) < set(gpu.providers)
+
+
+def test_everything_is_all_sizes_and_the_smallest_patches_at_512_px(monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = replace(defaults(torch.device("cuda"), full=True), dtype=torch.float32)
+    monkeypatch.setattr("ditfast.bench.cases.defaults", lambda device, full: everything)
+    plan = models_command.make_plan((), (), (), (), None, "cpu", (), "adaln_zero", None, "auto", (), full=True)
+    models = [(case.config.name, case.config.latent_hw) for case in plan.cases]
+    assert len(plan.cases) == 16 * 4 * 5 == len(set(plan.cases))
+    assert {name for name, size in models if size == (32, 32)} == set(MODELS)
+    assert {name for name, size in models if size == (64, 64)} == {f"DiT-{size}/2" for size in ("S", "B", "L", "XL")}
+    assert set(plan.settings["modes"]) == set(MODES)
 
 
 @pytest.mark.parametrize("batches", [None, [1]])
 def test_only_the_default_run_stops_compiling_in_time(
     batches: list[int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "_COMPILE_UNTIL", -1.0)
-    plan = command._plan(None, batches, None, "forward", None, "cpu", "256", "adaln_zero", None)
+    monkeypatch.setattr(models_command, "_COMPILE_UNTIL", -1.0)
+    plan = models_command.make_plan(
+        (), batches or (), (), (), None, "cpu", (), "adaln_zero", None, "auto", (), full=False
+    )
     reasons = {p.name: p.unavailable(plan.cases[0], plan.device) or "" for p in plan.providers}
     assert reasons["reference"] == reasons["ditfast"] == ""
     assert ("stays under two minutes" in reasons["reference-compile"]) == (batches is None)
@@ -244,7 +260,7 @@ def test_table_of_failures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caps
     result = bench("--model", "DiT-S/8", *arguments)
     assert result.exit_code == 0, result.output
     assert "out of memory" in result.stdout
-    assert "greedy: the largest batch that fits is 1" in result.stdout
+    assert "greedy: the largest measured batch that fits is 1" in result.stdout
     assert "Not measured: ditfast-graph: needs a CUDA GPU" in result.stdout
     assert result.stdout.count("ditfast-graph") == 1  # once, not in every case
     capsys.readouterr()

@@ -1,74 +1,224 @@
-"""``ditfast bench ops``: hand-computed columns, the parity gate, and the command."""
+"""``ditfast bench ops``: hand-computed columns, the parity gate, failures, and the command."""
 
-import json
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from typer.testing import CliRunner
 
 from ditfast.bench import ops_bench
 from ditfast.bench.ceilings import Ceilings
-from ditfast.bench.operators import OPERATORS, Shape
-from ditfast.bench.ops_bench import OpRow, run_operator, with_speedup, work
+from ditfast.bench.metrics import with_speedups
+from ditfast.bench.op_work import Work, work
+from ditfast.bench.operators import OPERATORS, Operator, Shape, draw_inputs
+from ditfast.bench.ops_bench import blank_row, run_operator, with_op_shares
+from ditfast.bench.records import Results
+from ditfast.bench.rows import Direction, OpRow
 from ditfast.bench.timing import Spread
 from ditfast.cli import app
 
 CPU = torch.device("cpu")
 LIMITS = Ceilings(100.0, 1 << 20, {"fp32": 0.5}, {"fp32": 1024})
+SHAPE = Shape(2, 5, 72)
 
 
-def row(provider, ms, parity=True):
-    return OpRow(
-        "gated_residual", "forward", 2, 3, 4, "fp32", provider, Spread(ms, ms, ms, 5, 1), 1.0, "GB/s", 0.5, parity
-    )
+def row(provider: str, ms: float, parity: bool | None = True) -> OpRow:
+    blank = blank_row("gated_residual", "forward", Shape(2, 3, 4), torch.float32, provider)
+    return replace(blank, status="ok", ms=Spread(ms, ms, ms, 5, 1), parity=parity)
 
 
-def test_speedup_over_the_fastest_rival_beside_a_tick():
-    rows = with_speedup([row("eager", 4.0), row("compile", 3.0, None), row("ditfast", 2.0)])
+def test_speedup_over_the_fastest_rival_beside_a_tick() -> None:
+    rows = with_speedups([row("eager", 4.0), row("compile", 3.0, None), row("ditfast", 2.0)])
     assert [item.speedup for item in rows] == [None, None, 1.5]
+    assert rows[2].rival == "compile"
     for parity in (False, None):
-        assert with_speedup([row("eager", 4.0), row("ditfast", 2.0, parity)])[1].speedup is None
-    assert with_speedup([row("ditfast", 2.0)])[0].speedup is None
+        assert with_speedups([row("eager", 4.0), row("ditfast", 2.0, parity)])[1].speedup is None
+    assert with_speedups([row("ditfast", 2.0)])[0].speedup is None
 
 
-def test_work_by_hand():
-    shape = Shape(2, 3, 8)  # 48 elements
-    assert work("gated_residual_layer_norm_modulate", "forward", shape, 2) == (4 * 48 * 2, "GB/s")
-    assert work("gated_residual_layer_norm_modulate", "backward", shape, 2) == (6 * 48 * 2, "GB/s")
-    assert work("layer_norm_modulate", "backward", shape, 4) == (3 * 48 * 4, "GB/s")
-    assert work("linear_gelu", "forward", shape, 2) == (2 * 6 * 8 * 16, "TFLOP/s")
-    assert work("gelu_mlp", "backward", shape, 2) == (8 * 6 * 8 * 16, "TFLOP/s")
-    assert work("self_attention", "forward", shape, 2) == (4 * 2 * 3 * 3 * 8, "TFLOP/s")
+def test_work_by_hand() -> None:
+    shape = Shape(2, 3, 8, num_heads=2, ratio=4)  # 48 elements, vectors of 16; hidden 32: 192 elements, weights 256
+    fused = "gated_residual_layer_norm_modulate"
+    # r, branch in; r, norm out; gate, shift, scale
+    assert work(fused, "forward", shape, 2) == Work(12 * 48, (4 * 48 + 3 * 16) * 2, "GB/s")
+    # d_r, d_out, r, branch in; d_x, d_branch out; gate, scale in, three gradients out
+    assert work(fused, "backward", shape, 2) == Work(24 * 48, (6 * 48 + 5 * 16) * 2, "GB/s")
+    assert work("layer_norm_modulate", "backward", shape, 4).bytes == (3 * 48 + 3 * 16) * 4
+    assert work("gated_residual", "forward", shape, 4).bytes == (3 * 48 + 16) * 4
+    gemm = 2 * 6 * 8 * 32
+    assert work("linear_gelu", "forward", shape, 2) == Work(gemm, (48 + 256 + 192) * 2, "TFLOP/s")
+    assert work("linear_gelu", "backward", shape, 2) == Work(2 * gemm, (2 * (48 + 256) + 192) * 2, "TFLOP/s")
+    assert work("linear_gated_residual", "forward", shape, 2) == Work(gemm, (192 + 256 + 96) * 2, "TFLOP/s")
+    assert work("linear_gated_residual", "backward", shape, 2).bytes == (2 * (192 + 256) + 48) * 2
+    assert work("gelu_mlp", "forward", shape, 2) == Work(2 * gemm, (96 + 512) * 2, "TFLOP/s")
+    assert work("gelu_mlp", "backward", shape, 2) == Work(4 * gemm, (3 * 48 + 4 * 256) * 2, "TFLOP/s")
+    attention = 4 * 2 * 3 * 3 * 8
+    assert work("self_attention", "forward", shape, 2) == Work(attention, 4 * 48 * 2, "TFLOP/s")
+    assert work("self_attention", "backward", shape, 2) == Work(attention * 5 // 2, 8 * 48 * 2, "TFLOP/s")
+    assert work("self_attention+bias", "forward", shape, 2).bytes == (4 * 48 + 2 * 9) * 2
+    assert set(ops_bench.MEASURED) == {name for name in OPERATORS if work_is_known(name)}
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_a_wrong_operator_gets_no_tick_and_no_speedup(direction, monkeypatch):
+def work_is_known(name: str) -> bool:
+    try:
+        return work(name, "forward", SHAPE, 2).bytes > 0
+    except KeyError:
+        return False
+
+
+def test_rates_and_shares_by_hand() -> None:
+    assert Work(3 * 10**9, 0, "TFLOP/s").rate(6.0) == 0.5
+    assert Work(0, 3 * 10**6, "GB/s").rate(6.0) == 0.5
+    moved = replace(row("ditfast", 1.0), rate=25.0)
+    computed = replace(moved, unit="TFLOP/s", rate=0.1)
+    unknown = replace(computed, dtype="bf16")
+    assert [item.share for item in with_op_shares([moved, computed, unknown], LIMITS)] == [0.25, 0.2, None]
+
+
+@pytest.fixture
+def no_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops_bench, "compile_unavailable", lambda device: "left out here")
+
+
+@pytest.mark.usefixtures("no_compile")
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_wrong_operator_gets_no_tick_and_no_speedup(direction: Direction) -> None:
     right = OPERATORS["gated_residual"]
     wrong = replace(right, fused=lambda residual, branch, gate: residual + branch * gate.unsqueeze(1) * 1.01)
     for operator, parity in ((right, True), (wrong, False)):
-        eager, compiled, ours = run_operator(operator, direction, Shape(2, 5, 72), torch.float32, CPU, LIMITS, 0.01)
-        assert (ours.parity, ours.speedup is not None) == (parity, parity)
-        assert compiled.ms is None and compiled.note == "left out here"
-        assert eager.rate == pytest.approx(3 * 720 * 4 / eager.ms.median / 1e6)
-        assert eager.share == pytest.approx(eager.rate / 100.0)
+        eager, compiled, ours = run_operator(operator, direction, SHAPE, torch.float32, CPU, 0.01)
+        assert (ours.status, ours.parity, ours.speedup is not None) == ("ok", parity, parity)
+        assert ("parity failed: " in ours.note) != parity
+        assert (compiled.status, compiled.ms, compiled.note) == ("unavailable", None, "left out here")
+        assert eager.ms is not None
+        assert eager.rate == pytest.approx(work("gated_residual", direction, SHAPE, 4).bytes / eager.ms.median / 1e6)
+        assert eager.noise == ours.noise is not None
+        assert (eager.timed, eager.tokens, eager.width) == ("calls", 5, 72)
 
 
-def test_the_command(tmp_path):
+@pytest.mark.usefixtures("no_compile")
+def test_a_slow_operator_is_caught() -> None:
+    """The same result for twenty times the work: parity holds, and the speed-up says what it costs."""
+    right = OPERATORS["gated_residual"]
+
+    def slow(residual: Tensor, branch: Tensor, gate: Tensor) -> Any:
+        for _ in range(20):
+            result = right.formula(residual, branch, gate)
+        return result
+
+    rows = run_operator(replace(right, fused=slow), "forward", Shape(8, 64, 384), torch.float32, CPU, 0.05)
+    assert rows[2].parity is True
+    assert rows[2].speedup is not None and rows[2].speedup < 0.5
+
+
+@pytest.mark.usefixtures("no_compile")
+@pytest.mark.parametrize(
+    ("error", "status"), [(RuntimeError("boom"), "error"), (torch.OutOfMemoryError("9 GiB"), "oom")]
+)
+def test_a_failing_operator_is_a_row_and_the_others_go_on(error: Exception, status: str) -> None:
+    def fail(**inputs: Tensor) -> Tensor:
+        raise error
+
+    rows = run_operator(
+        replace(OPERATORS["gated_residual"], fused=fail), "forward", SHAPE, torch.float32, CPU, 0.01
+    )
+    assert (rows[0].status, rows[2].status, rows[2].ms) == ("ok", status, None)
+    assert str(error) in rows[2].note
+
+
+@pytest.mark.usefixtures("no_compile")
+def test_inputs_that_do_not_fit_fail_everybody() -> None:
+    def draw(shape: Shape, generator: torch.Generator) -> dict[str, Tensor]:
+        raise torch.OutOfMemoryError("9 GiB")
+
+    operator: Operator = replace(OPERATORS["gated_residual"], draw=draw)
+    rows = run_operator(operator, "forward", SHAPE, torch.float32, CPU, 0.01)
+    assert [item.status for item in rows] == ["oom", "unavailable", "oom"]
+
+
+def test_timed_inputs_are_random_and_rotate() -> None:
+    pool = ops_bench._pool(OPERATORS["gated_residual"], SHAPE, torch.float32, CPU)
+    assert len(pool) == 16
+    assert not torch.equal(pool[0]["residual"], pool[1]["residual"])
+    assert all(float((inputs["branch"] != 0).float().mean()) > 0.9 for inputs in pool)
+    wide = draw_inputs(OPERATORS["gelu_mlp"], replace(SHAPE, ratio=4), torch.float32, CPU)
+    assert wide["w1"].shape == (288, 72)
+
+
+def ops(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["bench", "ops", "--device", "cpu", "--seconds", "0.02", *map(str, arguments)])
+
+
+@pytest.mark.usefixtures("no_compile")
+def test_the_command(tmp_path: Path) -> None:
     path = tmp_path / "ops.json"
-    arguments = ["bench", "ops", "--operator", "gated_residual", "--direction", "forward", "--batch", "1"]
-    arguments += ["--width", "72", "--tokens", "5", "--seconds", "0.02", "--json", str(path), "--device", "cpu"]
-    result = CliRunner().invoke(app, arguments)
+    small = ("--direction", "forward", "--batch", 1, "--width", 72, "--tokens", 5, "--json", path)
+    result = ops("--operator", "gated_residual", *small)
     assert result.exit_code == 0, result.output
-    data = json.loads(path.read_text())
-    assert data["schema"] == ops_bench.SCHEMA
-    assert data["environment"]["packages"]["torch"]
-    assert [item["provider"] for item in data["rows"]] == ["eager", "compile", "ditfast"]
-    assert data["rows"][2]["parity"] is True
+    assert "of the copy bandwidth" not in result.stderr and "GB/s over the copy bandwidth" in result.stdout
+    results = Results.load(path, "ops")
+    assert results.complete and results.ceilings is not None
+    assert [item.provider for item in results.rows] == ["eager", "compile", "ditfast"]
+    ours = results.rows[2]
+    assert ours.parity is True and ours.share == pytest.approx(ours.rate / results.ceilings.copy_gb_per_s)
+    assert [reading["when"] for reading in results.readings] == ["before", "after"]
+
+    again = ops("--operator", "gated_residual", "--operator", "layer_norm_modulate", *small, "--continue")
+    assert again.exit_code == 0, again.output
+    assert "gated_residual, forward, B=1 T=5 D=72, fp32: measured before" in again.stderr
+    more = Results.load(path, "ops")
+    assert (more.parts, len(more.rows)) == (2, 6)
+    assert more.rows[2].ms == ours.ms
 
 
-def test_bad_arguments():
-    result = CliRunner().invoke(app, ["bench", "ops", "--operator", "gated"])
+@pytest.mark.usefixtures("no_compile")
+def test_shapes_are_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Shape] = []
+
+    def run(operator: Operator, direction: str, shape: Shape, *_: object) -> list[OpRow]:
+        seen.append(shape)
+        return [replace(row("ditfast", 1.0), width=shape.width, tokens=shape.tokens)]
+
+    monkeypatch.setattr(ops_bench, "run_operator", run)
+    assert ops("--model", "DiT-XL/2", "--model", "DiT-B/4", "--operator", "gelu_mlp", "--batch", 3).exit_code == 0
+    assert set(seen) == {Shape(3, 256, 1152, 16, ratio=4), Shape(3, 64, 768, 12, ratio=4)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--operator", "gated"], "--operator must be one of"),
+        (["--operator", "gated_residua"], "did you mean 'gated_residual'?"),
+        (["--model", "DiT-XXL/2"], "did you mean 'DiT-XL/2'?"),
+        (["--tokens", 0], "--tokens must be at least 1, got 0"),
+        (["--dtype", "fp8"], "dtype must be one of fp32, bf16, fp16, got 'fp8'"),
+        (["--continue"], "--continue needs --json FILE"),
+        (["--json", "/no/such/folder/x.json"], "--json must be a file in a folder that exists"),
+    ],
+)
+def test_bad_arguments(arguments: list[object], message: str) -> None:
+    result = ops(*arguments)
     assert result.exit_code == 2
-    assert "--operator must be one of" in result.output
+    assert message in result.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("name", ops_bench.MEASURED)
+def test_on_a_gpu_rounds_are_captured(name: str, direction: Direction) -> None:
+    shape = Shape(2, 64, 384, num_heads=6, ratio=4)
+    rows = run_operator(OPERATORS[name], direction, shape, torch.bfloat16, torch.device("cuda"), 0.05)
+    for item in rows:
+        assert (item.status, item.timed, item.note) == ("ok", "graph", "")
+    assert rows[2].parity is True
+
+
+def test_a_round_is_divided_by_its_calls() -> None:
+    sampler: Callable[[int], float] = ops_bench._per_call(lambda rounds: 8.0 * rounds, 4)
+    assert sampler(3) == 6.0

@@ -21,21 +21,26 @@ from ditfast.bench.metrics import (
     with_shares,
     with_speedups,
 )
-from ditfast.bench.records import SCHEMA, Results, Row, Status
+from ditfast.bench.records import Results, schema
+from ditfast.bench.rows import ModelRow, Status
 from ditfast.bench.timing import Spread
 
 CEILINGS = Ceilings(100.0, 4, matmul_tflops={"bf16": 2.0, "tf32": 1.0}, matmul_size={"bf16": 8, "tf32": 8})
 
 
-def row(provider: str, ms: float | None = 10.0, parity: bool | None = True, noise: float = 0.01, batch: int = 1) -> Row:
+def row(
+    provider: str, ms: float | None = 10.0, parity: bool | None = True, noise: float = 0.01, batch: int = 1
+) -> ModelRow:
     status: Status = "error" if ms is None else "ok"
     spread = None if ms is None else Spread(ms, ms * 0.999, ms * 1.001, 5, 1)
-    blank = Row("DiT-S/8", "adaln_zero", (32, 32), batch, "bf16", "forward", provider, "bf16", status)
+    blank = ModelRow(
+        "DiT-S/8", "adaln_zero", (32, 32), 16, 384, 12, batch, "bf16", "forward", provider, "bf16", status
+    )
     return replace(blank, ms=spread, parity=parity, noise=noise)
 
 
-def results(*rows: Row, environment: dict[str, Any] | None = None) -> Results:
-    return Results(environment or {"gpu": None}, {"mode": "forward"}, CEILINGS, list(rows), True)
+def results(*rows: ModelRow, environment: dict[str, Any] | None = None) -> Results:
+    return Results("models", environment or {"gpu": None}, {}, CEILINGS, rows=list(rows), complete=True)
 
 
 def test_columns_by_hand() -> None:
@@ -106,7 +111,7 @@ def test_round_trip(tmp_path: Path) -> None:
     before = results(row("reference"), row("ditfast", 4.0), row("x", None))
     before.save(path)
     assert Results.load(path) == before
-    assert json.loads(path.read_text())["schema"] == SCHEMA
+    assert json.loads(path.read_text())["schema"] == schema("models") == "ditfast.bench.models/1"
     assert [item.name for item in tmp_path.iterdir()] == ["r.json"]
 
 
@@ -119,8 +124,10 @@ def damaged(change: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(schema="ditfast.bench/2"), "must have the schema 'ditfast.bench/1', got 'ditfast.bench/2'"),
-        (lambda d: d.pop("schema"), "must have the schema 'ditfast.bench/1', got None"),
+        (lambda d: d.update(schema="ditfast.bench/1"), "must have one of the schemas .*, got 'ditfast.bench/1'"),
+        (lambda d: d.update(schema=["ditfast.bench.models/1"]), "must have one of the schemas"),
+        (lambda d: d.update(schema="ditfast.bench.ops/1"), r"results.rows\[0\] must hold operator, "),
+        (lambda d: d.pop("schema"), "must have one of the schemas 'ditfast.bench.models/1', .*, got None"),
         (lambda d: d.pop("rows"), r"missing: \['rows'\]"),
         (lambda d: d["rows"][0].pop("status"), r"results.rows\[0\].*missing: \['status'\]"),
         (lambda d: d["rows"][0].update(more=1), r"results.rows\[0\].*unknown: \['more'\]"),
@@ -141,7 +148,9 @@ def test_other_schemas_and_damage_are_refused(tmp_path: Path, change: Any, messa
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"schema": "ditfast.bench/1"'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"\xff\xfe", b'{"schema": "ditfast.bench.models/1"', b"[" * 100_000]
+)
 def test_what_is_no_result_at_all_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "old.json"
     path.write_bytes(content)

@@ -14,7 +14,7 @@ from ditfast.bench.cases import Case, Mode
 from ditfast.bench.ceilings import Ceilings
 from ditfast.bench.metrics import flops_per_image, with_shares
 from ditfast.bench.providers import PROVIDERS, Provider
-from ditfast.bench.records import Row
+from ditfast.bench.rows import ModelRow
 from ditfast.bench.runner import Settings, run, steps
 from ditfast.bench.variants import Variant
 from ditfast.bench.workload import Inputs, Workload
@@ -53,7 +53,7 @@ class FakeTime:
 
 def run_one(
     providers: list[Provider], clock: FakeTime | None, mode: Mode = "forward", batch: int = 2
-) -> dict[str, Row]:
+) -> dict[str, ModelRow]:
     case = Case(CONFIG, batch, torch.float32, mode)
     [rows] = run([case], providers, CPU, Settings(seconds=0.02, clock=clock))
     rows = with_shares(rows, CEILINGS)

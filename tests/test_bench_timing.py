@@ -8,9 +8,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from ditfast.bench.timing import Spread, _needed, measure, noise, spread
+from ditfast.bench.timing import Call, Clock, Measurement, Spread, _needed, noise, sampler, spread
+from ditfast.bench.timing import measure as measure_samplers
 
 CPU = torch.device("cpu")
+
+
+def measure(calls: dict[str, Call], device: torch.device, seconds: float, clock: Clock | None = None) -> Measurement:
+    return measure_samplers({name: sampler(call, device, clock) for name, call in calls.items()}, device, seconds)
 
 
 class Recorder:

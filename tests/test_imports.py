@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +52,13 @@ RULES = {
     "cli": Rule((*_PRODUCT, "inference", "training", "info", "bench"), ("typer",), ("torch", "rich")),
     "main": Rule(("cli",)),
 }
+# bench/'s files for pytest: the harness's rule, and what runs them
+RULES["bench tests"] = replace(
+    RULES["bench"],
+    rooms=("bench", *RULES["bench"].rooms),
+    packages=(*RULES["bench"].packages, "pytest"),
+    inside=(*RULES["bench"].inside, "pytest_benchmark"),
+)
 FACE = "face"
 
 
@@ -92,6 +99,8 @@ def violations(source: str, path: Path) -> list[str]:
     module = module_of(path)
     assert module is not None
     room = room_of(module)
+    if path.parts[0] == "bench" and (path.name == "conftest.py" or path.match("test_*.py")):
+        room = "bench tests"
     if room == FACE:
         return []  # imports lazily and by name; the tests below run it
     if room not in RULES:
@@ -139,6 +148,13 @@ def test_every_file_keeps_the_import_rules(source_files: list[Path]) -> None:
         ("bench/runner.py", "import ditfast\nfrom ditfast import DiT\nfrom .parity import judge", None),
         ("bench/runner.py", "from ditfast.cli import app", "bench must not import ditfast.cli"),
         ("bench/runner.py", "import pandas", "bench must not import pandas"),
+        ("bench/runner.py", "import pytest", "bench must not import pytest"),
+        ("bench/testing.py", "def f():\n    import pytest", "bench must not import pytest"),
+        ("bench/test_model_cpu.py", "import pytest\nfrom ditfast.bench.parity import judge", None),
+        ("bench/conftest.py", "import pytest\nfrom ditfast import ops", None),
+        ("bench/conftest.py", "import pytest_benchmark", "bench tests must import pytest_benchmark inside"),
+        ("bench/conftest.py", "from ditfast.cli import app", "bench tests must not import ditfast.cli"),
+        ("kernels/test_adaln.py", "import pytest", "kernels must not import pytest"),
         ("ditfast/cli.py", "import torch", "cli must import torch inside a function"),
         ("ditfast/cli.py", "if TYPE_CHECKING:\n    import torch", None),
         ("ditfast/tokens.py", "import torch", "no rule for the room 'tokens'"),

@@ -100,11 +100,21 @@ def test_both_wheels_hold_the_same_files(built: Built) -> None:
 def test_the_wheel_holds_every_module_once_and_nothing_else(built: Built, source_files: list[Path]) -> None:
     modules = set()
     for path in source_files:
-        if path.suffix == ".py" and path.parts[0] in ("ditfast", *ROOMS):
+        if path.suffix == ".py" and path.parts[0] in ("ditfast", *ROOMS) and not _is_bench_test(path):
             modules.add(path.as_posix() if path.parts[0] == "ditfast" else f"ditfast/{path.as_posix()}")
     names = _names(built.wheel)
     assert {name for name in names if name.endswith(".py")} == modules
     assert {name.split("/")[0] for name in names} == {"ditfast", f"ditfast-{ditfast.__version__}.dist-info"}
+
+
+def test_the_tests_of_bench_are_in_the_sdist_and_in_no_wheel(built: Built, source_files: list[Path]) -> None:
+    tests = {path.as_posix() for path in source_files if _is_bench_test(path)}
+    assert {"bench/conftest.py", "bench/test_operator_overhead.py"} <= tests
+    with tarfile.open(built.sdist) as sdist:
+        assert tests <= {name.partition("/")[2] for name in sdist.getnames()}
+    for wheel in (built.wheel, built.direct_wheel):
+        inside = {name.removeprefix("ditfast/") for name in _names(wheel)}
+        assert not {name for name in inside if _is_bench_test(Path(name))}
 
 
 def test_the_wheel_holds_data_license_and_type_marker(built: Built) -> None:
@@ -194,6 +204,11 @@ def test_the_readmes_first_example_runs(tmp_path: Path) -> None:
     ditfast.save_checkpoint(model, tmp_path / name)
     script = example[1] + "\nassert output.shape == (2, 8, 32, 32) and output.abs().sum() > 0"
     _run(sys.executable, "-c", script, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)})
+
+
+def _is_bench_test(path: Path) -> bool:
+    """Whether a path of the checkout is one of bench/'s files for pytest."""
+    return path.parts[0] == "bench" and (path.name == "conftest.py" or path.match("test_*.py"))
 
 
 def _names(wheel: Path) -> set[str]:

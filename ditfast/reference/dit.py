@@ -316,7 +316,9 @@ class DiT(nn.Module):
         return x, c, context
 
     def _tokens(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed)
+        # in this order: a pointwise result has its first operand's memory layout, and the patches' is channels first,
+        # which every block would then carry on and every norm would have to copy
+        return cast(Tensor, self.pos_embed + self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)))
 
     @torch.no_grad()
     def initialize_weights(self) -> None:

@@ -1,0 +1,213 @@
+"""The goals a campaign ends with: met, missed and by how much, or not measured and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .records import Results
+from .rows import ModelRow, OpRow
+
+Status = Literal["met", "missed", "not measured"]
+
+_COMPILE = ("reference-compile", "reference-max-autotune", "reference-reduce-overhead")
+_ADALN = ("layer_norm_modulate", "gated_residual", "gated_residual_layer_norm_modulate")
+_LARGE_BYTES = 256e6  # traffic from which on an adaLN kernel is held against the copy bandwidth
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One goal.
+
+    Attributes:
+        name: what is asked.
+        target: the factor or share to reach; with ``at_most``, not to exceed.
+        found: what was measured; None where it was not.
+        detail: what was compared with what, or why nothing could be.
+        unit: "x" for factors, "%" for shares, "" for counts.
+    """
+
+    name: str
+    target: float
+    found: float | None
+    detail: str
+    unit: Literal["x", "%", ""] = "x"
+    at_most: bool = False
+
+    @property
+    def status(self) -> Status:
+        if self.found is None:
+            return "not measured"
+        met = self.found <= self.target if self.at_most else self.found >= self.target
+        return "met" if met else "missed"
+
+    @property
+    def short_by(self) -> float:
+        """How far a missed goal is from its target; 0 for others."""
+        return abs(self.found - self.target) if self.found is not None and self.status == "missed" else 0.0
+
+    def text(self, value: float) -> str:
+        """A value in the goal's unit."""
+        return f"{value:.1%}" if self.unit == "%" else f"{value:.2f}x" if self.unit == "x" else f"{value:.0f}"
+
+
+def goals(results: Iterable[Results]) -> list[Goal]:
+    """All goals, from the result files of one device; the bound of XL/2 is traced, which takes seconds."""
+    results = list(results)
+    models = [row for result in results if result.suite == "models" for row in result.rows]
+    return [
+        _over("DiT-XL/2", "forward", 1.12, models, _COMPILE, "the best torch.compile mode", 256),
+        _share_of_bound(results),
+        _over("DiT-XL/2", "train", 1.15, models, _COMPILE, "the best torch.compile mode"),
+        _over("DiT-S/2", "train", 1.3, models, _COMPILE, "the best torch.compile mode"),
+        _over("DiT-XL/2", "forward", 1.5, models, ("reference-reduce-overhead",), "reduce-overhead", 1),
+        _adaln([row for result in results if result.suite == "ops" for row in result.rows]),
+        _saved([row for result in results if result.suite == "memory" for row in result.rows]),
+        _parity(results),
+    ]
+
+
+def _of(rows: Iterable[ModelRow], model: str, mode: str) -> list[ModelRow]:
+    """The bf16 rows of a model at 256 px that have a time."""
+    return [
+        row
+        for row in rows
+        if (row.model, row.mode, row.dtype) == (model, mode, "bf16")
+        and row.latent_size == (32, 32)
+        and row.conditioning == "adaln_zero"
+        and row.ms is not None
+    ]
+
+
+def _fastest(rows: Sequence[ModelRow], wanted: Callable[[ModelRow], bool]) -> ModelRow | None:
+    return min(filter(wanted, rows), key=lambda row: row.ms.median if row.ms else float("inf"), default=None)
+
+
+def _over(
+    model: str,
+    mode: str,
+    target: float,
+    rows: Iterable[ModelRow],
+    rivals: Sequence[str],
+    named: str,
+    batch: int | None = None,
+) -> Goal:
+    """Ours over the fastest of some rivals at a batch, or at the largest one that both have."""
+    at = "the largest batch" if batch is None else f"batch {batch}"
+    name = f"{model} 256 px bf16, {mode}, {at}: over {named}"
+    found = _of(rows, model, mode)
+    batches = sorted({row.batch for row in found if batch in (None, row.batch)}, reverse=True)
+    detail = "no rows of it"
+    for size in batches:
+        case = [row for row in found if row.batch == size]
+        rival = _fastest(case, lambda row: row.provider in rivals)
+        ours = _fastest(case, lambda row: row.is_ours and row.parity is True)
+        if rival is not None and ours is not None and rival.ms and ours.ms:
+            ratio = rival.ms.median / ours.ms.median
+            return Goal(name, target, ratio, f"{ours.provider} over {rival.provider} at batch {size}")
+        detail = "no time of ditfast with parity" if ours is None else f"no time of {named}"
+    return Goal(name, target, None, detail)
+
+
+def _share_of_bound(results: Sequence[Results]) -> Goal:
+    """Of the bound that follows from the ceilings of the same run and what ditfast's forward launches."""
+    name = "DiT-XL/2 256 px bf16, forward, batch 256: of the bound from the measured ceilings"
+    best: Goal = Goal(name, 0.9, None, "no rows of it", "%")
+    for result in results:
+        rows = _of(result.rows, "DiT-XL/2", "forward") if result.suite == "models" else []
+        ours = _fastest(rows, lambda row: row.is_ours and row.parity is True and row.batch == 256)
+        ceilings = result.ceilings
+        if ours is None or ours.ms is None or ceilings is None or "bf16" not in ceilings.matmul_tflops:
+            continue
+        bound = bound_ms(256, ceilings.matmul_tflops["bf16"], ceilings.copy_gb_per_s)
+        share = bound / ours.ms.median
+        if best.found is None or share > best.found:
+            detail = f"{ours.provider}: {ours.ms.median:.2f} ms, bound {bound:.2f} ms"
+            best = Goal(name, 0.9, share, detail, "%")
+    return best
+
+
+def bound_ms(batch: int, tflops: float, gb_per_s: float) -> float:
+    """The roofline of ditfast's XL/2 forward in bf16, in ms."""
+    import torch
+
+    from ditfast.config import MODELS
+
+    from .cost_bench import trace
+    from .roofline import roofline_ms
+
+    return roofline_ms(trace(MODELS["DiT-XL/2"], batch, torch.bfloat16, "forward", "ditfast"), tflops, gb_per_s)
+
+
+def _adaln(rows: Iterable[OpRow]) -> Goal:
+    """The slowest adaLN kernel, by its share of the copy bandwidth."""
+    name = "adaLN kernels: of the copy bandwidth, the least of those that move 256 MB or more"
+    found = [
+        row
+        for row in rows
+        if row.provider == "ditfast" and row.operator in _ADALN and row.share is not None and row.bytes >= _LARGE_BYTES
+    ]
+    ticked = [row for row in found if row.parity is True and row.dtype == "bf16" and row.timed == "graph"]
+    if not ticked:
+        return Goal(name, 0.9, None, "no bf16 rows of it with parity, timed from graphs", "%")
+    least = min(ticked, key=lambda row: row.share or 0.0)
+    detail = f"{least.operator}, {least.direction}, {least.batch} x {least.tokens} x {least.width}; {len(ticked)} rows"
+    return Goal(name, 0.9, least.share, detail, "%")
+
+
+def _saved(rows: Iterable[Any]) -> Goal:
+    """What training keeps for the backward, the worst model."""
+    name = "saved for the backward in training: at most this share of the reference's"
+    known = {row.key: row for row in rows if row.saved_bytes and row.mode == "train" and row.dtype == "bf16"}
+    shares = []
+    for row in known.values():
+        other = known.get((*row.key[:-1], "reference"))
+        if row.provider == "ditfast" and other is not None:
+            shares.append((row.saved_bytes / other.saved_bytes, row))
+    if not shares:
+        return Goal(name, 0.62, None, "no bf16 rows of ditfast beside the reference", "%", at_most=True)
+    share, row = max(shares, key=lambda item: item[0])
+    return Goal(name, 0.62, share, f"{row.model} batch {row.batch}", "%", at_most=True)
+
+
+def _parity(results: Iterable[Results]) -> Goal:
+    """Rows of ours that ran and have no tick, and failures of verify."""
+    name = "parity everywhere: rows without it"
+    bad, judged = [], 0
+    for result in results:
+        for row in result.rows:
+            if result.suite == "verify":
+                judged += 1
+                bad += [] if row.ok else [f"verify {row.subject} {row.dtype}"]
+                continue
+            row = row.row if result.suite == "scaling" else row
+            if result.suite in ("models", "ops", "scaling") and row.is_ours and row.ms is not None:
+                judged += 1
+                bad += [] if row.parity is True else [f"{result.suite} {row.case[0]} {row.provider}"]
+    if not judged:
+        return Goal(name, 0, None, "nothing was judged", "", at_most=True)
+    detail = f"{judged} judged" + (f"; {', '.join(bad[:3])}" if bad else "")
+    return Goal(name, 0, len(bad), detail, "", at_most=True)
+
+
+def goals_table(found: Sequence[Goal]) -> Any:
+    """The goals for a terminal."""
+    from rich.console import Group
+
+    from .render import line, plain_table
+
+    table = plain_table()
+    for header in ("goal", "target", "found", "", "by"):
+        table.add_column(header, justify="left" if header == "goal" else "right", no_wrap=header != "goal")
+    styles = {"met": "green", "missed": "red", "not measured": "dim"}
+    for goal in found:
+        bound = "at most " if goal.at_most else "at least "
+        table.add_row(
+            f"{goal.name} ({goal.detail})",
+            bound + goal.text(goal.target),
+            "-" if goal.found is None else goal.text(goal.found),
+            f"[{styles[goal.status]}]{goal.status}[/]",
+            goal.text(goal.short_by) if goal.status == "missed" else "",
+        )
+    return Group(line("Goals", "bold"), table)

@@ -1,0 +1,203 @@
+"""Providers in processes of their own: compilation, allocator and faults of one are none of its neighbours' business.
+
+A worker serves one provider for a whole run, case after case. It builds the same weights and inputs as every other
+process, judges the provider there, and takes samples when it is asked to, so that the variants of a case still take
+turns.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from typing import Any, Literal
+
+import torch
+
+from .cases import Case
+from .preparing import Prepared, empty_cache, explain, make_work, prepare, trial_bytes
+from .providers import Provider, get_provider, load_plugins
+from .rows import ModelRow, Status
+
+Isolate = Literal["auto", "all", "none"]
+
+_STOP_SECONDS = 5.0
+
+
+class ProviderFailed(Exception):
+    """A provider that could not be prepared, or failed while it was timed; carries its status and note."""
+
+    def __init__(self, status: Status, note: str) -> None:
+        super().__init__(note)
+        self.status, self.note = status, note
+
+
+def wants_isolation(provider: Provider, device: torch.device, isolate: Isolate) -> bool:
+    """Whether a provider runs in a process of its own: by default those that ask for it, on a GPU."""
+    return isolate == "all" or (isolate == "auto" and provider.isolate and device.type == "cuda")
+
+
+class Worker:
+    """A process that prepares and times one provider.
+
+    Args:
+        provider: its name in the registry, as a fresh process finds it.
+        device: a CPU or CUDA device.
+        seed: of weights and inputs.
+        plugins: modules or files that register providers, loaded first.
+    """
+
+    def __init__(self, provider: str, device: torch.device, seed: int, plugins: Sequence[str] = ()) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.provider = provider
+        self._connection, theirs = context.Pipe()
+        arguments = (theirs, provider, str(device), seed, tuple(plugins), torch.get_num_threads())
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
+
+    @property
+    def alive(self) -> bool:
+        return self._process.is_alive()
+
+    def prepare(self, case: Case) -> ModelRow:
+        """The row of the prepared provider, without its time.
+
+        Raises:
+            ProviderFailed: it failed, or its process died.
+        """
+        row: ModelRow = self._ask("prepare", case)
+        return replace(row, isolated=True)
+
+    def sample(self, calls: int) -> float:
+        """Seconds of that many calls back to back."""
+        seconds: float = self._ask("sample", calls)
+        return seconds
+
+    def saved_bytes(self) -> int | None:
+        """As ``Prepared.saved_bytes``, of what it prepared."""
+        count: int | None = self._ask("saved_bytes", None)
+        return count
+
+    def trial_bytes(self, case: Case) -> int:
+        """Peak bytes of the provider in a case, neither judged nor timed.
+
+        Raises:
+            ProviderFailed: it failed, for want of memory or otherwise, or its process died.
+        """
+        count: int = self._ask("trial", case)
+        return count
+
+    def trim(self) -> None:
+        """Has it hand cached memory back between samples."""
+        self._ask("trim", None)
+
+    def release(self) -> None:
+        """Has it let go of the case."""
+        if self.alive:
+            try:
+                self._ask("release", None)
+            except ProviderFailed:
+                self.close()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._connection.close()  # which it takes as the end
+        self._process.join(_STOP_SECONDS)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def _ask(self, what: str, argument: object) -> Any:
+        try:
+            self._connection.send((what, argument))
+            kind, value = self._connection.recv()
+        except (EOFError, OSError):
+            self._process.join(_STOP_SECONDS)
+            raise ProviderFailed("error", f"its process died: {_exit(self._process.exitcode)}") from None
+        if kind == "failed":
+            raise ProviderFailed(*value)
+        return value
+
+
+@dataclass
+class Remote:
+    """A provider prepared in a worker; stands where a Prepared does."""
+
+    row: ModelRow
+    worker: Worker
+
+    def sample(self, calls: int) -> float:
+        return self.worker.sample(calls)
+
+    @property
+    def trim(self) -> bool:
+        return False
+
+    @trim.setter
+    def trim(self, value: bool) -> None:
+        if value:
+            self.worker.trim()
+
+    def close(self) -> None:
+        self.worker.release()
+
+
+def _exit(code: int | None) -> str:
+    if code is None:
+        return "it does not answer"
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _serve(
+    connection: Connection, name: str, device_name: str, seed: int, plugins: Sequence[str], threads: int
+) -> None:
+    """The worker's process: answers until the connection ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's interruption is the parent's to handle
+    torch.set_num_threads(threads)
+    device = torch.device(device_name)
+    prepared: Prepared | None = None
+    while True:
+        try:
+            what, argument = connection.recv()
+        except EOFError:
+            return
+        try:
+            value: object = None
+            if what in ("prepare", "trial"):
+                load_plugins(plugins)
+                provider = get_provider(name)
+                if device.type == "cuda":
+                    torch.cuda.set_device(device)
+            if what == "trial":
+                value = trial_bytes(provider, argument, device, seed)
+            elif what == "prepare":
+                work, judge = make_work(argument, device, seed)
+                prepared = prepare(provider, work, judge)
+                value = prepared.row
+                del work, judge
+                gc.collect()  # the oracle's memory, which a neighbour may need
+                empty_cache(device)
+            elif what == "release":
+                if prepared is not None:
+                    prepared.close()
+                prepared = None
+            elif prepared is None:
+                raise RuntimeError("nothing is prepared")
+            elif what == "trim":
+                prepared.trim = True
+            elif what == "saved_bytes":
+                value = prepared.saved_bytes()
+            else:
+                value = prepared.sample(argument)
+            answer: tuple[str, object] = ("done", value)
+        except Exception as error:  # the parent makes a row of it
+            answer = ("failed", explain(error))
+        try:
+            connection.send(answer)
+        except OSError:
+            return
+

@@ -1,0 +1,242 @@
+"""``ditfast bench`` and ``ditfast bench models``: DiT models, the reference, its rivals and ditfast side by side."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from . import options
+
+if TYPE_CHECKING:
+    import torch
+
+    from .cases import Case
+    from .providers import Provider
+    from .runner import Runner, Settings
+    from .suite import Recorder
+
+_FAILED = 1
+# seconds after which the default run on a CPU compiles nothing more: it has to end within two minutes
+_COMPILE_UNTIL = 50.0
+_FIT_TRIES = 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the options ask for."""
+
+    cases: list[Case]
+    providers: list[Provider]
+    device: torch.device
+    run: Settings
+    settings: dict[str, Any]
+
+
+def bench(
+    context: typer.Context,
+    model: options.Models = None,
+    batch: options.Batches = None,
+    dtype: options.Dtypes = None,
+    mode: options.Modes = None,
+    providers: options.Providers = None,
+    json: options.Json = None,
+    resume: options.Continue = False,
+    compare: options.Compare = None,
+    device: options.Device = None,
+    image_size: options.ImageSizes = None,
+    conditioning: options.Design = "adaln_zero",
+    seconds: options.Seconds = None,
+    budget: options.Budget = None,
+    isolate: options.Isolation = "auto",
+    plugin: options.Plugins = None,
+) -> None:
+    """Measure DiT models: the reference, its rivals and ditfast, each row with a parity tick.
+
+    "ditfast bench" alone is a quick look: small models on a CPU in under two minutes, DiT-XL/2 on a GPU. "ditfast
+    bench models" measures everything: all sizes, batches and modes.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from .compare import compare as compared
+    from .files import check_target
+    from .records import Results
+    from .render import comparison_table, results_table
+    from .runner import steps
+    from .suite import run_suite
+
+    old = None if compare is None else Results.load(compare, "models")
+    check_target(json)
+    options.check_continue(resume, json)
+    plan = make_plan(
+        model or (),
+        batch or (),
+        dtype or (),
+        mode or (),
+        providers,
+        device,
+        image_size or (),
+        conditioning,
+        seconds,
+        isolate,
+        tuple(plugin or ()),
+        full=context.info_name == "models",
+    )
+    results = run_suite(
+        "models",
+        plan.device,
+        plan.settings,
+        lambda recorder: measure(plan, recorder),
+        lambda results: [
+            results_table(results),
+            *([] if old is None or compare is None else [comparison_table(compared(old, results), str(compare))]),
+        ],
+        path=json,
+        steps=steps(plan.cases, plan.providers),
+        precisions=_precisions(plan),
+        resume=resume,
+        budget=options.parse_budget(budget),
+    )
+    ours = [row for row in results.rows if row.is_ours]
+    if any(row.status == "error" or (row.status == "ok" and row.parity is not True) for row in ours):
+        raise typer.Exit(_FAILED)
+
+
+def make_plan(
+    models: tuple[str, ...] | list[str],
+    batches: tuple[int, ...] | list[int],
+    dtypes: tuple[str, ...] | list[str],
+    modes: tuple[str, ...] | list[str],
+    provider_names: str | None,
+    device_name: str | None,
+    image_sizes: tuple[str, ...] | list[str],
+    conditioning: str,
+    seconds: float | None,
+    isolate: str,
+    plugins: tuple[str, ...],
+    full: bool,
+) -> Plan:
+    """The options checked and completed by the device's defaults.
+
+    Raises:
+        ValueError: an option is wrong; says which, what was wanted and what came.
+    """
+    from .cases import defaults, dtype_name, make_cases, parse_dtype, parse_mode
+    from .environment import parse_device
+    from .providers import load_plugins
+    from .runner import Settings
+
+    load_plugins(plugins)
+    device = parse_device(device_name)
+    default = defaults(device, full)
+    configs = options.named_configs(models or default.models, image_sizes or ("256",), conditioning)
+    if default.large_size is not None and not image_sizes:
+        smallest = [name for name in (models or default.models) if name.endswith("/2")]
+        configs += options.named_configs(smallest, (default.large_size,), conditioning)
+    chosen_dtypes = [parse_dtype(name) for name in dtypes] or [default.dtype]
+    chosen_modes = [parse_mode(name) for name in modes] or list(default.modes)
+    cases = make_cases(configs, batches or default.batches, chosen_dtypes, chosen_modes)
+    chosen = options.chosen_providers(provider_names, default.providers, cases, device)
+    names = [provider.name for provider in chosen]
+    if device.type == "cpu" and not (full or provider_names or models or batches):
+        deadline = time.monotonic() + _COMPILE_UNTIL
+        chosen = [_until(provider, deadline) if "compile" in provider.name else provider for provider in chosen]
+    run = Settings(
+        seconds=options.positive("--seconds", seconds, default.seconds),
+        isolate=isolate,  # type: ignore[arg-type]
+        plugins=plugins,
+    )
+    settings = {
+        "device": str(device),
+        "models": list(dict.fromkeys(config.name for config in configs)),
+        "batches": sorted({case.batch for case in cases}),
+        "dtypes": list(dict.fromkeys(map(dtype_name, chosen_dtypes))),
+        "modes": list(dict.fromkeys(chosen_modes)),
+        "latent_sizes": list(dict.fromkeys(config.latent_hw for config in configs)),
+        "conditioning": conditioning,
+        "providers": names,
+        "providers_left_out": {} if provider_names is not None else _left_out(names, cases[0], device),
+        "seconds": run.seconds,
+        "seed": run.seed,
+        "isolate": isolate,
+        "plugins": list(plugins),
+    }
+    return Plan(cases, chosen, device, run, settings)
+
+
+def measure(plan: Plan, recorder: Recorder) -> None:
+    """Every case of the plan that no earlier part has; where a batch does not fit, the largest one that does."""
+    from .metrics import with_shares
+    from .preparing import blank_row
+    from .runner import Runner
+
+    with Runner(plan.device, plan.run) as runner:
+        for case in plan.cases:
+            if recorder.has(blank_row(case, provider).key for provider in plan.providers):
+                for _ in range(len(plan.providers) + 1):
+                    recorder.report(f"{case.label}: measured before")
+                continue
+            if recorder.out_of_time:
+                return
+            rows = runner.rows(case, plan.providers, recorder.report)
+            recorder.add(rows, with_shares)
+            if any(row.status == "oom" for row in rows):
+                _measure_fitting(plan, case, runner, recorder)
+
+
+def _measure_fitting(plan: Plan, case: Case, runner: Runner, recorder: Recorder) -> None:
+    """Measures the largest batch at which everybody who ran at a smaller one still fits, and says so in its rows."""
+    from .fitting import device_bytes, guess_batch
+    from .metrics import with_shares
+    from .preparing import blank_row
+
+    limit = device_bytes(plan.device)
+    high = case.batch
+    series = blank_row(case, plan.providers[0]).series
+    for _ in range(_FIT_TRIES):
+        known = [row for row in recorder.results.rows if row.series == series]
+        short = {row.provider for row in known if row.status == "oom" and row.batch == high}
+        guesses = []
+        for provider in short:
+            fit = [(row.batch, row.peak_bytes) for row in known if row.provider == provider and row.peak_bytes]
+            low = max((batch for batch, _ in fit), default=0)
+            guesses.append(guess_batch(fit, limit, low, high))
+        if not guesses or any(guess is None for guess in guesses):
+            return
+        high = min(guess for guess in guesses if guess is not None)
+        if recorder.out_of_time:
+            return
+        note = f"in place of batch {case.batch}, which does not fit"
+        rows = runner.rows(replace(case, batch=high), plan.providers, recorder.report)
+        rows = [replace(row, note="; ".join(filter(None, (row.note, note)))) if row.ms else row for row in rows]
+        recorder.add(rows, with_shares)
+        if not any(row.status == "oom" for row in rows):
+            return
+
+
+def _precisions(plan: Plan) -> list[str]:
+    """The matmuls whose rates the rows are held against."""
+    names = [*plan.settings["dtypes"], *(p.precision for p in plan.providers if p.precision)]
+    return [name for name in dict.fromkeys(names) if name != "tf32" or plan.device.type == "cuda"]
+
+
+def _until(provider: Provider, deadline: float) -> Provider:
+    """The provider, unavailable to cases that begin after the deadline."""
+
+    def unavailable(case: Case, device: torch.device) -> str | None:
+        if time.monotonic() > deadline:
+            return f"left out so that the default run stays under two minutes; --providers {provider.name} runs it"
+        return provider.unavailable(case, device)
+
+    return replace(provider, unavailable=unavailable)
+
+
+def _left_out(names: list[str], case: Case, device: torch.device) -> dict[str, str]:
+    """Why the default leaves out each provider that it does."""
+    from .providers import PROVIDERS
+
+    ask = f"left out by default on a {'GPU' if device.type == 'cuda' else 'CPU'}; --providers {{}} runs it"
+    rest = [provider for provider in PROVIDERS.values() if provider.name not in names]
+    return {provider.name: provider.unavailable(case, device) or ask.format(provider.name) for provider in rest}

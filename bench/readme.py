@@ -1,0 +1,105 @@
+"""The README's table of results, rendered from the committed result files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .records import Results
+from .report.data import Machine, Run, gather, is_gpu, limits_text
+from .report.headline import COLUMNS, Headline, headlines
+from .report.markdown import NOTE, pipes
+from .report.text import listed, mode_name, model_name, percent, pixels
+
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+_NO_GPU = ["GPU: DiT-XL/2, 256 px, bf16", *["not measured yet"] * 4, "-", "-"]
+
+
+def render(readme: str, results: Mapping[str, Results]) -> str:
+    """The README with the block between its markers replaced.
+
+    Args:
+        readme: its text, with one line ``BEGIN`` and below it one line ``END``.
+        results: link, relative to the README -> the file's content. The suite models makes the table; files of
+            the other suites are linked.
+
+    Raises:
+        ValueError: no results, or a marker that is missing, there twice, or after the other.
+    """
+    before, after = _split(readme)
+    return f"{before}{BEGIN}\n\n{block(results)}\n\n{END}{after}"
+
+
+def block(results: Mapping[str, Results]) -> str:
+    """The table, the conditions of each device with its files, and what the columns say."""
+    report = gather(Run(link, found) for link, found in results.items())
+    measured = [machine for machine in report.machines if machine.rows("models")]
+    rows = [] if any(is_gpu(machine.runs[0].results) for machine in measured) else [_NO_GPU]
+    for machine in measured:
+        rows += [[_case(machine, found), *found.cells] for found in headlines(machine.rows("models"))]
+    columns = [("images/s", False), *((name, True) for name in COLUMNS)]
+    lines = [f"- {_conditions(machine)}" for machine in report.machines]
+    if report.computed:
+        lines.append(f"- Computed without a device: {_links(report.computed)}.")
+    return "\n\n".join([pipes(columns, rows), NOTE, "\n".join(lines)])
+
+
+def first_difference(old: str, new: str) -> str | None:
+    """The first line in which two texts differ, with its number; None where they are equal."""
+    if old == new:
+        return None
+    was, now = old.splitlines(), new.splitlines()
+    for number, (left, right) in enumerate(zip(was, now, strict=False), 1):
+        if left != right:
+            return f"line {number}: {left!r} should be {right!r}"
+    number = min(len(was), len(now)) + 1
+    if len(was) == len(now):
+        return f"line {number - 1} or before it: the line ends differ"
+    left, right = (repr(lines[number - 1]) if number <= len(lines) else "nothing" for lines in (was, now))
+    return f"line {number}: {left} should be {right}"
+
+
+def _split(readme: str) -> tuple[str, str]:
+    """What stands before and after the block."""
+    for marker in (BEGIN, END):
+        if readme.count(marker) != 1:
+            raise ValueError(f"README must hold {marker!r} once, got {readme.count(marker)}")
+    before, _, rest = readme.partition(BEGIN)
+    if END not in rest:
+        raise ValueError(f"README must hold {BEGIN!r} before {END!r}, got them the other way round")
+    return before, rest.partition(END)[2]
+
+
+def _case(machine: Machine, found: Headline) -> str:
+    row = found.case
+    name = model_name(row) if row.conditioning != "adaln_zero" else row.model
+    size = [] if name != row.model and tuple(row.latent_size) != (32, 32) else [pixels(row.latent_size)]
+    mode = [] if row.mode == "forward" else [mode_name(row.mode)]
+    return f"{machine.label}: {', '.join([name, *size, row.dtype, f'batch {row.batch}', *mode])}"
+
+
+def _conditions(machine: Machine) -> str:
+    parts = [machine.short_conditions]
+    if (limits := limits_text(machine.ceilings)) is not None:
+        parts.append(f"limits measured in the same runs: {limits}")
+    noises = [row.noise for row in machine.rows("models") if row.noise is not None]
+    if noises:
+        parts.append(f"noise up to {percent(max(noises))}")
+    unticked = [
+        f"{model_name(row)} batch {row.batch}, {row.provider}"
+        for row in machine.rows("models")
+        if _unticked(row)
+    ]
+    if machine.rows("models"):
+        parts.append(
+            f"no parity tick: {listed(unticked)}" if unticked else "every row of ditfast with its parity tick"
+        )
+    parts += [remark.rstrip(".") for run in machine.runs for remark in run.remarks]
+    return f"{'; '.join(parts)}. Rows: {_links(machine.runs)}."
+
+
+def _unticked(row: object) -> bool:
+    return bool(row.is_ours and row.ms is not None and row.parity is not True)  # type: ignore[attr-defined]
+
+
+def _links(runs: list[Run]) -> str:
+    return ", ".join(f"[{run.name}]({run.name})" for run in runs)

@@ -1,0 +1,184 @@
+"""The roofline: operators and models as points beneath the limits measured in the same runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..ceilings import Ceilings
+from ..rows import CostRow, ModelRow, OpRow
+from .data import Machine, Run, limits_text
+from .figure import MARKERS, SMALL, TEXT, Frame, Palette, Plot, plain_log, provider_order
+from .suites import largest_ops
+from .text import mode_name, slug
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_SIZES = ("S", "B", "L", "XL")
+NO_COST = "The models are not on a roofline: no result of `ditfast bench cost` for them was given."
+Point = tuple[float, float, ModelRow]
+
+
+def roofline_plots(machine: Machine, computed: Sequence[Run], palette: Palette) -> list[Plot]:
+    """The operators, and where their costs are known the models, beneath the measured limits."""
+    ceilings = machine.ceilings
+    if ceilings is None:
+        return []
+    plots = []
+    ops = [row for members in largest_ops(machine.rows("ops")) for row in members if row.ms and row.flops > 0]
+    for dtype in dict.fromkeys(row.dtype for row in ops):
+        plots.append(
+            _ops_roofline(machine, ceilings, dtype, [row for row in ops if row.dtype == dtype], palette)
+        )
+    points = located(machine.rows("models"), [row for run in computed for row in run.results.rows])
+    for mode, dtype in dict.fromkeys((row.mode, row.dtype) for _, _, row in points):
+        chosen = [point for point in points if (point[2].mode, point[2].dtype) == (mode, dtype)]
+        plots.append(_models_roofline(machine, ceilings, mode, dtype, chosen, palette))
+    return plots
+
+
+def located(rows: Iterable[ModelRow], costs: Iterable[CostRow]) -> list[Point]:
+    """(FLOP/byte, TFLOP/s, row) of the fastest of each family that was traced on the same model, batch, dtype and mode.
+
+    A provider that computes in another precision than its case moves other bytes, and is left out.
+    """
+    known = {row.key: row for row in costs}
+    found: dict[tuple[object, ...], Point] = {}
+    for row in rows:
+        family = row.provider.partition("-")[0]
+        names = (row.model, row.conditioning, row.latent_size, row.batch, row.dtype, row.mode)
+        cost = known.get((*names, family))
+        if cost is None or not row.tflops or row.precision != row.dtype:
+            continue
+        before = found.get(cost.key)
+        if before is None or row.tflops > before[1]:
+            found[cost.key] = (cost.intensity, row.tflops, row)
+    return list(found.values())
+
+
+def _ops_roofline(
+    machine: Machine, ceilings: Ceilings, dtype: str, rows: Sequence[OpRow], palette: Palette
+) -> Plot:
+    from matplotlib.lines import Line2D
+
+    operators, providers = (
+        list(dict.fromkeys(row.operator for row in rows)),
+        provider_order(r.provider for r in rows),
+    )
+    marker = {name: MARKERS[index % len(MARKERS)] for index, name in enumerate(operators)}
+    title = f"Roofline of the operators, {dtype}, on {machine.label}"
+    note = (
+        f"{machine.short_conditions}; {dtype}, each operator at the largest shape measured. {_limits(ceilings)} "
+        "Filled: forward; half filled: backward; hollow: no parity tick. "
+        "Bytes: each input read and each output written once."
+    )
+    legend: list[tuple[Any, str]] = [
+        (Line2D([], [], color=palette[n], marker="o", linestyle=""), n) for n in providers
+    ]
+    legend += [
+        (Line2D([], [], color="#444444", marker=marker[n], linestyle="", fillstyle="none"), n)
+        for n in operators
+    ]
+    frame = Frame(title, 8.5, [4.2], 1, legend, note)
+    points = []
+    for row in rows:
+        assert row.ms is not None
+        points.append((row.flops / row.bytes, row.flops / row.ms.median / 1e9))
+        fill: Any = "none" if row.parity is not True else "full" if row.direction == "forward" else "left"
+        frame.axes[0].plot(
+            *points[-1],
+            marker=marker[row.operator],
+            markersize=8,
+            color=palette[row.provider],
+            fillstyle=fill,
+            markeredgewidth=1.2,
+            linestyle="",
+        )
+    _roofs(frame.axes[0], ceilings, [dtype], points)
+    alt = f"{title}: {len(rows)} points of {', '.join(operators)}, and the limits. {_limits(ceilings)}"
+    name = slug(f"roofline operators {machine.label} {dtype}")
+    return Plot(name, title, "ops", machine.label, alt, f"{title}.", frame.png(), frame.width)
+
+
+def _models_roofline(
+    machine: Machine, ceilings: Ceilings, mode: str, dtype: str, points: Sequence[Point], palette: Palette
+) -> Plot:
+    from matplotlib.lines import Line2D
+
+    batches = sorted({row.batch for _, _, row in points})[-3:]
+    shown = [point for point in points if point[2].batch in batches]
+    providers = provider_order(row.provider for _, _, row in shown)
+    sizes = [name for name in (*_SIZES, "other") if any(_size(row) == name for _, _, row in shown)]
+    marker = {name: MARKERS[index] for index, name in enumerate((*_SIZES, "other"))}
+    what = f"{mode_name(mode)}, {dtype}"
+    title = f"Roofline of the models: {what}, on {machine.label}"
+    note = (
+        f"{machine.short_conditions}; {what}. {_limits(ceilings)} The fastest provider of each family. "
+        "FLOP/byte: computed by tracing the family's eager model; what a compiler fuses is not taken off. "
+        "Hollow: no parity tick. The larger a mark, the more tokens."
+    )
+    legend: list[tuple[Any, str]] = [
+        (Line2D([], [], color=palette[n], marker="o", linestyle=""), n) for n in providers
+    ]
+    legend += [
+        (Line2D([], [], color="#444444", marker=marker[n], linestyle="", fillstyle="none"), f"DiT-{n}")
+        for n in sizes
+    ]
+    frame = Frame(title, 3.7 * max(2, len(batches)), [3.4], len(batches), legend, note, titled=True)
+    for axes, batch in zip(frame.axes, batches, strict=True):
+        drawn = [point for point in shown if point[2].batch == batch]
+        for x, y, row in drawn:
+            side = 4 if row.tokens <= 32 else 6 if row.tokens <= 128 else 8
+            axes.plot(
+                [x],
+                [y],
+                marker=marker[_size(row)],
+                markersize=side,
+                color=palette[row.provider],
+                markerfacecolor=palette[row.provider] if row.parity else "white",
+                linestyle="",
+            )
+        precisions = list(dict.fromkeys(row.precision for _, _, row in drawn))
+        _roofs(axes, ceilings, precisions, [(x, y) for x, y, _ in drawn])
+        axes.set_title(f"batch {batch}", size=TEXT)
+    alt = f"{title}: {len(shown)} points beneath the measured limits. {_limits(ceilings)}"
+    name = slug(f"roofline models {machine.label} {what}")
+    return Plot(name, title, "models", machine.label, alt, f"{title}.", frame.png(), frame.width)
+
+
+def _roofs(
+    axes: Axes, ceilings: Ceilings, precisions: Sequence[str], points: Sequence[tuple[float, float]]
+) -> None:
+    """The copy as a slope and each matmul as a level above it, around the points."""
+    rates = {name: ceilings.matmul_tflops[name] for name in precisions if name in ceilings.matmul_tflops}
+    slope = ceilings.copy_gb_per_s / 1e3
+    knees = [rate / slope for rate in rates.values()]
+    left = min([x for x, _ in points] + knees) / 3
+    right = max([x for x, _ in points] + knees) * 3
+    highest = max(rates.values(), default=slope * right)
+    axes.plot([left, highest / slope], [left * slope, highest], color="#222222", linewidth=1.2)
+    for name, rate in rates.items():
+        axes.plot([rate / slope, right], [rate, rate], color="#222222", linewidth=1.2)
+        axes.annotate(
+            f"matmul {name}", (right, rate), (0, 3), textcoords="offset points", ha="right", size=SMALL
+        )
+    axes.annotate("copy", (left, left * slope), (14, 3), textcoords="offset points", va="top", size=SMALL)
+    plain_log(axes, "x", sparse=right > 100 * left)
+    lowest = min([y for _, y in points] + [left * slope])
+    plain_log(axes, "y", sparse=highest > 100 * lowest)
+    axes.set_xlim(left, right)
+    axes.set_ylim(lowest / 2, highest * 2.2)
+    axes.set_xlabel("FLOP/byte", size=TEXT)
+    axes.set_ylabel("TFLOP/s", size=TEXT)
+    axes.grid(color="#E3E3E3", linewidth=0.7)
+
+
+def _limits(ceilings: Ceilings) -> str:
+    return f"Limits measured in the same runs: {limits_text(ceilings)}."
+
+
+def _size(row: ModelRow) -> str:
+    """ "XL" of "DiT-XL/2"."""
+    name = row.model.removeprefix("DiT-").partition("/")[0]
+    return name if name in _SIZES else "other"

@@ -1,0 +1,203 @@
+"""The summary's sentences about operators, scaling, memory and computed costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..fits import fit_exponent
+from ..metrics import is_tie
+from ..rows import Axis, MemoryRow, ModelRow, OpRow, ScalingRow
+from .data import Run
+from .text import case_name, count, digits, factor, listed, mode_name, model_name, op_case_name, percent, size
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The points of one provider along one axis, all else the same; the exponent where two points ran."""
+
+    provider: str
+    points: list[ScalingRow]
+    exponent: float | None
+    r_squared: float | None
+
+    @property
+    def measured(self) -> list[ScalingRow]:
+        return [point for point in self.points if point.row.ms is not None]
+
+
+def curve_case(item: ScalingRow) -> tuple[Axis, str, str, str]:
+    """(axis, what is held, mode, dtype) of a point."""
+    row = item.row
+    held = {
+        "tokens": f"{row.model}, batch {row.batch}",
+        "batch": model_name(row),
+        "width": f"depth {row.depth}, {row.tokens} tokens, batch {row.batch}",
+    }
+    return item.axis, held[item.axis], row.mode, row.dtype
+
+
+def curves(rows: Iterable[ScalingRow]) -> dict[tuple[Axis, str, str, str], list[Curve]]:
+    """The curves by :func:`curve_case`, their points in order."""
+    cases: dict[tuple[Axis, str, str, str], dict[str, list[ScalingRow]]] = {}
+    for item in rows:
+        cases.setdefault(curve_case(item), {}).setdefault(item.row.provider, []).append(item)
+    return {case: [_curve(name, points) for name, points in found.items()] for case, found in cases.items()}
+
+
+def largest_ops(rows: Iterable[OpRow]) -> list[list[OpRow]]:
+    """Of each operator, direction and dtype, the rows of the largest shape that has a time."""
+    groups: dict[tuple[str, str, str], dict[tuple[int, int, int], list[OpRow]]] = {}
+    for row in rows:
+        shape = (row.batch, row.tokens, row.width)
+        groups.setdefault((row.operator, row.direction, row.dtype), {}).setdefault(shape, []).append(row)
+    found = []
+    for shapes in groups.values():
+        ran = [shape for shape, members in shapes.items() if any(row.ms for row in members)]
+        if ran:
+            found.append(shapes[max(ran, key=lambda shape: shape[0] * shape[1] * shape[2])])
+    return found
+
+
+def op_lines(rows: Sequence[OpRow]) -> list[str]:
+    """Each operator at its largest shape, then parity and failures."""
+    lines = []
+    for members in largest_ops(rows):
+        ticked = [row for row in members if row.is_ours and row.parity is True and row.ms]
+        if not ticked:
+            lines.append(
+                f"{op_case_name(members[0])}: no speed-up is stated, for no row of ditfast has a parity tick."
+            )
+            continue
+        best = min(ticked, key=lambda row: row.ms.median if row.ms else float("inf"))
+        text = f"{op_case_name(best)}: {digits(best.rate)} {best.unit}"
+        if best.share is not None:
+            text += f", {percent(best.share)} of the {'copy' if best.unit == 'GB/s' else 'matmul'} limit"
+        if best.speedup is not None:
+            tie = ", a tie" if is_tie(best.speedup, best.noise or 0.0) else ""
+            over = f" ({best.rival})" if best.rival else ""
+            text += f"; {factor(best.speedup)} the fastest rival{over}{tie}"
+        lines.append(text + ".")
+    ours = [row for row in rows if row.is_ours and row.ms]
+    unticked = [op_case_name(row) for row in ours if row.parity is not True]
+    if unticked:
+        lines.append(
+            f"PARITY is missing in {len(unticked)} of {count(len(ours), 'operator row')}: {listed(unticked)}."
+        )
+    elif ours:
+        lines.append(f"Parity held in every operator row of ditfast ({count(len(ours), 'row')}).")
+    failed = [
+        f"{op_case_name(row)}, {row.provider} ({row.note or row.status})"
+        for row in rows
+        if row.status in ("oom", "error")
+    ]
+    return lines + (
+        [f"{count(len(failed), 'operator row')} did not run: {listed(failed)}."] if failed else []
+    )
+
+
+def scaling_lines(rows: Sequence[ScalingRow]) -> list[str]:
+    """The exponents of the best of ours and of the best rival, by their last point."""
+    lines = []
+    for (axis, held, mode, dtype), found in curves(rows).items():
+        fitted = [curve for curve in found if curve.exponent is not None]
+        ours = _best([curve for curve in fitted if curve.measured[-1].row.is_ours])
+        rival = _best([curve for curve in fitted if not curve.measured[-1].row.is_ours])
+        named = [_exponent(curve, axis) for curve in (ours, rival) if curve is not None]
+        where = f"Scaling with {axis} ({held}, {mode_name(mode)}, {dtype})"
+        lines.append(f"{where}: {'; '.join(named)}." if named else f"{where}: fewer than two points ran.")
+    unticked = [f"{item.axis} {item.value:,}, {item.row.provider}" for item in rows if _unticked(item.row)]
+    if unticked:
+        lines.append(f"{count(len(unticked), 'point')} of ditfast without a parity tick: {listed(unticked)}.")
+    failed = [
+        f"{item.axis} {item.value:,}, {item.row.provider}"
+        for item in rows
+        if item.row.status in ("oom", "error")
+    ]
+    return lines + ([f"{count(len(failed), 'point')} did not run: {listed(failed)}."] if failed else [])
+
+
+def memory_lines(rows: Sequence[MemoryRow]) -> list[str]:
+    """Ours beside the reference, by mode and dtype: the largest case, and the range over all."""
+    lines = []
+    for pairs in _beside_reference(rows).values():
+        mine, base = max(pairs, key=lambda pair: (pair[1].peak_bytes is not None, pair[0].peak_bytes or 0))
+        parts = []
+        for name, field in (("saved for the backward", "saved_bytes"), ("peak", "peak_bytes")):
+            ratios = [ratio for pair in pairs if (ratio := _ratio(*pair, field)) is not None]
+            if (own := _ratio(mine, base, field)) is not None:
+                text = f"{name} {size(getattr(mine, field))}, {percent(own)} of the reference's"
+                parts.append(text + _over(ratios))
+        if mine.max_batch is not None:
+            than = "" if base.max_batch is None else f" (the reference: {base.max_batch:,})"
+            parts.append(f"largest batch {mine.max_batch:,}{than}")
+        if parts:
+            lines.append(f"Memory of ditfast, {case_name(mine)}: {'; '.join(parts)}.")
+    failed = [f"{case_name(row)}, {row.provider}" for row in rows if row.status in ("oom", "error")]
+    return lines + ([f"{count(len(failed), 'memory row')} did not run: {listed(failed)}."] if failed else [])
+
+
+def computed_lines(runs: Sequence[Run]) -> list[str]:
+    """Launches and bytes of ours beside the reference's, by mode and dtype; computed, and said to be."""
+    lines = []
+    for pairs in _beside_reference([row for run in runs for row in run.results.rows]).values():
+        mine, base = max(pairs, key=lambda pair: pair[1].flops)
+        ratios = [ratio for pair in pairs if (ratio := _ratio(*pair, "bytes")) is not None]
+        text = f"{case_name(mine)}: ditfast makes {count(mine.launches, 'launch', 'launches')}"
+        text += f" where the reference makes {base.launches:,}"
+        moved = f"moves {percent(_ratio(mine, base, 'bytes'))} of its bytes{_over(ratios)}"
+        lines.append(f"{text}, and {moved}; computed, not measured.")
+    return lines or ["No case holds both ditfast and the reference."]
+
+
+def _beside_reference(rows: Iterable[Any]) -> dict[tuple[str, str], list[tuple[Any, Any]]]:
+    """(ditfast, reference) of each case that has both, by mode and dtype."""
+    cases: dict[tuple[object, ...], dict[str, Any]] = {}
+    for row in rows:
+        cases.setdefault(row.key[:-1], {})[row.provider] = row
+    found: dict[tuple[str, str], list[tuple[Any, Any]]] = {}
+    for case in cases.values():
+        if "ditfast" in case and "reference" in case:
+            mine = case["ditfast"]
+            found.setdefault((mine.mode, mine.dtype), []).append((mine, case["reference"]))
+    return found
+
+
+def _over(ratios: Sequence[float]) -> str:
+    """The range over the cases, where there are several."""
+    if len(ratios) < 2:
+        return ""
+    low, high = percent(min(ratios)), percent(max(ratios))
+    return f" ({low if low == high else f'{low} to {high}'} over {len(ratios)} cases)"
+
+
+def _ratio(mine: Any, base: Any, field: str) -> float | None:
+    own, other = getattr(mine, field), getattr(base, field)
+    return own / other if own is not None and other else None
+
+
+def _unticked(row: ModelRow) -> bool:
+    return row.is_ours and row.ms is not None and row.parity is not True
+
+
+def _exponent(curve: Curve, axis: Axis) -> str:
+    return f"{curve.provider} takes {axis}^{curve.exponent:.2f} (r² {curve.r_squared:.3f})"
+
+
+def _curve(provider: str, points: list[ScalingRow]) -> Curve:
+    points = sorted(points, key=lambda point: point.value)
+    timed = [(point.value, point.row.ms.median) for point in points if point.row.ms is not None]
+    if len({value for value, _ in timed}) < 2:
+        return Curve(provider, points, None, None)
+    return Curve(provider, points, *fit_exponent(*map(list, zip(*timed, strict=True))))
+
+
+def _best(found: Sequence[Curve]) -> Curve | None:
+    """The one that gets furthest, and is fastest there."""
+
+    def order(curve: Curve) -> tuple[int, float]:
+        last = curve.measured[-1]
+        return -last.value, last.row.ms.median if last.row.ms else float("inf")
+
+    return min(found, key=order, default=None)

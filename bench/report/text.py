@@ -1,0 +1,109 @@
+"""Numbers and names as people read them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from ditfast.config import MODELS, VAE_FACTOR
+
+from ..rows import CostRow, MemoryRow, ModelRow, OpRow, ScalingRow
+
+STATUS = {"ok": "ran", "oom": "out of memory", "error": "failed", "unavailable": "unavailable"}
+MODES = {
+    "forward": "forward",
+    "cfg": "guided forward",
+    "train": "training step",
+    "train-checkpoint": "training step with checkpointing",
+}
+_PAPER = tuple(MODELS)
+
+
+def digits(value: float | None) -> str:
+    """Three digits, without an exponent where that is readable."""
+    if value is None:
+        return "-"
+    if 0 < abs(value) < 0.01:
+        return f"{value:.2g}"
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else (f"{value:.2f}" if value >= 1 else f"{value:.3f}")
+
+
+def percent(share: float | None) -> str:
+    """0.876 -> "88 %"; one decimal below 10 %, where it is what matters."""
+    if share is None:
+        return "-"
+    return f"{share * 100:.1f} %" if 0 < abs(share) < 0.1 else f"{share * 100:.0f} %"
+
+
+def size(count: float | None) -> str:
+    if count is None:
+        return "-"
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def tick(parity: bool | None) -> str:
+    return {True: "✓", False: "✗ no", None: "not judged"}[parity]
+
+
+def factor(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def mode_name(mode: str) -> str:
+    return MODES.get(mode, mode)
+
+
+def pixels(latent_size: tuple[int, int]) -> str:
+    """(32, 32) -> "256 px"; (32, 64) -> "256x512 px"."""
+    height, width = (side * VAE_FACTOR for side in latent_size)
+    return f"{height} px" if height == width else f"{height}x{width} px"
+
+
+def model_name(row: ModelRow | MemoryRow | CostRow) -> str:
+    """The model's name, with what differs from the paper's default."""
+    parts = [row.model]
+    if tuple(row.latent_size) != (32, 32):
+        parts.append(pixels(row.latent_size))
+    if row.conditioning != "adaln_zero":
+        parts.append(row.conditioning)
+    return " ".join(parts)
+
+
+def model_order(name: str) -> tuple[int, str]:
+    """The paper's models in the paper's order, others after them by name."""
+    return (_PAPER.index(name), "") if name in _PAPER else (len(_PAPER), name)
+
+
+def case_name(row: ModelRow | MemoryRow | CostRow) -> str:
+    return f"{model_name(row)}, batch {row.batch}, {row.dtype}, {mode_name(row.mode)}"
+
+
+def op_case_name(row: OpRow) -> str:
+    return f"{row.operator} {row.direction} at {row.batch} x {row.tokens} x {row.width}, {row.dtype}"
+
+
+def row_name(row: ModelRow | OpRow | ScalingRow) -> str:
+    """The case and the provider of a row with a time."""
+    if isinstance(row, ScalingRow):
+        return f"{row.axis} {row.value:,}: {case_name(row.row)}, {row.row.provider}"
+    named = op_case_name(row) if isinstance(row, OpRow) else case_name(row)
+    return f"{named}, {row.provider}"
+
+
+def listed(items: Sequence[str], limit: int = 6, separator: str = "; ") -> str:
+    """The items in a line; past the limit, how many more there are."""
+    items = list(items)
+    shown = separator.join(items[:limit])
+    return shown if len(items) <= limit else f"{shown}{separator}and {len(items) - limit} more"
+
+
+def count(number: int, noun: str, plural: str | None = None) -> str:
+    """The number with its noun: 1 row, 2 rows."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def slug(text: str) -> str:
+    """A name for a file or an anchor: small letters, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "x"

@@ -1,0 +1,256 @@
+"""The rows of every suite, as they stand in a result file. What could not be measured is None; ``note`` says why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .timing import Spread
+
+Status = Literal["ok", "oom", "error", "unavailable"]
+Axis = Literal["tokens", "batch", "width"]
+Direction = Literal["forward", "backward"]
+Unit = Literal["GB/s", "TFLOP/s"]
+
+
+def is_ours(provider: str) -> bool:
+    """Whether a provider is ditfast; all others are rivals."""
+    return provider == "ditfast" or provider.startswith("ditfast-")
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One provider on one model, batch, dtype and mode (``ditfast bench models``).
+
+    Attributes:
+        model, conditioning, latent_size, tokens, hidden_size, depth: the model; tokens is T of one sample.
+        batch: images; a guided step runs 2 * batch samples.
+        dtype, mode: of the case; "train-checkpoint" is "train" with activation checkpointing of every block.
+        provider: its name.
+        precision: what it computes in: the case's dtype, or "tf32".
+        isolated: whether it ran in a process of its own.
+        status: "ok" (it ran), "oom", "error", or "unavailable" (it cannot run on this device).
+        note: why there is no time or no parity tick, or under which conditions it ran; otherwise empty.
+        ms: time of a call.
+        first_call_ms: the first call, compilation and capture included.
+        images_per_s, tflops: by the median and the reference's FLOPs.
+        weight_bytes: the least a call must read.
+        ceiling_share: of the measured ceiling ``ceiling`` ("matmul" or "copy").
+        peak_bytes: peak memory of the provider on its own.
+        error: against fp64; in training of the gradient furthest up its bound. None where not finite.
+        yardstick_error, bound: the reference's own error in the dtype, and the bound that follows from it.
+        parity: the tick; None where it could not be judged.
+        parity_samples: how many images of the batch were compared.
+        noise: how far the reference timed twice lay apart in this case, as a share.
+        speedup, rival: over the fastest rival that ran; only beside a parity tick.
+    """
+
+    model: str
+    conditioning: str
+    latent_size: tuple[int, int]
+    tokens: int
+    hidden_size: int
+    depth: int
+    batch: int
+    dtype: str
+    mode: str
+    provider: str
+    precision: str
+    status: Status
+    isolated: bool = False
+    note: str = ""
+    ms: Spread | None = None
+    first_call_ms: float | None = None
+    images_per_s: float | None = None
+    tflops: float | None = None
+    weight_bytes: int | None = None
+    ceiling_share: float | None = None
+    ceiling: str | None = None
+    peak_bytes: int | None = None
+    error: float | None = None
+    yardstick_error: float | None = None
+    bound: float | None = None
+    parity: bool | None = None
+    parity_samples: int | None = None
+    noise: float | None = None
+    speedup: float | None = None
+    rival: str | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        return is_ours(self.provider)
+
+    @property
+    def series(self) -> tuple[object, ...]:
+        """The case without its batch."""
+        shape = (self.latent_size, self.hidden_size, self.depth)
+        return (self.model, self.conditioning, *shape, self.dtype, self.mode)
+
+    @property
+    def case(self) -> tuple[object, ...]:
+        """What the rows that are timed side by side have in common."""
+        return (*self.series, self.batch)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What must agree for two rows to measure the same thing."""
+        return (*self.case, self.provider)
+
+
+@dataclass(frozen=True)
+class OpRow:
+    """One provider of one operator (``ditfast bench ops``).
+
+    Attributes:
+        operator, direction, batch, tokens, width, dtype: the case; backward computes every gradient.
+        provider: "eager", "compile" or "ditfast".
+        timed: "graph" (replays of a CUDA graph, without launch overhead) or "calls".
+        flops, bytes: the work that must be done: FLOPs, and each input read once and each output written once.
+        rate, unit: GB/s where the operator is bound by memory, else TFLOP/s.
+        share: of the ceiling measured in the same run.
+        status, note, ms, parity, noise, speedup, rival: as in :class:`ModelRow`.
+    """
+
+    operator: str
+    direction: Direction
+    batch: int
+    tokens: int
+    width: int
+    dtype: str
+    provider: str
+    status: Status
+    timed: Literal["graph", "calls"]
+    flops: int
+    bytes: int
+    unit: Unit
+    note: str = ""
+    ms: Spread | None = None
+    rate: float | None = None
+    share: float | None = None
+    parity: bool | None = None
+    noise: float | None = None
+    speedup: float | None = None
+    rival: str | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        return is_ours(self.provider)
+
+    @property
+    def case(self) -> tuple[object, ...]:
+        return (self.operator, self.direction, self.batch, self.tokens, self.width, self.dtype)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (*self.case, self.provider)
+
+
+@dataclass(frozen=True)
+class ScalingRow:
+    """A model row as a point of a curve (``ditfast bench scaling``): ``value`` tokens, images or width."""
+
+    axis: Axis
+    value: int
+    row: ModelRow
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (self.axis, *self.row.key)
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """What one provider needs (``ditfast bench memory``).
+
+    Attributes:
+        model, conditioning, latent_size, batch, dtype, mode, provider: as in :class:`ModelRow`.
+        peak_bytes: peak memory of the provider on its own, weights included.
+        saved_bytes: in training, what the forward keeps for the backward: unique storages, parameters left out.
+        max_batch: the largest batch that fits the device, to the next sixteenth; None where it was not searched.
+        device_bytes: the device's memory.
+    """
+
+    model: str
+    conditioning: str
+    latent_size: tuple[int, int]
+    batch: int
+    dtype: str
+    mode: str
+    provider: str
+    status: Status
+    note: str = ""
+    peak_bytes: int | None = None
+    saved_bytes: int | None = None
+    max_batch: int | None = None
+    device_bytes: int | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        return is_ours(self.provider)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        names = (self.model, self.conditioning, self.latent_size, self.batch, self.dtype, self.mode)
+        return (*names, self.provider)
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What one fusion saves in one call of a model: the reference's launches and bytes less ditfast's."""
+
+    fusion: str
+    uses: int
+    launches: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """What one call launches, moves and computes, traced on meta tensors (``ditfast bench cost``).
+
+    Attributes:
+        model, conditioning, latent_size, batch, dtype, mode, provider: as in :class:`ModelRow`; "train" is the
+            forward and the backward without the optimiser, which is the same for everyone.
+        launches, bytes, flops: of one call.
+        intensity: FLOPs a byte.
+        roofline_ms: GPU -> a computed lower bound: over the launches, the sum of the longer of arithmetic and
+            traffic at the datasheet's rates.
+        savings: what each fusion saves over the reference; empty for rivals.
+    """
+
+    model: str
+    conditioning: str
+    latent_size: tuple[int, int]
+    batch: int
+    dtype: str
+    mode: str
+    provider: str
+    launches: int
+    bytes: int
+    flops: int
+    intensity: float
+    roofline_ms: dict[str, float]
+    savings: list[Saving] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        names = (self.model, self.conditioning, self.latent_size, self.batch, self.dtype, self.mode)
+        return (*names, self.provider)
+
+
+@dataclass(frozen=True)
+class VerifyRow:
+    """The worst tensor of one operator or model in one dtype (``ditfast verify``)."""
+
+    subject: str
+    backend: str
+    dtype: str
+    tensor: str
+    error: float | None
+    yardstick: float
+    bound: float
+    ok: bool
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (self.subject, self.backend, self.dtype)

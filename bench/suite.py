@@ -1,0 +1,183 @@
+"""What every measured suite shares: limits, conditions before and after, saving after every row, going on later."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from .progress import progress, terminated_as_interrupted
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import RenderableType
+
+    from .ceilings import Ceilings
+    from .records import Results, Suite
+
+INTERRUPTED = 130
+_REFRESH_SECONDS = 0.2
+
+# where these differ, two parts are no one run
+_SAME = (("commit",), ("dirty",), ("gpu", "name"), ("cpu", "model"), ("cpu", "torch_threads"), ("packages", "torch"))
+
+
+@dataclass
+class Recorder:
+    """Takes the rows of a run and saves them one after another.
+
+    Attributes:
+        results: the run so far.
+        report: told of every step, for the progress bar.
+        deadline: on the clock of time.monotonic, after which no further case should begin; None without one.
+    """
+
+    results: Results
+    device: torch.device
+    path: Path | None
+    precisions: list[str]
+    report: Callable[[str], None]
+    deadline: float | None = None
+    _known: dict[tuple[object, ...], Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._known = {row.key: row for row in self.results.rows}
+
+    def has(self, keys: Iterable[tuple[object, ...]]) -> bool:
+        """Whether an earlier part has all of these rows."""
+        return all(key in self._known for key in keys)
+
+    @property
+    def out_of_time(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+    def measure_limits(self, seconds: float = 0.5) -> Ceilings | None:
+        """Measures the limits again and keeps the highest: one measured on a busy machine is none."""
+        from .ceilings import highest, measure_ceilings
+
+        if self.precisions:
+            measured = measure_ceilings(self.device, self.precisions, seconds)
+            self.results.ceilings = highest(self.results.ceilings, measured)
+        return self.results.ceilings
+
+    def add(self, rows: Sequence[Any], shares: Callable[[list[Any], Ceilings], list[Any]] | None = None) -> None:
+        """Adds rows, in place of those that measure the same thing, and saves.
+
+        Args:
+            rows: of the suite's type.
+            shares: recomputes all rows' shares of the limits, which are measured once more.
+        """
+        self._known |= {row.key: row for row in rows}
+        self.results.rows = list(self._known.values())
+        if shares is not None:
+            ceilings = self.measure_limits(_REFRESH_SECONDS)
+            if ceilings is not None:
+                self.results.rows = shares(self.results.rows, ceilings)
+                self._known = {row.key: row for row in self.results.rows}
+        self.save()
+
+    def save(self) -> None:
+        if self.path is not None:
+            self.results.save(self.path)
+
+
+def run_suite(
+    suite: Suite,
+    device: torch.device,
+    settings: dict[str, Any],
+    measure: Callable[[Recorder], None],
+    tables: Callable[[Results], Sequence[RenderableType]],
+    *,
+    path: Path | None,
+    steps: int,
+    precisions: Sequence[str] = (),
+    resume: bool = False,
+    budget: float | None = None,
+) -> Results:
+    """Measures a suite from its limits to its table.
+
+    Args:
+        suite, device, settings: of the results.
+        measure: does the work, adding rows.
+        tables: what to print in the end.
+        path: the result file, written after every row.
+        steps: how often ``measure`` reports.
+        precisions: of the matmuls to measure; without any no limits are measured.
+        resume: go on with the file where it exists.
+        budget: seconds after which no further case begins.
+
+    Raises:
+        ValueError: the file to go on with was measured under other conditions.
+        typer.Exit: with 130 after an interruption; what was measured is saved and printed.
+    """
+    import torch
+
+    from .environment import collect, gpu_readings
+    from .render import print_tables
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    results = _begin(suite, settings, path, resume)
+    with terminated_as_interrupted():
+        measured = len(results.rows)
+        try:
+            with progress(steps + 1) as report:
+                deadline = None if budget is None else time.monotonic() + budget
+                recorder = Recorder(results, device, path, list(dict.fromkeys(precisions)), report, deadline)
+                recorder.measure_limits()
+                results.environment = collect()  # after the limits: with the clocks of a busy device
+                results.readings.append({"when": "before", **gpu_readings()})
+                report("limits")
+                measure(recorder)
+            results.complete = not recorder.out_of_time
+        except KeyboardInterrupt:
+            if len(results.rows) == measured:
+                typer.echo("interrupted before the first rows", err=True)
+                raise typer.Exit(INTERRUPTED) from None
+            results.readings.append({"when": "after", **gpu_readings()})
+            recorder.save()
+            print_tables(*tables(results))
+            raise typer.Exit(INTERRUPTED) from None
+    results.readings.append({"when": "after", **gpu_readings()})
+    recorder.save()
+    print_tables(*tables(results))
+    if path is not None:
+        typer.echo(f"results: {path}", err=True)
+    return results
+
+
+def _begin(suite: Suite, settings: dict[str, Any], path: Path | None, resume: bool) -> Results:
+    from .environment import collect
+    from .records import Results
+
+    if not resume or path is None or not path.exists():
+        return Results(suite, collect(), settings)
+    results = Results.load(path, suite)
+    differing = differences(results.environment, collect())
+    if differing:
+        raise ValueError(f"--continue needs the conditions of {path}: {differing}")
+    results.settings = {**settings, "before": results.settings}
+    results.parts += 1
+    results.complete = False
+    return results
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """Which of the conditions that make two parts one run differ between two environments; "" where none does."""
+    found = []
+    for names in _SAME:
+        was, is_now = _at(then, names), _at(now, names)
+        if was != is_now:
+            found.append(f"{' '.join(names)} was {was!r} there, is {is_now!r} here")
+    return "; ".join(found)
+
+
+def _at(environment: dict[str, Any], names: Sequence[str]) -> Any:
+    value: Any = environment
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value

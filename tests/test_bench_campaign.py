@@ -1,0 +1,319 @@
+"""The campaign: order, budget, going on, and the goals it ends with."""
+
+from __future__ import annotations
+
+import _thread
+import json
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from ditfast.bench import campaign_command
+from ditfast.bench.campaign import Campaign, Step
+from ditfast.bench.ceilings import Ceilings
+from ditfast.bench.cost_bench import trace
+from ditfast.bench.goals import Goal, bound_ms, goals
+from ditfast.bench.records import Results, Suite
+from ditfast.bench.rows import MemoryRow, ModelRow, OpRow, VerifyRow
+from ditfast.bench.timing import Spread
+from ditfast.cli import app
+from ditfast.config import MODELS
+
+CEILINGS = Ceilings(4000.0, 1, {"bf16": 800.0}, {"bf16": 8192})
+
+
+def step(name: str, code: str, **options: object) -> Step:
+    return Step(name, ("-c", code), **options)  # type: ignore[arg-type]
+
+
+def write(text: str) -> str:
+    return f"open({{json!r}}, 'a').write({text!r})".replace("{json!r}", "r'{json}'")
+
+
+def states(campaign: Campaign) -> dict[str, str]:
+    return {name: done.state for name, done in campaign.steps.items()}
+
+
+def test_steps_run_in_order_and_once(tmp_path: Path) -> None:
+    log = tmp_path / "order.txt"
+    note = f"open({str(log)!r}, 'a').write"
+    steps = [
+        step("first", f"{note}('1')"),
+        step("absent", "", skip="not in this version"),
+        step("parity", f"{note}('2'); raise SystemExit(1)"),
+        step("broken", f"{note}('3'); raise SystemExit('no such thing')", fine=()),
+        step("last", f"{note}('4')"),
+    ]
+    campaign = Campaign.open(tmp_path / "out")
+    said: list[str] = []
+    campaign.run(steps, 600, said.append)
+    assert log.read_text() == "1234"
+    wanted = {"first": "done", "absent": "skipped", "parity": "done", "broken": "failed", "last": "done"}
+    assert states(campaign) == wanted
+    assert campaign.steps["parity"].exit_code == 1
+    assert campaign.steps["broken"].note == "exit code 1: no such thing"
+    assert "absent: skipped: not in this version" in said
+    # again: what failed is tried once more, what is done is not
+    again = Campaign.open(tmp_path / "out")
+    assert states(again) == wanted
+    again.run(steps, 600, said.append)
+    assert log.read_text() == "12343"
+
+
+SLOW = """
+import signal, sys, time
+def stop(*_):
+    open(r'{json}', 'a').write('saved')
+    sys.exit(130)
+signal.signal(signal.SIGTERM, stop)
+open(r'{json}', 'a').write('row ')
+time.sleep(60)
+"""
+
+
+def test_a_step_past_its_share_is_cut_after_saving_and_goes_on_later(tmp_path: Path) -> None:
+    campaign = Campaign.open(tmp_path)
+    steps = [step("slow", SLOW, share=0.5), step("next", write("next"))]
+    start = time.monotonic()
+    campaign.run(steps, 14.0, lambda what: None)
+    assert time.monotonic() - start < 40
+    assert states(campaign) == {"slow": "cut", "next": "done"}
+    assert campaign.steps["slow"].note == "its time was up"
+    # cut after its share, and saved
+    assert (tmp_path / "slow.json").read_text().startswith("row saved")
+    assert (tmp_path / "next.json").read_text() == "next"
+    quick = [step("slow", write("rest")), steps[1]]
+    again = Campaign.open(tmp_path)
+    again.run(quick, 60, lambda what: None)
+    assert states(again) == {"slow": "done", "next": "done"}
+    assert (tmp_path / "slow.json").read_text().endswith("rest")
+    assert (tmp_path / "next.json").read_text() == "next"
+
+
+def test_an_interruption_stops_the_step_and_keeps_the_state(tmp_path: Path) -> None:
+    campaign = Campaign.open(tmp_path)
+
+    def interrupt() -> None:
+        while not (tmp_path / "slow.json").exists():
+            time.sleep(0.05)
+        _thread.interrupt_main()
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=interrupt, daemon=True).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            campaign.run([step("done", "pass"), step("slow", SLOW), step("never", "pass")], 120, lambda what: None)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    there = Campaign.open(tmp_path)
+    assert states(there) == {"done": "done", "slow": "cut"}
+    assert (tmp_path / "slow.json").read_text() == "row saved"
+
+
+def test_no_time_no_step(tmp_path: Path) -> None:
+    campaign = Campaign.open(tmp_path)
+    campaign.run([step("one", "pass")], 1.0, lambda what: None)
+    assert campaign.steps == {}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": "x"}', "SCHEMA", "STEPS"])
+def test_a_damaged_state_is_named(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "campaign.json"
+    if content in ("SCHEMA", "STEPS"):
+        Campaign.open(tmp_path)
+        data = json.loads(path.read_text())
+        data["steps"] = {"verify": {"state": "fine"}} if content == "STEPS" else None
+        content = json.dumps(data)
+    path.write_text(content)
+    with pytest.raises(ValueError, match="campaign.json is no state of a campaign"):
+        Campaign.open(tmp_path)
+    assert path.read_text() == content
+
+
+def test_another_machine_or_version_is_no_continuation(tmp_path: Path) -> None:
+    campaign = Campaign.open(tmp_path)
+    campaign.environment["gpu"] = {"name": "Another GPU"}
+    campaign.save()
+    with pytest.raises(ValueError, match="gpu name was 'Another GPU' there, is .* give another --out"):
+        Campaign.open(tmp_path)
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["bench", "campaign", *map(str, arguments)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "soon", "--device", "cpu"], "--budget must look like 90s, 9m or 1h, got 'soon'"),
+        (["--budget", "-1m", "--device", "cpu"], "--budget must look like"),
+        (["--device", "cuda:99"], "CUDA devices"),
+    ],
+)
+def test_bad_options(arguments: Sequence[str], message: str, tmp_path: Path) -> None:
+    result = invoke("--out", tmp_path / "out", *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    result = invoke("--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "campaign measures a GPU, and there is none; --device cpu rehearses" in result.stderr
+
+
+def test_an_out_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    result = invoke("--out", tmp_path / "out", "--device", "cpu")
+    assert result.exit_code == 2
+    assert "--out must be a folder that can be written" in result.stderr
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_the_steps_are_commands_that_exist() -> None:
+    """Each step's options are options of its command, so that no step fails for a typo on a lent machine."""
+    import typer.main
+
+    groups = typer.main.get_command(app).commands
+    for device in ("cuda", "cpu"):
+        steps = campaign_command.make_steps(torch.device(device))
+        assert len({item.name for item in steps}) == len(steps)
+        assert steps[0].name == "verify"
+        for item in steps:
+            words = list(item.command)
+            if item.skip or words[:2] != ["-m", "ditfast"]:
+                continue
+            command = groups[words[2]].commands[words[3]] if words[2] == "bench" else groups[words[2]]
+            known = {option for parameter in command.params for option in parameter.opts}
+            assert {word for word in words[3:] if word.startswith("--")} <= known, item.name
+            assert "{json}" in words
+
+
+def test_the_command_ends_with_the_goals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    ok = VerifyRow("gated_residual", "torch", "fp32", "output0", 1e-7, 1e-7, 2e-7, True)
+
+    def plan(rows: list[VerifyRow]) -> list[Step]:
+        path = tmp_path / "made.json"
+        Results("verify", {}, {}, rows=rows, complete=True).save(path)
+        return [step("verify", f"import shutil; shutil.copy({str(path)!r}, r'{{json}}')")]
+
+    monkeypatch.setattr(campaign_command, "make_steps", lambda device: plan([ok]))
+    result = invoke("--out", out, "--device", "cpu", "--budget", "60s")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("not measured") == 7
+    assert "1 judged" in result.stdout and "met" in result.stdout
+
+    (out / "damaged.json").write_text("{")  # is named and left out
+    [wrong] = plan([replace(ok, ok=False)])
+    monkeypatch.setattr(campaign_command, "make_steps", lambda device: [replace(wrong, name="again")])
+    result = invoke("--out", out, "--device", "cpu", "--budget", "60s")
+    assert result.exit_code == 1, result.output
+    assert "left out: " in result.stderr and "damaged.json" in result.stderr
+    assert "missed" in result.stdout and "verify gated_residual fp32" in result.stdout
+
+
+def model_row(provider: str, ms: float, model: str = "DiT-XL/2", mode: str = "forward", batch: int = 256) -> ModelRow:
+    row = ModelRow(model, "adaln_zero", (32, 32), 256, 1152, 28, batch, "bf16", mode, provider, "bf16", "ok")
+    return replace(row, ms=Spread(ms, ms, ms, 9, 1), parity=True)
+
+
+def results(suite: Suite, *rows: object) -> Results:
+    return Results(suite, {}, {}, CEILINGS, rows=list(rows), complete=True)
+
+
+def by_name(*files: Results) -> dict[str, Goal]:
+    return {goal.name: goal for goal in goals(files)}
+
+
+def found(named: dict[str, Goal], *words: str) -> Goal:
+    [goal] = [goal for name, goal in named.items() if all(word in name for word in words)]
+    return goal
+
+
+def test_nothing_measured() -> None:
+    assert len(by_name()) == 8
+    assert {goal.status for goal in by_name().values()} == {"not measured"}
+
+
+def test_factors_by_hand() -> None:
+    rows = [
+        model_row("reference", 160.0),
+        model_row("reference-compile", 126.0),
+        model_row("reference-max-autotune", 120.0),
+        model_row("ditfast", 100.0),
+        model_row("ditfast-graph", 99.0),
+        replace(model_row("ditfast-compile", 50.0), parity=None),  # faster, but nobody knows whether it is right
+        model_row("reference-reduce-overhead", 3.0, batch=1),
+        model_row("reference-compile", 2.0, batch=1),
+        model_row("ditfast-graph", 2.5, batch=1),
+        model_row("reference-compile", 230.0, mode="train", batch=128),
+        model_row("ditfast", 200.0, mode="train", batch=128),
+        model_row("ditfast", 300.0, mode="train", batch=256),  # no rival at this batch
+        replace(model_row("reference-compile", 1.0, model="DiT-S/2", mode="train"), dtype="fp32"),
+        model_row("ditfast", 1.0, model="DiT-S/2", mode="train"),
+    ]
+    named = by_name(results("models", *rows))
+    best = found(named, "XL/2", "forward", "best torch.compile")
+    assert (best.found, best.status) == (pytest.approx(120 / 99), "met")
+    assert best.detail == "ditfast-graph over reference-max-autotune at batch 256"
+    small = found(named, "batch 1:")
+    assert (small.found, small.status, small.short_by) == (pytest.approx(1.2), "missed", pytest.approx(0.3))
+    train = found(named, "XL/2", "train")
+    assert (train.found, train.detail) == (pytest.approx(1.15), "ditfast over reference-compile at batch 128")
+    assert found(named, "S/2", "train").detail == "no time of the best torch.compile mode"
+    assert found(named, "parity").found == 1
+    assert "models DiT-XL/2 ditfast-compile" in found(named, "parity").detail
+
+
+def test_share_of_the_bound_by_hand() -> None:
+    bound = bound_ms(256, 800.0, 4000.0)
+    cost = trace(MODELS["DiT-XL/2"], 256, torch.bfloat16, "forward", "ditfast")
+    by_hand = sum(max(launch.flops / 800e12, launch.bytes / 4000e9) for launch in cost.records) * 1e3
+    assert bound == pytest.approx(by_hand)
+    assert cost.total_flops / 800e12 * 1e3 < bound  # some launches are bound by traffic
+    goal = found(by_name(results("models", model_row("ditfast", bound / 0.8))), "bound")
+    assert (goal.found, goal.status) == (pytest.approx(0.8), "missed")
+    assert goal.text(goal.short_by) == "10.0%"
+
+
+def op_row(operator: str, share: float, **changes: object) -> OpRow:
+    row = OpRow(operator, "forward", 256, 256, 1152, "bf16", "ditfast", "ok", "graph", 1, 500_000_000, "GB/s")
+    return replace(row, **{"share": share, "parity": True, **changes})  # type: ignore[arg-type]
+
+
+def test_the_slowest_adaln_kernel_counts() -> None:
+    rows = [
+        op_row("gated_residual", 0.95),
+        op_row("layer_norm_modulate", 0.91, direction="backward"),
+        op_row("layer_norm_modulate", 0.2, bytes=1_000_000),  # too small to be bound by memory
+        op_row("gated_residual", 0.1, provider="compile"),
+        op_row("gelu_mlp", 0.3, unit="TFLOP/s"),
+        op_row("gated_residual", 0.3, timed="calls"),
+        op_row("gated_residual", 0.3, parity=False, dtype="fp16"),
+    ]
+    goal = found(by_name(results("ops", *rows)), "adaLN")
+    assert (goal.found, goal.status) == (0.91, "met")
+    assert "layer_norm_modulate, backward" in goal.detail
+
+
+def test_saved_activations_by_hand() -> None:
+    def row(provider: str, saved: int, model: str = "DiT-XL/2", mode: str = "train") -> MemoryRow:
+        return MemoryRow(model, "adaln_zero", (32, 32), 32, "bf16", mode, provider, "ok", saved_bytes=saved)
+
+    rows = [row("reference", 100), row("ditfast", 60), row("reference", 10, "DiT-S/2"), row("ditfast", 7, "DiT-S/2")]
+    goal = found(by_name(results("memory", *rows)), "saved")
+    assert (goal.found, goal.status, goal.at_most) == (0.7, "missed", True)
+    assert "DiT-S/2" in goal.detail
+    assert found(by_name(results("memory", *rows[:2])), "saved").status == "met"
+    assert found(by_name(results("memory", rows[1])), "saved").status == "not measured"
+

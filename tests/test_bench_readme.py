@@ -1,0 +1,118 @@
+"""``ditfast bench readme``: the README's table is what the result files say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import typer
+from results_helpers import CPU, model_row, results
+
+from ditfast.bench.readme import BEGIN, END, first_difference, render
+from ditfast.bench.records import Results
+from ditfast.bench.report_command import readme
+
+ROOT = Path(__file__).resolve().parents[1]
+BLANK = f"# Title\n\n{BEGIN}\nold\n{END}\n\nRest\n"
+
+
+def test_the_table_by_hand() -> None:
+    rows = [
+        model_row("reference", 20.0),
+        model_row("reference-compile", 10.0),
+        model_row("ditfast", 8.0, speedup=1.25, rival="reference-compile"),
+        model_row(
+            "ditfast-graph", 5.0, speedup=2.0, rival="reference-compile", ceiling_share=0.8, ceiling="matmul"
+        ),
+        model_row("reference", None, batch=512, mode="train"),
+        model_row("ditfast", 512.0, batch=512, mode="train", parity=False),
+    ]
+    lines = render(BLANK, {"results/a.json": results("models", rows)}).splitlines()
+    assert lines[:3] == ["# Title", "", BEGIN] and lines[-3:] == [END, "", "Rest"]
+    assert lines[4:8] == [
+        "| images/s | reference, eager | best torch.compile | ditfast | best of ditfast | best over best | of limit |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| Test GPU: DiT-XL/2, 256 px, bf16, batch 256 | 12,800 | 25,600 (compile) | 32,000 | 51,200 (ditfast-graph) "
+        "| 2.00x | 80 % of matmul |",
+        "| Test GPU: DiT-XL/2, 256 px, bf16, batch 512, training step | out of memory | not measured "
+        "| 1,000, no parity tick | no parity tick | - | - |",
+    ]
+    assert lines[-5] == (
+        "- Test GPU, driver 111.22, CUDA 99.9, torch 9.9.9, triton 8.8.8, ditfast 0.0.test (012345678); limits "
+        "measured in the same runs: copy 4,000 GB/s; matmul bf16 800 TFLOP/s; matmul tf32 400 TFLOP/s; "
+        "noise up to 1.0 %; no parity tick: DiT-XL/2 batch 512, ditfast. Rows: [results/a.json](results/a.json)."
+    )
+
+
+def test_without_a_gpu_the_first_row_says_so() -> None:
+    ours = model_row("ditfast", 10.0, "DiT-S/8", 8, speedup=1.004, rival="reference-compile")
+    text = render(BLANK, {"c.json": results("models", [ours], CPU, complete=False)})
+    rows = [line for line in text.splitlines() if line.startswith("| ")][2:]
+    assert rows[0].startswith("| GPU: DiT-XL/2, 256 px, bf16 | not measured yet | not measured yet |")
+    assert rows[1].startswith(
+        "| Test CPU, 2 threads: DiT-S/8, 256 px, bf16, batch 8 | not measured | not measured |"
+    )
+    assert "| 1.00x, a tie over reference-compile |" in rows[1]
+    assert "c.json is not complete" in text
+    # a GPU's operators alone are no models of a GPU
+    text = render(BLANK, {"c.json": results("models", [ours], CPU), "o.json": results("ops", [])})
+    assert "not measured yet" in text and "Rows: [o.json](o.json)." in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nothing", "README must hold '<!-- results: begin -->' once, got 0"),
+        (BLANK + BEGIN, "'<!-- results: begin -->' once, got 2"),
+        (BLANK + END, "'<!-- results: end -->' once, got 2"),
+        (f"{END}\n{BEGIN}\n", "the other way round"),
+    ],
+)
+def test_markers_must_be_there_once_and_in_order(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        render(text, {"a.json": results("models", [model_row()])})
+
+
+def test_rendering_twice_changes_nothing() -> None:
+    files = {"a.json": results("models", [model_row()])}
+    once = render(BLANK, files)
+    assert render(once, files) == once != BLANK
+
+
+def test_the_first_difference() -> None:
+    assert first_difference("a\nb\n", "a\nb\n") is None
+    assert first_difference("a\nb\n", "a\nc\n") == "line 2: 'b' should be 'c'"
+    assert first_difference("a\n", "a\nb\n") == "line 2: nothing should be 'b'"
+    assert first_difference("a\nb\n", "a\n") == "line 2: 'b' should be nothing"
+
+
+def test_the_command_rewrites_checks_and_leaves_the_rest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results").mkdir()
+    data, page = tmp_path / "results" / "a.json", tmp_path / "README.md"
+    results("models", [model_row()]).save(data)
+    page.write_bytes(BLANK.replace("Rest", "Rest\r").encode())
+    with pytest.raises(typer.Exit) as caught:
+        readme(page, [data], check=True)
+    assert caught.value.exit_code == 1
+    assert "README.md and the results disagree, line 4: 'old' should be ''" in capsys.readouterr().err
+    assert b"\nold\n" in page.read_bytes()
+    readme(page, [data], check=False)
+    readme(page, [data], check=True)
+    assert b"[results/a.json](results/a.json)" in page.read_bytes() and page.read_bytes().endswith(
+        b"Rest\r\n"
+    )
+    results("models", [replace(model_row(), images_per_s=1.0)]).save(data)
+    with pytest.raises(typer.Exit):
+        readme(page, [data], check=True)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["README.md", "results"]
+
+
+def test_readme_agrees_with_the_results() -> None:
+    paths = sorted((ROOT / "bench" / "results").glob("*.json"))
+    assert paths
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rendered = render(text, {path.relative_to(ROOT).as_posix(): Results.load(path) for path in paths})
+    assert first_difference(text, rendered) is None, "make readme renders it anew"

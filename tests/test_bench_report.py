@@ -1,0 +1,312 @@
+"""``ditfast bench report``: grouping, fits, comparison, sentences, tables, plots and files, on made-up rows."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import results_helpers as made
+import typer
+from results_helpers import CPU, model_row, results, spread
+from typer.testing import CliRunner
+
+from ditfast.bench.compare import compare
+from ditfast.bench.fits import fit_exponent
+from ditfast.bench.records import Results
+from ditfast.bench.report.data import Run, gather
+from ditfast.bench.report.figure import Plot
+from ditfast.bench.report.headline import headlines
+from ditfast.bench.report.markdown import markdown
+from ditfast.bench.report.page import page
+from ditfast.bench.report.summary import as_text, summarise
+from ditfast.bench.report.tables import model_tables
+from ditfast.bench.report.write import render
+from ditfast.bench.report_command import report
+
+E = math.e
+
+
+def runs(*found: Results) -> list[Run]:
+    return [Run(f"{index}.json", item) for index, item in enumerate(found)]
+
+
+def text_of(*found: Results) -> str:
+    return as_text(summarise(gather(runs(*found))))
+
+
+@pytest.mark.parametrize(
+    ("values", "times", "expected"),
+    [
+        ([1, 2, 4], [3.0, 12.0, 48.0], (2.0, 1.0)),
+        ([1, 4], [8.0, 4.0], (-0.5, 1.0)),
+        ([64, 128, 256], [5.0, 5.0, 5.0], (0.0, 1.0)),
+        # logs (0, 1, 2) against (0, 2, 1): slope 1/2, r 1/2
+        ([1.0, E, E**2], [1.0, E**2, E], (0.5, 0.25)),
+    ],
+)
+def test_exponents_by_hand(values: list[float], times: list[float], expected: tuple[float, float]) -> None:
+    assert fit_exponent(values, times) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "times", "message"),
+    [
+        ([1, 2], [1.0], "times must have one entry a value, got 1 for 2 values"),
+        ([1], [1.0], r"values must hold at least two different ones, got \[1\]"),
+        ([2, 2], [1.0, 2.0], "at least two different ones"),
+        ([0, 2], [1.0, 2.0], "values must be finite and above 0, got 0"),
+        ([1, 2], [1.0, math.nan], "times must be finite and above 0, got nan"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused(values: list[float], times: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit_exponent(values, times)
+
+
+def test_operators_and_curves_are_compared_too() -> None:
+    new = made.op_case("linear_gelu", "forward", 8, 4608)
+    old = [replace(row, ms=spread(row.ms.median / 2)) if row.ms else row for row in new]
+    found = compare(results("ops", old), results("ops", new))
+    assert [(change.row.provider, change.speedup, change.is_regression) for change in found.changes] == [
+        ("eager", 0.5, False),
+        ("compile", 0.5, False),
+        ("ditfast", 0.5, True),
+    ]
+    points = made.scaling_rows()
+    lost = [replace(p, row=replace(p.row, ms=None, status="oom")) if p.value == 64 else p for p in points]
+    found = compare(results("scaling", points), results("scaling", lost))
+    # 64 tokens and 64 images, of three providers each; none of them is a change
+    assert len(found.lost) == 6 and found.regressed == 2
+    assert {change.verdict for change in found.changes} == {"tie"}
+
+
+def test_a_lost_tick_is_a_regression_and_other_suites_have_no_times() -> None:
+    old, new = model_row(), model_row(parity=False)
+    found = compare(results("models", [old]), results("models", [new]))
+    assert (found.unticked, found.regressed) == ([new], 1)
+    with pytest.raises(
+        ValueError, match="suites models, ops, scaling can be compared, got memory and memory"
+    ):
+        compare(results("memory", []), results("memory", []))
+
+
+def test_devices_never_share_a_group_and_a_row_is_there_once() -> None:
+    gpu, cpu = results("models", [model_row()]), results("models", [model_row()], CPU)
+    found = gather(runs(cpu, gpu, gpu, results("ops", [])))
+    labels = [(machine.label, [run.name for run in machine.runs]) for machine in found.machines]
+    assert labels == [
+        ("Test GPU (set 1 of 2)", ["1.json", "3.json"]),
+        ("Test GPU (set 2 of 2)", ["2.json"]),
+        ("Test CPU, 2 threads", ["0.json"]),
+    ]
+    on_host = replace(gpu, settings={"device": "cpu"})
+    assert [machine.label for machine in gather(runs(on_host)).machines] == ["Test CPU, 2 threads"]
+
+
+def test_nothing_is_known_of_the_environment() -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib, of the extra bench")
+    bare = replace(results("models", [model_row()]), environment={}, settings={}, ceilings=None, readings=[])
+    files = render(gather(runs(bare)))
+    assert "unnamed CPU, an unknown number of threads" in files["report.html"].decode()
+
+
+def test_a_headline_needs_a_tick() -> None:
+    slow, fast = model_row("ditfast", 8.0), model_row("ditfast-graph", 4.0, parity=False)
+    rivals = [
+        model_row("reference", 20.0),
+        model_row("reference-compile", 10.0),
+        model_row("diffusers", None),
+    ]
+    slow = replace(slow, speedup=1.25, rival="reference-compile", ceiling_share=0.876, ceiling="matmul")
+    [found] = headlines([*rivals, slow, fast])
+    assert found.best == slow and found.rival == rivals[1]
+    assert found.cells == [
+        "12,800",
+        "25,600 (compile)",
+        "32,000",
+        "32,000 (ditfast)",
+        "1.25x",
+        "88 % of matmul",
+    ]
+    # a speed-up in the file without its tick is not repeated
+    [found] = headlines([*rivals, replace(slow, parity=None)])
+    assert found.cells[2:] == ["32,000, no parity tick", "no parity tick", "-", "-"]
+    [found] = headlines([rivals[2], replace(slow, speedup=1.005, rival="diffusers")])
+    assert found.cells == ["not measured", "not measured", "32,000", "32,000 (ditfast)",
+                           "1.00x, a tie over diffusers", "88 % of matmul"]  # fmt: skip
+
+
+def test_the_summary_says_what_the_rows_say() -> None:
+    rival = model_row("reference-compile", 20.0)
+    ours = model_row(
+        "ditfast", 10.0, speedup=2.0, rival="reference-compile", ceiling_share=0.5, ceiling="matmul"
+    )
+    lines = text_of(results("models", [rival, ours])).splitlines()
+    assert lines == [
+        "Test GPU",
+        "- On Test GPU, DiT-XL/2 at batch 256 in bf16, forward: ditfast makes 25,600 images/s: 2.00x the fastest rival "
+        "(reference-compile); 50 % of the matmul limit.",
+        "- Over 1 case (forward, bf16), the best of ditfast is ahead of the fastest rival in 1 (2.00x), tied in 0, "
+        "behind in 0.",
+        "- Parity held in every row of ditfast (1 row, forward, bf16).",
+    ]
+
+
+def test_bad_news_is_said_as_plainly() -> None:
+    rows = [
+        model_row("reference", 8.0),
+        model_row("ditfast", 10.0, speedup=0.8, rival="reference"),
+        model_row("reference", 8.0, "DiT-S/2"),
+        model_row("ditfast", 10.0, "DiT-S/2", parity=False, note="made up"),
+        model_row("diffusers", None),
+        model_row("x", None, status="error", note="Boom"),
+        model_row("y", None, status="unavailable", note="no such thing"),
+    ]
+    text = text_of(results("models", rows, complete=False, parts=3))
+    assert "behind in 1 (worst: DiT-XL/2 at batch 256, 0.80x); 1 without a speed-up" in text
+    assert (
+        "PARITY FAILED in 1 of 2 rows of ditfast (forward, bf16): DiT-S/2 at batch 256, ditfast (made up)."
+        in text
+    )
+    assert "1 row ran out of memory: DiT-XL/2, batch 256, bf16, forward, diffusers." in text
+    assert "1 row failed: DiT-XL/2, batch 256, bf16, forward, x (Boom)." in text
+    assert "Not measured: y: no such thing." in text
+    assert "0.json is not complete" in text and "measured in 3 parts" in text
+    alone = text_of(results("models", [replace(rows[3], parity=None)]))
+    assert "no speed-up is stated, for no row of ditfast has a parity tick" in alone
+    assert "NUMERICS FAILED in 1 of 2 checks: layer_norm_modulate, triton, fp16 (d_x)." in text_of(
+        results("verify", made.verify_rows(ok=False))
+    )
+
+
+def test_the_other_suites_in_sentences() -> None:
+    text = text_of(*made.everything())
+    assert (
+        "linear_gelu forward at 256 x 256 x 1152, bf16: 720 TFLOP/s, 90 % of the matmul limit; 1.29x" in text
+    )
+    assert "self_attention backward at 256 x 256 x 1152, bf16: no speed-up is stated" in text
+    assert "ditfast takes tokens^1.50 (r² 1.000); reference-compile takes tokens^1.50" in text
+    assert "saved for the backward 22.00 GiB, 50 % of the reference's (50 % over 11 cases)" in text
+    assert "207 launches where the reference makes 585, and moves 58 % of its bytes" in text
+    assert "computed, not measured" in text
+
+
+def test_every_row_is_in_the_tables_with_its_reason() -> None:
+    results_ = made.twelve_models()
+    [machine] = gather(runs(results_)).machines
+    [table] = model_tables(machine)
+    assert len(table.rows) == len(results_.rows) == 108
+    words = {cell.text for row in table.rows for cell in row}
+    assert {"out of memory", "failed", "unavailable", "RuntimeError: made up", "✗ no", "not judged"} <= words
+    unticked = replace(results_.rows[-1], parity=None, speedup=9.99, rival="reference")
+    [table] = model_tables(gather(runs(results("models", [unticked]))).machines[0])
+    assert not any("9.99" in cell.text for cell in table.rows[0])
+
+
+def test_the_page_holds_everything_and_asks_for_nothing() -> None:
+    found = gather(runs(*made.everything()))
+    groups = ("models", "ops", "scaling", "memory")
+    said = "a text that says what is to be seen"
+    plots = [
+        Plot(f"name-{group}", "Title", group, "Test GPU", said, "Caption", b"x", 7.0) for group in groups
+    ]
+    text = page(found, summarise(found), plots)
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", text)
+    assert "<script" not in text and "@import" not in text and "url(" not in text
+    assert len(
+        re.findall(r'<img src="data:image/png;base64,[^"]+" alt="[^"]{20,}" width="\d+">', text)
+    ) == len(plots)
+    for section in ("summary", "machine-1", "machine-2", "computed", "definitions"):
+        assert f'<section id="{section}">' in text
+    # notes are other people's words
+    evil = results("models", [model_row(note="<script>alert(1)</script>")])
+    found = gather(runs(evil))
+    assert "<script" not in page(found, summarise(found), [])
+
+
+def test_markdown_cells_cannot_break_the_table() -> None:
+    text = markdown(gather(runs(results("models", [model_row(model="a|b\nc")]))))
+    [row] = [line for line in text.splitlines() if "25,600" in line]
+    assert row.count(" | ") == 10 and "a\\|b c" in row
+
+
+def save(folder: Path, *found: Results) -> list[Path]:
+    paths = [folder / f"{index}.json" for index in range(len(found))]
+    for path, item in zip(paths, found, strict=True):
+        item.save(path)
+    return paths
+
+
+def test_the_command_writes_all_files_and_marks_regressions(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib, of the extra bench")
+    before, after = model_row(ms=10.0), model_row(ms=20.0)
+    [new] = save(tmp_path, results("models", [after]))
+    old = tmp_path / "old.json"
+    results("models", [before]).save(old)
+    app = typer.Typer()
+    app.command()(report)
+    out = tmp_path / "a" / "b"
+    ran = CliRunner().invoke(app, [str(new), "--out", str(out), "--compare", str(old)])
+    assert ran.exit_code == 0, ran.output
+    where = "DiT-XL/2, batch 256, bf16, forward, ditfast"
+    sentence = f"REGRESSION: 1 row of ditfast slower past the noise: {where}: 10.0 to 20.0 ms."
+    assert sentence in ran.output and "regressions past the noise: 1" in ran.output
+    files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+    plot = "plots/throughput-test-gpu-forward-bf16-256-px-batch-256.png"
+    assert files == [plot, "report.html", "summary.txt", "table.md"]
+    assert (out / plot).read_bytes().startswith(b"\x89PNG")
+    assert sentence in (out / "summary.txt").read_text() and sentence in (out / "report.html").read_text()
+    assert "**✗ regression**" in (out / "table.md").read_text()
+    assert '<td class="bad">✗ regression</td>' in (out / "report.html").read_text()
+
+
+def test_bad_input_is_refused_before_anything_is_rendered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [path] = save(tmp_path, results("models", [model_row()]))
+    damaged, other = tmp_path / "damaged.json", tmp_path / "other.json"
+    damaged.write_text("{")
+    other.write_text('{"schema": "x"}')
+    out = tmp_path / "out"
+    for bad, message in ((damaged, "not valid JSON"), (other, "must have one of the schemas")):
+        with pytest.raises(ValueError, match=message):
+            report([path, bad], out)
+        with pytest.raises(ValueError, match=message):
+            report([path], out, [bad])
+    with pytest.raises(FileNotFoundError):
+        report([tmp_path / "absent.json"], out)
+    results("ops", []).save(other)
+    with pytest.raises(ValueError, match="none of the results is of the suite ops on Test GPU"):
+        report([path], out, [other])
+    assert not out.exists()
+
+    monkeypatch.setattr("ditfast.bench.report.write.render", lambda *_: pytest.fail("rendered"))
+    out.write_text("a file")
+    with pytest.raises(ValueError, match="--out must be a folder, got .*out: .* is a file"):
+        report([path], out)
+    with pytest.raises(NotADirectoryError):
+        report([path], out / "below")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match=r"pip install 'ditfast\[bench\]'"):
+        report([path], tmp_path / "new")
+
+
+def test_a_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib, of the extra bench")
+    [path] = save(tmp_path, results("models", [model_row()]))
+    out = tmp_path / "out"
+    report([path], out)
+    before = {found: found.read_bytes() for found in out.rglob("*") if found.is_file()}
+
+    def full(*args: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="no space left"):
+        report([path], out)
+    assert {found: found.read_bytes() for found in out.rglob("*") if found.is_file()} == before
