@@ -58,7 +58,7 @@ def gpu_readings() -> dict[str, Any]:
 
 
 def parse_device(name: str | None) -> torch.device:
-    """The device of "cpu", "cuda" or "cuda:N"; None is CUDA where there is a GPU, and else the CPU.
+    """The device of "cpu", "cuda" (the first) or "cuda:N"; None is CUDA where there is a GPU, and else the CPU.
 
     Raises:
         ValueError: another name, or a device that is not there.
@@ -66,7 +66,7 @@ def parse_device(name: str | None) -> torch.device:
     import torch
 
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -75,7 +75,8 @@ def parse_device(name: str | None) -> torch.device:
         raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
+    # with its number: torch.cuda.set_device takes no other
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def package_version(name: str) -> str | None:
