@@ -7,6 +7,7 @@ every row and goes on where it was cut, so a campaign can be interrupted, killed
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -21,14 +22,17 @@ from typing import Any, Literal
 from .environment import collect
 from .files import write_json
 from .parsing import parse
+from .records import Results
 from .suite import differences
 
 SCHEMA = "ditfast.bench.campaign/1"
 State = Literal["done", "cut", "failed", "skipped"]
 
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _STATE_FILE = "campaign.json"
 _GRACE_SECONDS = 20.0  # for a step to save and print after its time is up
-_MIN_SECONDS = 5.0  # less is not worth a start
+_MIN_SECONDS = 20.0  # importing torch and measuring the limits take as long: less is not worth a start
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Step:
         name: of its files and in the state.
         command: what follows the interpreter; "{json}" stands for its result file.
         share: of the budget that it may take in the first pass.
+        suite: whether its result file says itself whether it came to its end; an exit code alone does not, for a
+            missed parity and a crash are both 1.
         fine: exit codes besides 0 after which it has come to its end (a missed parity is a result).
         skip: why there is nothing to run here, or "".
     """
@@ -46,6 +52,7 @@ class Step:
     name: str
     command: tuple[str, ...]
     share: float = 1.0
+    suite: bool = False
     fine: tuple[int, ...] = (1,)
     skip: str = ""
 
@@ -117,14 +124,22 @@ class Campaign:
         steps: Sequence[Step],
         budget: float,
         report: Callable[[str], None],
-        clock: Callable[[], float] = time.monotonic,
+        grace: float = _GRACE_SECONDS,
+        minimum: float = _MIN_SECONDS,
     ) -> None:
         """Runs what is not done yet: first within each step's share, then what was cut while time remains.
+
+        Args:
+            steps: in order of value.
+            budget: seconds for all of it, the last step's saving included.
+            report: told what begins and what became of it.
+            grace: seconds for a step to save and end once its time is up.
+            minimum: seconds less than which a step is not begun.
 
         Raises:
             KeyboardInterrupt: passed on after the running step has saved.
         """
-        deadline = clock() + budget
+        deadline = time.monotonic() + max(budget - grace, 0)
         for capped in (True, False):
             for step in steps:
                 if self.is_over(step):
@@ -134,39 +149,55 @@ class Campaign:
                     if capped:
                         report(f"{step.name}: skipped: {step.skip}")
                     continue
-                remaining = deadline - clock()
+                remaining = deadline - time.monotonic()
                 limit = min(remaining, step.share * budget) if capped else remaining
                 failed = step.name in self.steps and self.steps[step.name].state == "failed"
-                if limit < _MIN_SECONDS or (failed and not capped):
+                if limit < minimum or (failed and not capped):
                     continue
                 report(f"{step.name}: up to {limit:.0f} s")
-                self._attempt(step, limit)
+                self._attempt(step, limit, grace)
                 done = self.steps[step.name]
                 report(f"{step.name}: {done.state} after {done.seconds:.0f} s{': ' if done.note else ''}{done.note}")
 
-    def _attempt(self, step: Step, limit: float) -> None:
+    def _attempt(self, step: Step, limit: float, grace: float) -> None:
         """Runs a step for at most ``limit`` seconds; its output goes to its log."""
         result = self.folder / f"{step.name}.json"
-        command = [sys.executable, *(part.replace("{json}", str(result)) for part in step.command)]
+        # so that a step's own budget ends it in order, with what is ready timed, before it is cut
+        values = {"{json}": str(result), "{seconds}": f"{max(0.85 * limit, 1.0):.0f}s"}
+        command = [sys.executable]
+        for part in step.command:
+            for name, value in values.items():
+                part = part.replace(name, value)
+            command.append(part)
         log = self.folder / "logs" / f"{step.name}.txt"
         start = time.monotonic()
         cut = False
         with log.open("ab") as output:
             # a group of its own: the terminal's interruption reaches this process, which passes it on
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )
             try:
                 code = process.wait(timeout=limit)
+                _kill_group(process)  # a worker it left behind would measure on beside the next step
             except subprocess.TimeoutExpired:
                 cut = True
-                code = _stop(process)
+                code = _stop(process, grace)
             except BaseException:
-                _stop(process)
                 self._note(step, Done("cut", time.monotonic() - start, None, "interrupted"))
+                _stop(process, grace)
                 raise
         seconds = time.monotonic() - start
-        if cut:
+        fine = code == 0 or code in step.fine
+        state: State = _outcome(result) if step.suite and fine else "done"
+        if cut or state == "cut":
             done = Done("cut", seconds, code, "its time was up")
-        elif code == 0 or code in step.fine:
+        elif fine and state == "done":
             note = "" if code == 0 else f"exit code {code}: see {log.name}"
             done = Done("done", seconds, code, note)
         else:
@@ -180,15 +211,38 @@ class Campaign:
         self.save()
 
 
-def _stop(process: subprocess.Popen[bytes]) -> int:
+def _outcome(path: Path) -> State:
+    """What a suite's result file says: complete, ended in order before that, or neither."""
+    try:
+        results = Results.load(path)
+    except (ValueError, OSError):
+        return "failed"
+    if results.complete:
+        return "done"
+    return "cut" if results.readings and results.readings[-1].get("when") == "after" else "failed"
+
+
+def _end_with_parent() -> None:
+    """Has a step end when the campaign is killed: it would go on measuring beside the next one."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _stop(process: subprocess.Popen[bytes], grace: float) -> int:
     """Asks a step to save and end, then ends it and everything it started."""
     # not SIGINT, which a shell's background job has its children ignore; and to the step alone, for a worker of
     # its that died first would be taken for a failure of the provider
     process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=_GRACE_SECONDS)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=grace)
+    finally:  # also where a second interruption comes
+        _kill_group(process)
     return process.wait()
 
 

@@ -76,36 +76,42 @@ def make_steps(device: torch.device) -> list[Step]:
     from .campaign import Step
 
     on = ("--device", str(device))
-    verify = Step("verify", ("-m", "ditfast", "verify", *on, "--json", "{json}"), 0.2)
+    verify = Step("verify", ("-m", "ditfast", "verify", *on, "--json", "{json}"), 0.2, suite=True)
+    ours = ("--providers", "reference,ditfast")
     if device.type != "cuda":
         small = ("--seconds", "0.1", *on)
-        providers = ("--providers", "reference,ditfast")
         return [
             verify,
-            _suite("models", "models", "--model", "DiT-S/8", "--batch", "1", *providers, *small),
+            _suite("models", "models", "--model", "DiT-S/8", "--batch", "1", *ours, *small),
             _suite("ops", "ops", "--model", "DiT-S/8", "--batch", "1", *small),
-            _suite("memory", "memory", "--model", "DiT-S/8", "--batch", "1", "--mode", "train", *providers, *on),
-            _suite("scaling", "scaling", "--batch", "1", "--batch", "2", *providers, *small),
+            _suite("memory", "memory", "--model", "DiT-S/8", "--batch", "1", "--mode", "train", *ours, *on),
+            _suite("scaling", "scaling", "--batch", "1", "--batch", "2", *ours, *small),
         ]
     forward, train = ("--mode", "forward"), ("--mode", "train")
     xl2, s2 = ("--model", "DiT-XL/2"), ("--model", "DiT-S/2")
     adaln = [part for name in _ADALN for part in ("--operator", name)]
     every = [part for size in ("S", "B", "L", "XL") for part in ("--model", f"DiT-{size}/2")]
     small_size = ("--image-size", "256", *on)
+    # a model of 28 blocks compiles for a minute and autotunes for more: first few rivals, later all
+    few = ("--providers", "reference,reference-compile,ditfast,ditfast-graph")
+    launches = ("--providers", "reference,reference-reduce-overhead,ditfast,ditfast-graph")
     return [
         verify,
-        _suite("models-xl2-forward", "models", *xl2, *forward, "--batch", "256", "--batch", "1", *small_size),
+        _suite("models-xl2-256", "models", *xl2, *forward, "--batch", "256", *few, *small_size, share=0.4),
+        _suite("models-xl2-1", "models", *xl2, *forward, "--batch", "1", *launches, *small_size, share=0.4),
         _suite("ops-adaln", "ops", *adaln, *xl2, "--batch", "256", *on, share=0.2),
+        _suite("models-xl2-train", "models", *xl2, *train, "--batch", "128", *few, *small_size, share=0.4),
         _gpu_tests(),
         _tune(),
-        _suite("models-xl2-train", "models", *xl2, *train, "--batch", "128", *small_size),
-        _suite("models-s2-train", "models", *s2, *train, "--batch", "256", *small_size),
-        _suite("memory", "memory", *xl2, *s2, *train, "--batch", "32", *on, share=0.3),
+        _suite("models-s2-train", "models", *s2, *train, "--batch", "256", *few, *small_size),
+        _suite("memory", "memory", *xl2, *s2, *train, "--batch", "32", "--no-search", *ours, *on, share=0.3),
+        _suite("models-xl2-forward", "models", *xl2, *forward, "--batch", "256", "--batch", "1", *small_size),
         _suite("ops", "ops", *xl2, *s2, "--batch", "256", *on),
+        _suite("models-train", "models", *xl2, *s2, *train, "--batch", "128", *small_size),
         _suite("scaling", "scaling", *on),
         _suite("models-forward", "models", *forward, "--batch", "32", "--batch", "256", *on),
         _suite("models-cfg", "models", *every, "--mode", "cfg", "--batch", "32", *small_size),
-        _suite("models-train", "models", *every, *train, "--mode", "train-checkpoint", "--batch", "32", *small_size),
+        _suite("models-checkpoint", "models", *every, "--mode", "train-checkpoint", "--batch", "32", *small_size),
         _suite("memory-forward", "memory", *every, *forward, *train, *on),
         _suite("models-all", "models", *on),
     ]
@@ -115,7 +121,8 @@ def _suite(name: str, suite: str, *arguments: str, share: float = 1.0) -> Step:
     """A step of a suite that goes on with its file."""
     from .campaign import Step
 
-    return Step(name, (*_BENCH, suite, *arguments, "--json", "{json}", "--continue"), share)
+    goes_on = ("--json", "{json}", "--continue", "--budget", "{seconds}")
+    return Step(name, (*_BENCH, suite, *arguments, *goes_on), share, suite=True)
 
 
 def _gpu_tests() -> Step:

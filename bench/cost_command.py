@@ -163,7 +163,8 @@ def _cost_table(rows: Sequence[CostRow]) -> RenderableType:
     from rich.markup import escape
 
     from .metrics import images_per_second
-    from .render import digits, plain_table
+    from .render import plain_table
+    from .report.text import digits
 
     table = plain_table()
     for header in ("model", "batch", "provider"):
@@ -206,6 +207,6 @@ def _savings_table(rows: Sequence[CostRow]) -> RenderableType:
 
 
 def _label(row: CostRow) -> str:
-    from .render import model_label
+    from .report.text import model_name
 
-    return model_label(cast("ModelRow", row))  # which reads only what both kinds of row have
+    return model_name(cast("ModelRow", row))  # which reads only what both kinds of row have

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
 import subprocess
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +36,8 @@ def collect(device_index: int | None = None) -> dict[str, Any]:
         device_index: the CUDA device to describe; the current one by default.
 
     Returns:
-        ``ditfast`` (version), ``commit`` and ``dirty`` (None outside a checkout), ``python``, ``packages``
+        ``ditfast`` (version), ``commit`` and ``dirty`` (None outside a checkout), ``source`` (a digest of the code and
+        its tables, which tells versions apart where there is no checkout), ``python``, ``packages``
         (name -> version), ``os``, ``cpu`` (``model``, ``cores``, ``torch_threads``) and ``gpu`` (None without one).
     """
     commit, dirty = _git_state()
@@ -42,6 +45,7 @@ def collect(device_index: int | None = None) -> dict[str, Any]:
         "ditfast": ditfast.__version__,
         "commit": commit,
         "dirty": dirty,
+        "source": _source_digest(),
         "python": platform.python_version(),
         "packages": {name: package_version(name) for name in _PACKAGES},
         # not the kernel's release, which names a host rather than a condition
@@ -97,6 +101,20 @@ def _git_state() -> tuple[str | None, bool | None]:
     commit = _output(*git, "rev-parse", "HEAD")
     changes = _output(*git, "status", "--porcelain", "--untracked-files=no")
     return commit, None if changes is None else bool(changes)
+
+
+@lru_cache(maxsize=1)
+def _source_digest() -> str:
+    """Of the Python files and launch tables that run, by path and content; results are none of them."""
+    here = Path(ditfast.__file__).resolve().parent
+    digest = hashlib.sha256()
+    for room in ("", "kernels", "bench"):  # the latter two are links in a checkout
+        base = (here / room).resolve()
+        for path in sorted(item for item in base.rglob("*") if item.suffix in (".py", ".json")):
+            name = path.relative_to(base)
+            if name.parts[0] not in ("kernels", "bench", "results") and not name.name.startswith(("test_", "conftest")):
+                digest.update(f"{room}/{name.as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def _cpu_model() -> str | None:

@@ -13,10 +13,10 @@ def check_target(path: Path | None) -> None:
     """Refuses a --json file that could not be written in the end, before anything is measured.
 
     Raises:
-        ValueError: a folder, or a file in a folder that does not exist.
+        ValueError: a folder, or a file in a folder that does not exist or cannot be written.
     """
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise ValueError(f"--json must be a file in a folder that exists, got {path}")
+    if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
+        raise ValueError(f"--json must be a file in a folder that exists and can be written, got {path}")
 
 
 def write_json(data: Any, path: Path) -> None:

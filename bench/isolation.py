@@ -25,6 +25,7 @@ from .rows import ModelRow, Status
 Isolate = Literal["auto", "all", "none"]
 
 _STOP_SECONDS = 5.0
+_ANSWER_SECONDS = 600.0  # compiling a large model and autotuning it takes minutes, a deadlock for ever
 
 
 class ProviderFailed(Exception):
@@ -103,9 +104,13 @@ class Worker:
             except ProviderFailed:
                 self.close()
 
+    def end(self) -> None:
+        """Asks the process to end, and does not wait."""
+        self._connection.close()  # which it takes as the end
+
     def close(self) -> None:
         """Ends the process."""
-        self._connection.close()  # which it takes as the end
+        self.end()
         self._process.join(_STOP_SECONDS)
         if self._process.is_alive():
             self._process.kill()
@@ -114,10 +119,16 @@ class Worker:
     def _ask(self, what: str, argument: object) -> Any:
         try:
             self._connection.send((what, argument))
+            if not self._connection.poll(_ANSWER_SECONDS):
+                self._process.kill()
+                raise ProviderFailed("error", f"its process gave no answer to {what!r} within {_ANSWER_SECONDS:.0f} s")
             kind, value = self._connection.recv()
         except (EOFError, OSError):
             self._process.join(_STOP_SECONDS)
             raise ProviderFailed("error", f"its process died: {_exit(self._process.exitcode)}") from None
+        except KeyboardInterrupt:
+            self._process.kill()  # its answer would be taken for that to the next question
+            raise
         if kind == "failed":
             raise ProviderFailed(*value)
         return value
@@ -181,7 +192,9 @@ def _serve(
                 del work, judge
                 gc.collect()  # the oracle's memory, which a neighbour may need
                 empty_cache(device)
+                gc.freeze()  # as timing does in its own process: compilation leaves millions of objects to walk
             elif what == "release":
+                gc.unfreeze()
                 if prepared is not None:
                     prepared.close()
                 prepared = None

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from ditfast.training.loss import diffusion_loss
 
 from .parity import VANISHING, Verdict, judge
-from .variants import Variant
+from .variants import Variant, checkpoint_blocks
 from .workload import Inputs, Workload, cast_inputs, inference_call, take_outputs, take_samples
 
 _MAX_SAMPLES = 4  # of a batch: samples are independent, and fp64 is slow
@@ -83,7 +83,10 @@ class Judge:
         verdicts = {
             name: judge("model", found[name], yardsticks[name], oracle, case.dtype) for name, oracle in oracles.items()
         }
-        name, worst = max(verdicts.items(), key=lambda item: item[1].error / max(item[1].bound, 1e-300))
+        # by the verdict first: an oracle that is not finite has no ratio
+        name, worst = max(
+            verdicts.items(), key=lambda item: (not item[1].ok, item[1].error / max(item[1].bound, 1e-300))
+        )
         if worst.ok:
             return Judgement(worst, samples, "")
         said = f"error {worst.error:.2e} is above the bound {worst.bound:.2e}"
@@ -112,6 +115,7 @@ class Judge:
     def _gradients(self, dtype: torch.dtype, constants: Constants) -> dict[str, Tensor]:
         """Of the mean loss over the batch. Only the oracle goes in chunks: the yardstick rounds as training does."""
         model = self._work.own_model(dtype, **constants)
+        checkpoint_blocks(model)  # the same gradients, bit by bit, for a fraction of the memory
         batch = self._work.case.batch
         chunk = _CHUNK if dtype == torch.float64 else batch
         for start in range(0, batch, chunk):

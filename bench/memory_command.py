@@ -165,32 +165,29 @@ def _make_plan(
 
 
 def _measure(plan: _Plan, recorder: Recorder) -> None:
-    """Every case and provider of the plan, as far as no earlier part has it."""
+    """Every case and provider of the plan, as far as no earlier part has it; then the searches, which take longer."""
     from .memory_bench import blank_row, measure
 
-    for case in plan.cases:
-        for provider in plan.providers:
-            label = f"{case.label}: {provider.name}"
-            key = blank_row(case, provider, plan.device).key
-            row = next((row for row in recorder.results.rows if row.key == key), None)
-            said = "measured before"
-            if row is None:
-                if recorder.out_of_time:
-                    return
-                row = measure(case, provider, plan.device, _SEED, plan.plugins)
-                recorder.add([row])
-                said = _STATUS.get(row.status, row.status)
-            recorder.report(f"{label}: {said}")
-            if plan.limit is None:
-                continue
-            # what failed or got no tick has no largest batch
-            wanted = row.status == "oom" or row.peak_bytes is not None
-            if wanted and row.max_batch is None:
-                try:
-                    recorder.add([_with_largest(plan, case, provider, row, recorder)])
-                except _OutOfTime:
-                    return
-            recorder.report(f"{label}: largest batch")
+    pairs = [(case, provider) for case in plan.cases for provider in plan.providers]
+    for case, provider in pairs:
+        blank, said = blank_row(case, provider, plan.device), "measured before"
+        if not recorder.has([blank.key]):
+            if recorder.out_of_time():
+                return
+            row = measure(case, provider, plan.device, _SEED, plan.plugins)
+            recorder.add([row])
+            said = _STATUS.get(row.status, row.status)
+        recorder.report(f"{case.label}: {provider.name}: {said}")
+    for case, provider in pairs if plan.limit is not None else ():
+        key = blank_row(case, provider, plan.device).key
+        row = next(row for row in recorder.results.rows if row.key == key)
+        # what failed or got no tick has no largest batch
+        if row.max_batch is None and (row.status == "oom" or row.peak_bytes is not None):
+            try:
+                recorder.add([_with_largest(plan, case, provider, row, recorder)])
+            except _OutOfTime:
+                return
+        recorder.report(f"{case.label}: {provider.name}: largest batch")
 
 
 def _with_largest(plan: _Plan, case: Case, provider: Provider, row: MemoryRow, recorder: Recorder) -> MemoryRow:
@@ -203,7 +200,7 @@ def _with_largest(plan: _Plan, case: Case, provider: Provider, row: MemoryRow, r
         run = trial(case, provider, plan.device, _SEED, plan.plugins)
 
         def timed(batch: int) -> int:
-            if recorder.out_of_time:
+            if recorder.out_of_time():
                 raise _OutOfTime
             return run(batch)
 
@@ -221,6 +218,7 @@ def memory_table(results: Results) -> RenderableType:
 
     from .memory_bench import TRACED_NOTE
     from .render import closing_notes, device_name, line
+    from .report.text import model_name
 
     rows = [row for row in results.rows if row.status != "unavailable"]
     traced = results.settings.get("device") == "meta"
@@ -229,7 +227,7 @@ def memory_table(results: Results) -> RenderableType:
     lines = _captions(results, traced)
     for row in rows:
         if row.note and row.note != TRACED_NOTE:
-            lines.append(f"{_label(row)}, batch {row.batch}, {row.mode}, {row.dtype}, {row.provider}: {row.note}")
+            lines.append(f"{model_name(row)}, batch {row.batch}, {row.mode}, {row.dtype}, {row.provider}: {row.note}")
     absent = {row.provider: row.note for row in results.rows if row.status == "unavailable"}
     lines += [f"Not measured: {name}: {reason}" for name, reason in absent.items()]
     return Group(title, *([_table(rows, results)] if rows else []), *map(line, [*lines, *closing_notes(results)]))
@@ -238,7 +236,8 @@ def memory_table(results: Results) -> RenderableType:
 def _table(rows: list[MemoryRow], results: Results) -> Table:
     from rich.markup import escape
 
-    from .render import gib, plain_table
+    from .render import plain_table
+    from .report.text import model_name, size
 
     table = plain_table()
     for header in ("model", "batch", "mode", "dtype", "provider"):
@@ -251,13 +250,13 @@ def _table(rows: list[MemoryRow], results: Results) -> Table:
 
     bases = {case(row): row for row in rows if row.provider == "reference"}
     for index, row in enumerate(rows):
-        names = (_label(row), str(row.batch), row.mode, row.dtype)
+        names = (model_name(row), str(row.batch), row.mode, row.dtype)
         first = index == 0 or case(rows[index - 1]) != case(row)
         last = index + 1 == len(rows) or case(rows[index + 1]) != case(row)
         base, cells = bases.get(case(row)), []
         for name in ("peak_bytes", "saved_bytes"):
             own, of = getattr(row, name), getattr(base, name, None)
-            cells += ["-" if own is None else gib(own), f"{own / of:.0%}" if own and of else "-"]
+            cells += ["-" if own is None else size(own), f"{own / of:.0%}" if own and of else "-"]
         if row.status in _STATUS:
             cells[0] = f"[red]{_STATUS[row.status]}[/]"
         cells.append(_largest(row, results.settings.get("max_batch")))
@@ -292,12 +291,3 @@ def _captions(results: Results, traced: bool) -> list[str]:
         lines.append("largest batch: really run, each try in a fresh process, to the next sixteenth.")
     return lines
 
-
-def _label(row: MemoryRow) -> str:
-    """The model's name, with what differs from the paper's default."""
-    parts = [row.model]
-    if row.latent_size != (32, 32):
-        parts.append("x".join(str(side * 8) for side in row.latent_size))
-    if row.conditioning != "adaln_zero":
-        parts.append(row.conditioning)
-    return " ".join(parts)

@@ -59,6 +59,10 @@ def bench(
     bench models" measures everything: all sizes, batches and modes.
     """
     if context.invoked_subcommand is not None:
+        given = [name for name in context.params if not _is_default(context, name)]
+        if given:
+            options_given = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise ValueError(f"{options_given} must come after {context.invoked_subcommand!r}, which takes the options")
         return
     from .compare import compare as compared
     from .files import check_target
@@ -102,6 +106,11 @@ def bench(
     ours = [row for row in results.rows if row.is_ours]
     if any(row.status == "error" or (row.status == "ok" and row.parity is not True) for row in ours):
         raise typer.Exit(_FAILED)
+
+
+def _is_default(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is None or source.name in ("DEFAULT", "DEFAULT_MAP")
 
 
 def make_plan(
@@ -174,15 +183,17 @@ def measure(plan: Plan, recorder: Recorder) -> None:
 
     with Runner(plan.device, plan.run) as runner:
         for case in plan.cases:
-            if recorder.has(blank_row(case, provider).key for provider in plan.providers):
+            blanks = [blank_row(case, provider) for provider in plan.providers]
+            if recorder.has(blank.key for blank in blanks):
                 for _ in range(len(plan.providers) + 1):
                     recorder.report(f"{case.label}: measured before")
-                continue
-            if recorder.out_of_time:
+            elif recorder.out_of_time():
                 return
-            rows = runner.rows(case, plan.providers, recorder.report)
-            recorder.add(rows, with_shares)
-            if any(row.status == "oom" for row in rows):
+            else:
+                recorder.add(runner.rows(case, plan.providers, recorder.report, recorder.out_of_time), with_shares)
+            known = [row for row in recorder.results.rows if row.series == blanks[0].series]
+            short = any(row.batch == case.batch and row.status == "oom" for row in known)
+            if short and not any(_in_place_of(case) in row.note for row in known):
                 _measure_fitting(plan, case, runner, recorder)
 
 
@@ -206,20 +217,29 @@ def _measure_fitting(plan: Plan, case: Case, runner: Runner, recorder: Recorder)
         if not guesses or any(guess is None for guess in guesses):
             return
         high = min(guess for guess in guesses if guess is not None)
-        if recorder.out_of_time:
+        if recorder.out_of_time():
             return
-        note = f"in place of batch {case.batch}, which does not fit"
-        rows = runner.rows(replace(case, batch=high), plan.providers, recorder.report)
+        fitted = replace(case, batch=high)
+        rows = runner.rows(fitted, plan.providers, recorder.report, recorder.out_of_time)
+        note = _in_place_of(case)
         rows = [replace(row, note="; ".join(filter(None, (row.note, note)))) if row.ms else row for row in rows]
         recorder.add(rows, with_shares)
         if not any(row.status == "oom" for row in rows):
             return
 
 
+def _in_place_of(case: Case) -> str:
+    return f"in place of batch {case.batch}, which does not fit"
+
+
 def _precisions(plan: Plan) -> list[str]:
     """The matmuls whose rates the rows are held against."""
-    names = [*plan.settings["dtypes"], *(p.precision for p in plan.providers if p.precision)]
-    return [name for name in dict.fromkeys(names) if name != "tf32" or plan.device.type == "cuda"]
+    from .cases import DTYPES
+
+    # a precision that torch.mm does not have, such as a plugin's fp8, has no measured limit and no share
+    known = {*DTYPES, *(("tf32",) if plan.device.type == "cuda" else ())}
+    names = [*plan.settings["dtypes"], *(provider.precision for provider in plan.providers)]
+    return [name for name in dict.fromkeys(names) if name in known]
 
 
 def _until(provider: Provider, deadline: float) -> Provider:

@@ -31,6 +31,7 @@ MEASURED = tuple(name for name in OPERATORS if name not in ("conditioning", "tim
 PROVIDERS = ("eager", "compile", "ditfast")
 _POOL_BYTES = 256 << 20  # rotated inputs, past any L2
 _POOL_BYTES_CPU = 64 << 20
+_MAX_POOL = 192
 _AGAIN = "eager (again)"
 
 
@@ -109,7 +110,9 @@ def _measure(
     for name, function in functions.items():
         try:
             # on the very shape that is timed: launch configurations depend on it
-            verdicts = check(replace(operator, fused=function), shape, dtype, device)
+            # and the implementation on whether gradients are wanted
+            wanted = () if direction == "forward" else None
+            verdicts = check(replace(operator, fused=function), shape, dtype, device, wanted=wanted)
             parity = all(verdict.ok for verdict in verdicts.values())
             rows[name] = replace(rows[name], parity=parity, note="" if parity else _failing(verdicts))
             maker = partial(_call, function, operator, shape, pool, direction)
@@ -163,15 +166,20 @@ def _replay(replay: Callable[[], object]) -> Call:
 
 
 def _per_call(rounds: Sampler, count: int) -> Sampler:
-    """The time of a call from that of a round of ``count``."""
-    return lambda calls: rounds(calls) / count
+    """A sampler of calls from one of rounds of ``count``: as many whole rounds as come closest."""
+
+    def sample(calls: int) -> float:
+        whole = max(1, round(calls / count))
+        return rounds(whole) / (whole * count) * calls
+
+    return sample
 
 
 def _pool(operator: Operator, shape: Shape, dtype: torch.dtype, device: torch.device) -> list[dict[str, Tensor]]:
     first = draw_inputs(operator, shape, dtype, device)
     size = sum(value.nbytes for value in first.values())
     limit = _POOL_BYTES if device.type == "cuda" else _POOL_BYTES_CPU
-    count = min(max(2, math.ceil(limit / max(size, 1))), 16)
+    count = min(max(2, math.ceil(limit / max(size, 1))), _MAX_POOL)
     return [first, *(draw_inputs(operator, shape, dtype, device, seed=seed) for seed in range(1, count))]
 
 

@@ -78,7 +78,7 @@ def ops(
             if recorder.has(keys):
                 recorder.report(f"{label}: measured before")
                 continue
-            if recorder.out_of_time:
+            if recorder.out_of_time():
                 return
             rows = ops_bench.run_operator(OPERATORS[name], direction, shape, dtype, where, duration)
             recorder.add(rows, ops_bench.with_op_shares)
@@ -140,7 +140,8 @@ def ops_table(results: Results) -> RenderableType:
     """The table of ``ditfast bench ops``, and what could not be measured and why."""
     from rich.console import Console, Group
 
-    from .render import closing_notes, device_name, digits, line, plain_table, speedup, tick
+    from .render import closing_notes, device_name, line, plain_table, speedup, tick
+    from .report.text import digits
 
     ascii_only = Console().options.ascii_only
     table = plain_table()

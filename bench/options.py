@@ -92,7 +92,7 @@ def positive(option: str, value: float | None, default: float) -> float:
     Raises:
         ValueError: not above 0.
     """
-    if value is not None and not value > 0:
+    if value is not None and not 0 < value < float("inf"):
         raise ValueError(f"{option} must be above 0, got {value}")
     return default if value is None else value
 

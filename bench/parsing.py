@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import fields
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -31,7 +31,7 @@ def parse(kind: Any, value: Any, where: str) -> Any:
         _check(isinstance(value, list) and len(value) == len(arguments), where, f"{len(arguments)} values", value)
         return tuple(parse(a, item, where) for a, item in zip(arguments, value, strict=True))
     if kind is float:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         _check(number, where, "a finite number", value)
         return float(value)
     _check(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)), where, kind.__name__, value)

@@ -23,6 +23,8 @@ from .variants import Variant
 from .workload import Inputs, Workload, build_model, cast_inputs, make_inputs, make_pool
 
 _NOTE_LENGTH = 300
+#: The note of a row without a tick for want of memory.
+UNJUDGED = "parity not judged: memory does not suffice for the references in fp64 and in the working dtype"
 
 
 def make_work(case: Case, device: torch.device, seed: int) -> tuple[Workload, Judge]:
@@ -103,10 +105,13 @@ def prepare(provider: Provider, work: Workload, judge: Judge, clock: Clock | Non
             variant.step(pool[1])
 
     first_call_ms = _host_ms(first_call, work.device)
-    # others than the judged inputs came first, so that a graph that keeps its first or last ones is found out
+    # others than the judged inputs come first, so that a graph that keeps its first or last ones is found out
     for inputs in pool[1:3]:
-        variant.step(inputs)
-    if not training:
+        if training and found is not None:
+            variant.gradients(inputs)  # steps would change the weights
+        else:
+            variant.step(inputs)
+    if not training or found is not None:
         found = judge.compared(variant, pool[0])
     judgement = standard or judge.judge(found, provider.constants)
     found = None
@@ -145,7 +150,7 @@ def _standard(judge: Judge, provider: Provider) -> Judgement | None:
     except Exception as error:
         if not is_oom(error):
             raise
-        return Judgement(None, 0, "parity not judged: the fp64 reference does not fit in memory")
+        return Judgement(None, 0, UNJUDGED)
     return None
 
 
@@ -170,7 +175,13 @@ def explain(error: BaseException) -> tuple[Status, str]:
 def is_oom(error: BaseException) -> bool:
     """Whether memory ran out."""
     # plain RuntimeErrors: of torch's CPU allocator, and of what allocates beside torch (a context, a handle)
-    said = ("can't allocate memory", "CUDA error: out of memory", "CUDA]: out of memory", "STATUS_ALLOC_FAILED")
+    said = (
+        "can't allocate memory",
+        "CUDA out of memory",  # as Inductor passes it on, its cause cut off
+        "CUDA error: out of memory",
+        "CUDA]: out of memory",
+        "STATUS_ALLOC_FAILED",
+    )
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in said)
 
 

@@ -14,6 +14,7 @@ from rich.text import Text
 from .compare import Comparison, timed
 from .metrics import is_tie
 from .records import Results
+from .report.text import digits, model_name, size
 from .rows import ModelRow, OpRow
 
 _MAX_WIDTH = 400
@@ -47,7 +48,7 @@ def model_table(rows: Sequence[ModelRow], ascii_only: bool | None = None) -> Tab
     for index, row in enumerate(rows):
         last = index + 1 == len(rows) or rows[index + 1].case != row.case
         first = index == 0 or rows[index - 1].case != row.case
-        names = (model_label(row), str(row.batch)) if first else ("", "")
+        names = (model_name(row), str(row.batch)) if first else ("", "")
         table.add_row(*names, escape(row.provider), *_cells(row, ascii_only), end_section=last)
     return table
 
@@ -101,7 +102,7 @@ def _cells(row: ModelRow, ascii_only: bool) -> Sequence[str]:
         f"{digits(row.ms.median)} {'+-' if ascii_only else '±'} {digits(spread)}",
         digits(row.tflops),
         f"{share} mem" if row.ceiling == "copy" else share,
-        "-" if row.peak_bytes is None else gib(row.peak_bytes),
+        "-" if row.peak_bytes is None else size(row.peak_bytes),
         "-" if row.first_call_ms is None else f"{digits(row.first_call_ms / 1e3)} s",
         "-" if row.error is None else f"{row.error:.1e}",
         tick(row.parity, ascii_only),
@@ -141,7 +142,7 @@ def _notes(results: Results) -> list[str]:
     absent = {row.provider: row.note for row in results.rows if row.status == "unavailable"}
     in_part = {row.provider for row in results.rows if row.status != "unavailable"} & absent.keys()
     for name, reason in {**results.settings.get("providers_left_out", {}), **absent}.items():
-        missing = [f"{model_label(row)} batch {row.batch}" for row in results.rows if _is_absent(row, name)]
+        missing = [f"{model_name(row)} batch {row.batch}" for row in results.rows if _is_absent(row, name)]
         where = f" ({', '.join(missing)})" if name in in_part else ""
         lines.append(f"Not measured: {name}{where}: {reason}")
     return lines + _largest_batches(results)
@@ -169,7 +170,7 @@ def closing_notes(results: Results) -> list[str]:
 def _largest_batches(results: Results) -> list[str]:
     """Where a batch did not fit: the largest one that did."""
     lines = []
-    short = dict.fromkeys((row.series, model_label(row), row.provider) for row in results.rows if row.status == "oom")
+    short = dict.fromkeys((row.series, model_name(row), row.provider) for row in results.rows if row.status == "oom")
     for series, label, provider in short:
         ran = [row.batch for row in results.rows if row.ms and (row.series, row.provider) == (series, provider)]
         largest = f"the largest measured batch that fits is {max(ran)}" if ran else "no measured batch fits"
@@ -185,17 +186,7 @@ def case_label(row: ModelRow | OpRow) -> str:
     """What was measured, without batch and provider."""
     if isinstance(row, OpRow):
         return f"{row.operator}, {row.direction}, T={row.tokens} D={row.width}, {row.dtype}"
-    return f"{model_label(row)}, {row.mode}, {row.dtype}"
-
-
-def model_label(row: ModelRow) -> str:
-    """The model's name, with what differs from the paper's default."""
-    parts = [row.model]
-    if row.latent_size != (32, 32):
-        parts.append("x".join(str(side * 8) for side in row.latent_size))
-    if row.conditioning != "adaln_zero":
-        parts.append(row.conditioning)
-    return " ".join(parts)
+    return f"{model_name(row)}, {row.mode}, {row.dtype}"
 
 
 def device_name(results: Results) -> str:
@@ -205,16 +196,3 @@ def device_name(results: Results) -> str:
         return str((environment.get("gpu") or {}).get("name", device))
     cpu = environment.get("cpu") or {}
     return f"{cpu.get('model') or 'CPU'}, {cpu.get('torch_threads')} threads"
-
-
-def digits(value: float | None) -> str:
-    """Three digits, without an exponent."""
-    if value is None:
-        return "-"
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 10 else (f"{value:.2f}" if value >= 1 else f"{value:.3f}")
-
-
-def gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

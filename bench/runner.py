@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -12,7 +12,7 @@ from .cases import Case
 from .isolation import Isolate, ProviderFailed, Remote, Worker, wants_isolation
 from .judging import Judge
 from .metrics import flops_per_image, images_per_second, tflops, with_speedups
-from .preparing import Prepared, blank_row, clear, empty_cache, failed, make_work, prepare
+from .preparing import UNJUDGED, Prepared, blank_row, clear, empty_cache, failed, make_work, prepare
 from .providers import Provider
 from .rows import ModelRow
 from .timing import Clock, Sampler, Spread, measure, noise
@@ -66,6 +66,8 @@ class _Workers:
             worker.close()
 
     def close(self) -> None:
+        for worker in self.running.values():
+            worker.end()  # all of them first, so that they end side by side
         for provider in list(self.running):
             self.stop(provider)
 
@@ -94,15 +96,24 @@ class Runner:
         self._workers.close()
 
     def rows(
-        self, case: Case, providers: Sequence[Provider], report: Report = lambda what: None
+        self,
+        case: Case,
+        providers: Sequence[Provider],
+        report: Report = lambda what: None,
+        out_of_time: Callable[[], bool] = lambda: False,
     ) -> list[ModelRow]:
         """Measures every provider on a case.
 
+        Args:
+            case, providers: what to measure; the order of the rows.
+            report: told what was done, for a progress bar.
+            out_of_time: asked before each provider but the first; from then on those that are ready are timed.
+
         Returns:
-            a row for each, without shares of the ceilings (see metrics.with_shares). A provider that runs out of
-            memory, fails or cannot run here has a row that says so.
+            a row for each that was begun, without shares of the ceilings (see metrics.with_shares). A provider that
+            runs out of memory, fails or cannot run here has a row that says so.
         """
-        return _Run(case, providers, self._device, self._settings, self._workers, report).rows()
+        return _Run(case, providers, self._device, self._settings, self._workers, report, out_of_time).rows()
 
 
 def run(
@@ -129,22 +140,28 @@ class _Run:
         settings: Settings,
         workers: _Workers,
         report: Report,
+        out_of_time: Callable[[], bool],
     ) -> None:
-        self._case, self._providers, self._device = case, providers, device
+        self._case, self._providers, self._device, self._out_of_time = case, providers, device, out_of_time
         self._settings, self._workers, self._report = settings, workers, report
         self._rows = {provider.name: blank_row(case, provider) for provider in providers}
         self._work: tuple[Workload, Judge] | None = None
+        self._crowded = False  # whether a provider had neighbours in memory
 
     def rows(self) -> list[ModelRow]:
         """Measures; the rows in the order of the providers."""
         able = [provider for provider in self._providers if self._is_able(provider)]
         with self._cleared():
             self._measure(able)
-        out_of_memory = [provider for provider in able if self._rows[provider.name].status == "oom"]
-        for provider in out_of_memory if len(able) > 1 else ():
+        for provider in able if self._crowded else ():
+            row = self._rows.get(provider.name)
+            if row is None or not (row.status == "oom" or row.note == UNJUDGED) or self._out_of_time():
+                continue
             # what its neighbours held may have been what was missing
             with self._cleared():
                 self._measure([provider], _ALONE)
+            if row.status == "ok" and self._rows[provider.name].parity is None:
+                self._rows[provider.name] = row  # timed side by side, at least
         self._say("timed side by side" if able else "nothing to time")
         return with_speedups(self._with_noise())
 
@@ -164,6 +181,9 @@ class _Run:
                     self._workers.get(provider.name)  # they import torch while the first is prepared
             for provider in providers:
                 name = provider.name
+                if prepared and self._out_of_time():
+                    del self._rows[name]  # not measured, and not said to be
+                    continue
                 try:
                     prepared[name] = self._prepare(provider)
                 except Exception as error:  # a provider's failure is its row
@@ -171,7 +191,8 @@ class _Run:
                 empty_cache(self._device)
                 if not note:
                     self._say(name)
-            self._trim(prepared.values())
+            self._crowded = self._crowded or (bool(prepared) and len(providers) > 1)
+            self._trim(prepared)
             measured = measure(_samplers(prepared), self._device, self._settings.seconds)
             share = _noise(measured.times)
             for name, entry in prepared.items():
@@ -181,6 +202,9 @@ class _Run:
                 notes = "; ".join(text for text in (entry.row.note, note) if text)
                 row = replace(entry.row, status="ok", noise=share, note=notes)
                 self._rows[name] = _derive(row, self._case, measured.times[name])
+        except KeyboardInterrupt:
+            prepared.clear()  # the workers are ended, which takes less than having them clear up
+            raise
         finally:
             for entry in prepared.values():
                 entry.close()
@@ -205,14 +229,19 @@ class _Run:
         self._rows[name] = row
         self._workers.stop(name)  # a fault may have left its process, or its part of the GPU, useless
 
-    def _trim(self, prepared: Iterable[Prepared | Remote]) -> None:
-        entries = list(prepared)
+    def _trim(self, prepared: dict[str, Prepared | Remote]) -> None:
+        """Where memory is tight, has every provider hand its cache back between samples."""
         if self._device.type != "cuda":
             return
-        needed = sum(entry.row.peak_bytes or 0 for entry in entries)
-        if needed > _TIGHT * torch.cuda.get_device_properties(self._device).total_memory:
-            for entry in entries:
+        needed = sum(entry.row.peak_bytes or 0 for entry in prepared.values())
+        if needed <= _TIGHT * torch.cuda.get_device_properties(self._device).total_memory:
+            return
+        for name, entry in list(prepared.items()):
+            try:
                 entry.trim = True
+            except ProviderFailed as error:  # its process has died since
+                self._fail(name, error)
+                del prepared[name]
 
     @contextmanager
     def _cleared(self) -> Iterator[None]:

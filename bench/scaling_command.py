@@ -143,9 +143,9 @@ def scaling(
                     for _ in range(len(chosen) + 1):
                         recorder.report(f"{point.axis} {point.value}: measured before")
                     continue
-                if recorder.out_of_time:
+                if recorder.out_of_time():
                     return
-                rows = runner.rows(point.case, chosen, recorder.report)
+                rows = runner.rows(point.case, chosen, recorder.report, recorder.out_of_time)
                 recorder.add([ScalingRow(point.axis, point.value, row) for row in rows], with_scaling_shares)
 
     settings = {
@@ -226,7 +226,8 @@ def scaling_table(results: Results) -> RenderableType:
     """The table of ``ditfast bench scaling``: a line a point and provider, then the exponents."""
     from rich.console import Console, Group
 
-    from .render import closing_notes, device_name, digits, gib, line, plain_table, speedup, tick
+    from .render import closing_notes, device_name, line, plain_table, speedup, tick
+    from .report.text import digits, size
 
     ascii_only = Console().options.ascii_only
     table = plain_table()
@@ -244,7 +245,7 @@ def scaling_table(results: Results) -> RenderableType:
             f"[red]{row.status}[/]" if row.ms is None else digits(row.ms.median),
             "-" if row.ms is None else digits(row.ms.median / point.value),
             "-" if row.ceiling_share is None else f"{row.ceiling_share:.0%}",
-            "-" if row.peak_bytes is None else gib(row.peak_bytes),
+            "-" if row.peak_bytes is None else size(row.peak_bytes),
             tick(row.parity, ascii_only),
             speedup(row),
             end_section=index + 1 == len(points) or points[index + 1].value != point.value,

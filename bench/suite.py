@@ -23,7 +23,16 @@ INTERRUPTED = 130
 _REFRESH_SECONDS = 0.2
 
 # where these differ, two parts are no one run
-_SAME = (("commit",), ("dirty",), ("gpu", "name"), ("cpu", "model"), ("cpu", "torch_threads"), ("packages", "torch"))
+_SAME = (
+    ("source",),
+    ("gpu", "name"),
+    ("gpu", "driver"),
+    ("cpu", "model"),
+    ("cpu", "torch_threads"),
+    ("packages", "torch"),
+    ("packages", "triton"),
+)
+_SAME_SETTINGS = ("device", "seconds", "seed")
 
 
 @dataclass
@@ -34,6 +43,7 @@ class Recorder:
         results: the run so far.
         report: told of every step, for the progress bar.
         deadline: on the clock of time.monotonic, after which no further case should begin; None without one.
+        cut: whether something was left out because of it.
     """
 
     results: Results
@@ -42,18 +52,21 @@ class Recorder:
     precisions: list[str]
     report: Callable[[str], None]
     deadline: float | None = None
+    cut: bool = False
     _known: dict[tuple[object, ...], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._known = {row.key: row for row in self.results.rows}
 
     def has(self, keys: Iterable[tuple[object, ...]]) -> bool:
-        """Whether an earlier part has all of these rows."""
-        return all(key in self._known for key in keys)
+        """Whether an earlier part has all of these rows; one that failed is tried again."""
+        rows = [self._known.get(key) for key in keys]
+        return all(row is not None and getattr(row, "row", row).status != "error" for row in rows)
 
-    @property
     def out_of_time(self) -> bool:
-        return self.deadline is not None and time.monotonic() > self.deadline
+        """Whether the budget is spent; asked before each thing to begin, which must then be left out."""
+        self.cut = self.cut or (self.deadline is not None and time.monotonic() > self.deadline)
+        return self.cut
 
     def measure_limits(self, seconds: float = 0.5) -> Ceilings | None:
         """Measures the limits again and keeps the highest: one measured on a busy machine is none."""
@@ -133,7 +146,7 @@ def run_suite(
                 results.readings.append({"when": "before", **gpu_readings()})
                 report("limits")
                 measure(recorder)
-            results.complete = not recorder.out_of_time
+            results.complete = not recorder.cut
         except KeyboardInterrupt:
             if len(results.rows) == measured:
                 typer.echo("interrupted before the first rows", err=True)
@@ -157,10 +170,13 @@ def _begin(suite: Suite, settings: dict[str, Any], path: Path | None, resume: bo
     if not resume or path is None or not path.exists():
         return Results(suite, collect(), settings)
     results = Results.load(path, suite)
-    differing = differences(results.environment, collect())
-    if differing:
-        raise ValueError(f"--continue needs the conditions of {path}: {differing}")
-    results.settings = {**settings, "before": results.settings}
+    found = [differences(results.environment, collect())]
+    for name in _SAME_SETTINGS:
+        if results.settings.get(name) != settings.get(name):
+            found.append(f"{name} was {results.settings.get(name)!r} there, is {settings.get(name)!r} here")
+    if any(found):
+        raise ValueError(f"--continue needs the conditions of {path}: {'; '.join(filter(None, found))}")
+    results.settings = settings
     results.parts += 1
     results.complete = False
     return results

@@ -31,10 +31,17 @@ def compiled(call: Call, mode: str = "default") -> Call:
     function = torch.compile(call, fullgraph=True, dynamic=False, mode=mode)
     if mode != "reduce-overhead":
         return function
+    from torch._dynamo.utils import counters
+
+    skipped = counters["inductor"]["cudagraph_skips"]
 
     def step(inputs: Inputs) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()  # the last step's output may be overwritten
-        return function(inputs)
+        output = function(inputs)
+        if counters["inductor"]["cudagraph_skips"] > skipped:
+            # which it only logs; without graphs this would be the default mode under another name
+            raise RuntimeError("torch.compile has skipped CUDA graphs, which this mode is for")
+        return output
 
     return step
 
@@ -81,7 +88,12 @@ def captured(call: Callable[[int], object], count: int) -> Callable[[], object]:
     with torch.cuda.graph(graph, stream=stream):
         for number in range(count):
             call(number)
-    return graph.replay
+
+    def replay() -> None:
+        _ = call  # what it keeps between calls, such as what a forward saved, is what the graph reads
+        graph.replay()
+
+    return replay
 
 
 @lru_cache(maxsize=1)

@@ -31,6 +31,7 @@ class Variant:
         loss: in training, the loss alone, without backward and optimiser.
         parameters: in training, the parameters under the reference's names; None where they are laid out
             otherwise and their gradients cannot be compared.
+        switch: in training, the context in which a step runs.
     """
 
     step: Call
@@ -38,12 +39,14 @@ class Variant:
     shared_bytes: int = 0
     loss: Call | None = None
     parameters: dict[str, nn.Parameter] | None = None
+    switch: Switch = nullcontext
 
     def gradients(self, inputs: Inputs) -> dict[str, Tensor] | None:
         """The loss gradients by the reference's names, or None; leaves none behind."""
         if self.loss is None or self.parameters is None:
             return None
-        self.loss(inputs).backward()
+        with self.switch():
+            self.loss(inputs).backward()
         # cloned: a graph's backward writes its buffers again in the next step
         gradients = {name: p.grad.clone() for name, p in self.parameters.items() if p.grad is not None}
         for parameter in self.parameters.values():
@@ -90,10 +93,10 @@ def training_variant(
     switch: Switch = nullcontext,
     comparable: bool = True,
 ) -> Variant:
-    """A variant for train: the diffusion loss, backward and an AdamW step with the official settings.
+    """A variant for train: the diffusion loss, backward and an AdamW step at the learning rate 0.
 
     Args:
-        model: has the reference's forward; its weights will change.
+        model: has the reference's forward.
         mode: "train", or "train-checkpoint", for which each of ``model.blocks`` is checkpointed.
         transform: what to make of the model's forward.
         comparable: whether the parameters have the reference's names and layout.
@@ -103,7 +106,8 @@ def training_variant(
         checkpoint_blocks(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     fused = next(iter(trained.values())).is_cuda
-    optimizer = torch.optim.AdamW(trained.values(), lr=1e-4, weight_decay=0.0, fused=fused)
+    # the kernels of any other rate, and weights that stay: all variants time the same numbers
+    optimizer = torch.optim.AdamW(trained.values(), lr=0.0, weight_decay=0.0, fused=fused)
     forward: Call = lambda inputs: model(*inputs)  # noqa: E731
     if transform is not None:
         forward = transform(forward)
@@ -121,7 +125,7 @@ def training_variant(
             optimizer.zero_grad(set_to_none=True)
         return value.detach()
 
-    return Variant(step, dtype, 0, loss, trained if comparable else None)
+    return Variant(step, dtype, 0, loss, trained if comparable else None, switch)
 
 
 def checkpoint_blocks(model: nn.Module) -> None:

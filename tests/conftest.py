@@ -8,7 +8,7 @@ import random
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -56,6 +56,18 @@ def seed() -> int:
     random.seed(0)
     torch.manual_seed(0)
     return 0
+
+
+@pytest.fixture
+def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made-up limits: a command measures them again after every case, and its test is about something else."""
+    from ditfast.bench import ceilings
+
+    def made_up(device: torch.device, precisions: Iterable[str], seconds: float = 0.5) -> ceilings.Ceilings:
+        names = dict.fromkeys(precisions)
+        return ceilings.Ceilings(40.0, 1 << 20, dict.fromkeys(names, 0.2), dict.fromkeys(names, 1024))
+
+    monkeypatch.setattr(ceilings, "measure_ceilings", made_up)
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ from ditfast.bench.workload import Inputs, Workload, make_inputs, make_pool
 from ditfast.cli import app
 
 TINY = DiTConfig(depth=2, hidden_size=64, num_heads=2, patch_size=8, num_classes=10)
+pytestmark = pytest.mark.usefixtures("quick_limits")
 QUICK = ("--device", "cpu", "--seconds", "0.01")
 
 

@@ -24,6 +24,7 @@ from ditfast.bench.timing import Spread
 from ditfast.cli import app
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("quick_limits")
 LIMITS = Ceilings(100.0, 1 << 20, {"fp32": 0.5}, {"fp32": 1024})
 SHAPE = Shape(2, 5, 72)
 
@@ -103,6 +104,21 @@ def test_a_wrong_operator_gets_no_tick_and_no_speedup(direction: Direction) -> N
 
 
 @pytest.mark.usefixtures("no_compile")
+@pytest.mark.parametrize(("direction", "judged"), [("forward", [False]), ("backward", [True])])
+def test_what_is_judged_is_what_is_timed(direction: Direction, judged: list[bool]) -> None:
+    """Without gradients another implementation may run, so that is the one to judge where the forward is timed."""
+    seen: list[bool] = []
+
+    def spy(**inputs: Tensor) -> Any:
+        seen.append(any(value.requires_grad for value in inputs.values()))
+        return OPERATORS["linear_gelu"].formula(**inputs)
+
+    run_operator(replace(OPERATORS["linear_gelu"], fused=spy), direction, SHAPE, torch.float32, CPU, 0.01)
+    assert seen[:1] == judged
+    assert len(set(seen)) == 1
+
+
+@pytest.mark.usefixtures("no_compile")
 def test_a_slow_operator_is_caught() -> None:
     """The same result for twenty times the work: parity holds, and the speed-up says what it costs."""
     right = OPERATORS["gated_residual"]
@@ -144,7 +160,9 @@ def test_inputs_that_do_not_fit_fail_everybody() -> None:
 
 def test_timed_inputs_are_random_and_rotate() -> None:
     pool = ops_bench._pool(OPERATORS["gated_residual"], SHAPE, torch.float32, CPU)
-    assert len(pool) == 16
+    assert len(pool) == 192
+    large = ops_bench._pool(OPERATORS["gated_residual"], Shape(4, 256, 1152), torch.float32, CPU)
+    assert len(large) == 8  # of 9.4 MB each, past 64 MiB
     assert not torch.equal(pool[0]["residual"], pool[1]["residual"])
     assert all(float((inputs["branch"] != 0).float().mean()) > 0.9 for inputs in pool)
     wide = draw_inputs(OPERATORS["gelu_mlp"], replace(SHAPE, ratio=4), torch.float32, CPU)
@@ -220,5 +238,13 @@ def test_on_a_gpu_rounds_are_captured(name: str, direction: Direction) -> None:
 
 
 def test_a_round_is_divided_by_its_calls() -> None:
-    sampler: Callable[[int], float] = ops_bench._per_call(lambda rounds: 8.0 * rounds, 4)
-    assert sampler(3) == 6.0
+    run: list[int] = []
+
+    def rounds(count: int) -> float:
+        run.append(count)
+        return 8.0 * count
+
+    sampler: Callable[[int], float] = ops_bench._per_call(rounds, 4)
+    assert sampler(3) == 6.0  # a round for three calls, of which it holds four
+    assert sampler(10) == 20.0  # two rounds, not ten
+    assert run == [1, 2]

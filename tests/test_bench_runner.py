@@ -82,6 +82,16 @@ def test_derived_columns_by_hand() -> None:
     assert [row.noise for row in rows.values()] == [pytest.approx(0.0)] * 3
 
 
+def test_slow_provider_is_caught() -> None:
+    """Parity alone earns nothing: what is slower than a rival is shown as such, whatever it beats besides."""
+    clock = FakeTime()
+    rows = run_one(
+        [clock.provider("reference", 8.0), clock.provider("rival", 4.0), clock.provider("ditfast-slow", 5.0)], clock
+    )
+    slow = rows["ditfast-slow"]
+    assert (slow.parity, slow.rival, slow.speedup) == (True, "rival", pytest.approx(0.8))
+
+
 def test_wrong_provider_gets_no_tick_and_no_speedup() -> None:
     clock = FakeTime()
     rows = run_one(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
+from ditfast.bench.ceilings import measure_ceilings
 from ditfast.bench.timing import Call, Clock, Measurement, Spread, _needed, noise, sampler, spread
 from ditfast.bench.timing import measure as measure_samplers
 
@@ -120,6 +122,22 @@ def test_spread_is_median_and_quartiles() -> None:
 def test_noise_is_the_distance_of_the_medians() -> None:
     assert noise(spread([10.0]), spread([11.0])) == pytest.approx(0.1)
     assert noise(spread([11.0]), spread([10.0])) == pytest.approx(0.1)
+
+
+def test_limits_of_this_machine() -> None:
+    limits = measure_ceilings(CPU, ["fp32", "fp32"], seconds=0.01)
+    assert 0.1 < limits.copy_gb_per_s < 10_000
+    assert limits.copy_bytes == 256 << 20
+    assert set(limits.matmul_tflops) == {"fp32"} and 1e-4 < limits.matmul_tflops["fp32"] < 100
+    assert limits.matmul_size["fp32"] >= 1024
+
+
+def test_noise_of_few_scattered_samples_is_not_small() -> None:
+    """Medians that agree by chance: quartiles 20 % apart over four samples are two standard errors of 18.6 %."""
+    scattered = Spread(10.0, 9.0, 11.0, 4, 1)
+    assert noise(scattered, scattered) == pytest.approx(2 * 1.2533 * 2.0 / 1.349 / 2 / 10.0)
+    many = replace(scattered, samples=400)
+    assert noise(many, many) == pytest.approx(noise(scattered, scattered) / 10)
 
 
 def test_no_time_at_all_is_refused() -> None:
