@@ -1,6 +1,6 @@
 """A campaign: every suite in order of value within a wall-clock budget, each in a process of its own.
 
-Its folder holds one result file a step, the logs, and campaign.json with what has been done. Every step saves after
+Its folder holds one result file a step, the logs, and campaign.state with what has been done. Every step saves after
 every row and goes on where it was cut, so a campaign can be interrupted, killed, and run again.
 """
 
@@ -30,7 +30,7 @@ State = Literal["done", "cut", "failed", "skipped"]
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-_STATE_FILE = "campaign.json"
+_STATE_FILE = "campaign.state"  # not .json: DIR/*.json are results
 _GRACE_SECONDS = 20.0  # for a step to save and print after its time is up
 _MIN_SECONDS = 20.0  # importing torch and measuring the limits take as long: less is not worth a start
 
@@ -113,7 +113,7 @@ class Campaign:
 
     def result_files(self) -> list[Path]:
         """The result files there are, in the order of their names."""
-        return sorted(path for path in self.folder.glob("*.json") if path.name != _STATE_FILE)
+        return sorted(self.folder.glob("*.json"))
 
     def is_over(self, step: Step) -> bool:
         done = self.steps.get(step.name)
@@ -252,7 +252,7 @@ def _last_line(log: Path) -> str:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """The checked contents of campaign.json."""
+    """The checked contents of campaign.state."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:

@@ -32,6 +32,11 @@ class Ceilings:
     matmul_tflops: dict[str, float]
     matmul_size: dict[str, int]
 
+    def __post_init__(self) -> None:
+        for name, rate in {"copy_gb_per_s": self.copy_gb_per_s, **self.matmul_tflops}.items():
+            if not rate > 0:
+                raise ValueError(f"{name} must be above 0, got {rate}")
+
 
 def measure_ceilings(device: torch.device, precisions: Iterable[str], seconds: float = 0.5) -> Ceilings:
     """Measures the copy and each precision's matmul for about ``seconds`` each.

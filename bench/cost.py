@@ -89,7 +89,8 @@ class Cost:
 
     def add(self, name: str, read: Iterable[object], written: Iterable[object], flops: int = 0) -> None:
         """Counts one launch."""
-        self.records.append(Launch(name, flops, sum(_bytes(item) for side in (read, written) for item in side)))
+        once = {id(item): item for item in read}.values()  # what is given twice is read from memory once
+        self.records.append(Launch(name, flops, sum(_bytes(item) for side in (once, written) for item in side)))
 
     def _sum(self, what: str) -> Counter[str]:
         total: Counter[str] = Counter()

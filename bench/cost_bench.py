@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -49,6 +50,8 @@ def unavailable(provider: str, case: Case) -> str | None:
     """
     if provider not in BUILDERS:
         raise ValueError(unknown("provider", provider, BUILDERS))
+    if provider == "ditfast" and case.training and find_spec("triton") is None:
+        return "its backward's launches are those of the kernels, which need the package triton"
     return diffusers_dit.unavailable(case, torch.device("meta")) if provider == "diffusers" else None
 
 

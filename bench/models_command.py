@@ -56,7 +56,7 @@ def bench(
     """Measure DiT models: the reference, its rivals and ditfast, each row with a parity tick.
 
     "ditfast bench" alone is a quick look: small models on a CPU in under two minutes, DiT-XL/2 on a GPU. "ditfast
-    bench models" measures everything: all sizes, batches and modes.
+    bench models" measures everything: on a GPU all sizes, batches and modes, on a CPU the three smallest.
     """
     if context.invoked_subcommand is not None:
         given = [name for name in context.params if not _is_default(context, name)]

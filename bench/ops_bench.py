@@ -23,7 +23,7 @@ from .op_work import work
 from .operators import OPERATORS, Operator, Shape, check, draw_inputs
 from .preparing import clear, explain
 from .rows import Direction, OpRow
-from .timing import Call, Sampler, measure, noise, sampler
+from .timing import AGAIN, Call, Sampler, measure, noise, sampler, with_repeat
 from .transforms import captured, compile_unavailable
 
 # those on (B, D) vectors are one short launch, with no ceiling to be held against
@@ -32,7 +32,6 @@ PROVIDERS = ("eager", "compile", "ditfast")
 _POOL_BYTES = 256 << 20  # rotated inputs, past any L2
 _POOL_BYTES_CPU = 64 << 20
 _MAX_POOL = 192
-_AGAIN = "eager (again)"
 
 
 def run_operator(
@@ -123,9 +122,9 @@ def _measure(
             rows[name] = replace(rows[name], status=status, note=note, parity=None)
     samplers, timed, reason = _samplers(makers, len(pool), device)
     if "eager" in samplers:
-        samplers[_AGAIN] = samplers["eager"]
+        samplers = with_repeat(samplers, "eager")
     measured = measure(samplers, device, seconds)
-    again = measured.times.pop(_AGAIN, None)
+    again = measured.times.pop("eager" + AGAIN, None)
     share = noise(measured.times["eager"], again) if again and "eager" in measured.times else None
     for name, failure in measured.failures.items():
         if name in rows:

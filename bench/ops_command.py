@@ -171,7 +171,7 @@ def ops_table(results: Results) -> RenderableType:
     lines.append("speed-up: over the faster of eager and torch.compile; only with parity.")
     noises = [row.noise for row in rows if row.noise is not None]
     if noises:
-        lines.append(f"Noise: eager timed twice differed by up to {max(noises):.1%} in a row; less than that is a tie.")
+        lines.append(f"Noise: up to {max(noises):.1%}, by eager timed twice; less than that is a tie.")
     noted = [row for row in results.rows if row.note]
     lines += dict.fromkeys(f"{row.operator}, {row.direction}, {row.provider}: {row.note}" for row in noted)
     title = line(f"ditfast bench ops, {device_name(results)}", "bold")

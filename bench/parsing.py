@@ -45,7 +45,11 @@ def _parse_dataclass(kind: Any, value: Any, where: str) -> Any:
     missing, unknown = [n for n in names if n not in value], [n for n in value if n not in names]
     if missing or unknown:
         raise ValueError(f"{where} must hold {', '.join(names)}; missing: {missing}, unknown: {unknown}")
-    return kind(**{name: parse(hints[name], value[name], f"{where}.{name}") for name in names})
+    values = {name: parse(hints[name], value[name], f"{where}.{name}") for name in names}
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _check(fits: bool, where: str, wanted: str, value: Any) -> None:

@@ -24,6 +24,9 @@ ROW_TYPES: dict[Suite, type[Any]] = {
     "verify": VerifyRow,
 }
 
+_HUGE = 1 << 63
+_POSITIVE = ("batch", "tokens", "hidden_size", "depth", "width", "images_per_s", "tflops", "rate", "speedup", "bytes")
+
 
 def schema(suite: Suite) -> str:
     return f"ditfast.bench.{suite}/1"
@@ -38,7 +41,8 @@ class Results:
         environment: where, as :func:`environment.collect` says.
         settings: how: the options, completed by the device's defaults.
         ceilings: the limits measured in the same run; None where none were needed.
-        readings: the GPU's clocks, power and temperature, in the order read: "when" is "before" or "after".
+        readings: the GPU's clocks, power and temperature, in the order read: "when" is "before" or "after"; before,
+            also the host's load average of the last minute.
         parts: how many processes measured it, one after another; more than 1 where a run was continued.
         rows: what was measured.
         complete: whether it came to its end.
@@ -98,4 +102,19 @@ def _from_dict(suite: Suite, data: dict[str, Any]) -> Results:
     row_type = ROW_TYPES[suite]
     values = {name: parse(kinds[name], data[name], f"results.{name}") for name in names}
     values["rows"] = [parse(row_type, row, f"results.rows[{index}]") for index, row in enumerate(values["rows"])]
+    for index, row in enumerate(values["rows"]):
+        _check_row(getattr(row, "row", row), f"results.rows[{index}]")
     return Results(suite, **values)
+
+
+def _check_row(row: Any, where: str) -> None:
+    """What the types do not say, and what every derived figure relies on."""
+    for item in fields(row):
+        value = getattr(row, item.name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if number and not 0 <= value < _HUGE:
+            raise ValueError(f"{where}.{item.name} must be at least 0 and below 2^63, got {str(value)[:20]}")
+        if number and value == 0 and item.name in _POSITIVE:
+            raise ValueError(f"{where}.{item.name} must be above 0, got 0")
+    if hasattr(row, "ms") and (row.status == "ok") != (row.ms is not None):
+        raise ValueError(f"{where}.ms must be there exactly where status is ok, got status {row.status!r}")

@@ -131,11 +131,11 @@ def speedup(row: ModelRow | OpRow) -> str:
 def _notes(results: Results) -> list[str]:
     lines = []
     lines.append("ms: median and half the interquartile range. parity: error against fp64 within the bound.")
-    lines.append("first call: compilation and capture included; it is not part of ms.")
+    lines.append("first call: with compilation, as far as PyTorch's disk caches lack it, and capture; no part of ms.")
     lines.append("speed-up: over the fastest rival of the same model and batch in this run; only with parity.")
     noises = [row.noise for row in results.rows if row.noise is not None]
     if noises:
-        lines.append(f"Noise: the reference timed twice differed by up to {max(noises):.1%}; less than that is a tie.")
+        lines.append(f"Noise: up to {max(noises):.1%}, by the reference timed twice; less than that is a tie.")
     for row in results.rows:
         if row.note and row.status != "unavailable":
             lines.append(f"{case_label(row)}, batch {row.batch}, {row.provider}: {row.note}")
@@ -156,10 +156,11 @@ def closing_notes(results: Results) -> list[str]:
         lines.append(
             f"Limits measured in this run: matmul {matmul}; copy {results.ceilings.copy_gb_per_s:.3g} GB/s (mem)."
         )
-    for name, unit in (("sm_clock_mhz", "MHz"), ("power_draw_w", "W"), ("temperature_c", "C")):
+    for name, unit in (("sm_clock_mhz", "MHz"), ("power_draw_w", "W"), ("temperature_c", "C"), ("load_1m", "")):
         values = [f"{reading.get('when')} {reading[name]:g}" for reading in results.readings if reading.get(name)]
         if values:
-            lines.append(f"{name.rpartition('_')[0].replace('_', ' ')}, {unit}: {', '.join(values)}")
+            what = name.rpartition("_")[0].replace("_", " ")
+            lines.append(f"{what}{f', {unit}' if unit else ' of the host'}: {', '.join(values)}")
     if results.parts > 1:
         lines.append(f"Measured in {results.parts} parts, one after another.")
     if not results.complete:

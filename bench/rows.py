@@ -32,7 +32,7 @@ class ModelRow:
         status: "ok" (it ran), "oom", "error", or "unavailable" (it cannot run on this device).
         note: why there is no time or no parity tick, or under which conditions it ran; otherwise empty.
         ms: time of a call.
-        first_call_ms: the first call, compilation and capture included.
+        first_call_ms: the first call, with compilation as far as PyTorch's disk caches lack it, and capture.
         images_per_s, tflops: by the median and the reference's FLOPs.
         weight_bytes: the least a call must read.
         ceiling_share: of the measured ceiling ``ceiling`` ("matmul" or "copy").
@@ -41,7 +41,8 @@ class ModelRow:
         yardstick_error, bound: the reference's own error in the dtype, and the bound that follows from it.
         parity: the tick; None where it could not be judged.
         parity_samples: how many images of the batch were compared.
-        noise: how far the reference timed twice lay apart in this case, as a share.
+        noise: how far the reference timed twice lay apart in this case, as a share; at least twice the standard
+            error of its medians.
         speedup, rival: over the fastest rival that ran; only beside a parity tick.
     """
 

@@ -15,13 +15,12 @@ from .metrics import flops_per_image, images_per_second, tflops, with_speedups
 from .preparing import UNJUDGED, Prepared, blank_row, clear, empty_cache, failed, make_work, prepare
 from .providers import Provider
 from .rows import ModelRow
-from .timing import Clock, Sampler, Spread, measure, noise
+from .timing import AGAIN, Clock, Sampler, Spread, measure, noise, with_repeat
 from .workload import Workload
 
 #: Called with what is being done, after each of the :func:`steps` of a run.
 Report = Callable[[str], None]
 
-_AGAIN = " (again)"
 _TIGHT = 0.8  # share of the device's memory from which on the providers of a case hand theirs back between samples
 _ALONE = "timed alone: beside the others memory did not suffice"
 
@@ -265,16 +264,15 @@ class _Run:
 def _samplers(prepared: Mapping[str, Prepared | Remote]) -> dict[str, Sampler]:
     """What to time; the reference (or else the first) twice, for the noise."""
     samplers: dict[str, Sampler] = {name: entry.sample for name, entry in prepared.items()}
-    if prepared:
-        repeated = "reference" if "reference" in prepared else next(iter(prepared))
-        samplers[repeated + _AGAIN] = samplers[repeated]
-    return samplers
+    if not samplers:
+        return samplers
+    return with_repeat(samplers, "reference" if "reference" in samplers else next(iter(samplers)))
 
 
 def _noise(times: Mapping[str, Spread]) -> float | None:
     for name, spread in times.items():
-        if name.endswith(_AGAIN):
-            first = times.get(name.removesuffix(_AGAIN))
+        if name.endswith(AGAIN):
+            first = times.get(name.removesuffix(AGAIN))
             return None if first is None else noise(first, spread)
     return None
 

@@ -258,7 +258,7 @@ def scaling_table(results: Results) -> RenderableType:
     lines.append("speed-up: over the fastest rival of the same point; only with parity.")
     noises = [point.row.noise for point in points if point.row.noise is not None]
     if noises:
-        lines.append(f"Noise: the reference timed twice differed by up to {max(noises):.1%}; less than that is a tie.")
+        lines.append(f"Noise: up to {max(noises):.1%}, by the reference timed twice; less than that is a tie.")
     noted = [point for point in results.rows if point.row.note]
     lines += [f"{point.axis} {point.value}, {point.row.provider}: {point.row.note}" for point in noted]
     what = f"{results.settings.get('model')}, {results.settings.get('mode')}, {results.settings.get('dtype')}"

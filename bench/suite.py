@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ _SAME = (
     ("packages", "torch"),
     ("packages", "triton"),
 )
-_SAME_SETTINGS = ("device", "seconds", "seed")
+_SAME_SETTINGS = ("device", "seconds", "seed", "model", "dtype", "mode")
 
 
 @dataclass
@@ -135,6 +136,7 @@ def run_suite(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     results = _begin(suite, settings, path, resume)
+    load = os.getloadavg()[0]  # other people's: from now on it is ours
     with terminated_as_interrupted():
         measured = len(results.rows)
         try:
@@ -143,7 +145,7 @@ def run_suite(
                 recorder = Recorder(results, device, path, list(dict.fromkeys(precisions)), report, deadline)
                 recorder.measure_limits()
                 results.environment = collect()  # after the limits: with the clocks of a busy device
-                results.readings.append({"when": "before", **gpu_readings()})
+                results.readings.append({"when": "before", **gpu_readings(), "load_1m": load})
                 report("limits")
                 measure(recorder)
             results.complete = not recorder.cut

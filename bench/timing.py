@@ -18,6 +18,8 @@ Call = Callable[[int], object]
 Sampler = Callable[[int], float]
 Clock = Callable[[Callable[[], None]], float]
 
+AGAIN = " (again)"
+
 _ROUNDS, _MIN_ROUNDS = 5, 3  # wanted even past the budget, and past twice the budget
 _MAX_CALLS = 1000
 # a sample of back-to-back calls: the host's launches overlap as they do in a sampling or training loop
@@ -33,6 +35,12 @@ class Spread:
     p75: float
     samples: int
     calls_per_sample: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.p25 <= self.median <= self.p75:
+            raise ValueError(f"times must be above 0 and in order, got {self.p25}, {self.median}, {self.p75} ms")
+        if self.samples < 1 or self.calls_per_sample < 1:
+            raise ValueError(f"samples and calls must be at least 1, got {self.samples} of {self.calls_per_sample}")
 
 
 @dataclass
@@ -151,6 +159,18 @@ def noise(first: Spread, second: Spread) -> float:
 def _standard_error(spread: Spread) -> float:
     """Of the median, as a share of it: 1.2533 sigma / sqrt(n), with sigma = IQR / 1.349 as for normal samples."""
     return 1.2533 * (spread.p75 - spread.p25) / 1.349 / math.sqrt(spread.samples) / spread.median
+
+
+def with_repeat(samplers: Mapping[str, Sampler], name: str) -> dict[str, Sampler]:
+    """The samplers and one of them once more, for the noise, as ``name + AGAIN``.
+
+    It takes its turn half a round away from itself: right after itself it would find its data in the cache.
+    """
+    names = list(samplers)
+    first = names.index(name)
+    turns = names[first:] + names[:first]
+    turns.insert((len(names) + 1) // 2, name + AGAIN)
+    return {turn: samplers[turn.removesuffix(AGAIN)] for turn in turns}
 
 
 @contextmanager

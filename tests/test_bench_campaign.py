@@ -158,14 +158,14 @@ def test_no_time_no_step(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": "x"}', "SCHEMA", "STEPS"])
 def test_a_damaged_state_is_named(content: str, tmp_path: Path) -> None:
-    path = tmp_path / "campaign.json"
+    path = tmp_path / "campaign.state"
     if content in ("SCHEMA", "STEPS"):
         Campaign.open(tmp_path)
         data = json.loads(path.read_text())
         data["steps"] = {"verify": {"state": "fine"}} if content == "STEPS" else None
         content = json.dumps(data)
     path.write_text(content)
-    with pytest.raises(ValueError, match="campaign.json is no state of a campaign"):
+    with pytest.raises(ValueError, match="campaign.state is no state of a campaign"):
         Campaign.open(tmp_path)
     assert path.read_text() == content
 
@@ -245,6 +245,11 @@ def test_the_command_ends_with_the_goals(tmp_path: Path, monkeypatch: pytest.Mon
     assert result.exit_code == 0, result.output
     assert result.stdout.count("not measured") == 7
     assert "1 judged" in result.stdout and "met" in result.stdout
+
+    # the line it ends with works
+    words = next(line for line in result.stderr.splitlines() if "bench report" in line).split("ditfast bench report ")
+    pattern = Path(words[1].split()[0])
+    assert [Results.load(path).suite for path in sorted(pattern.parent.glob(pattern.name))] == ["verify"]
 
     (out / "damaged.json").write_text("{")  # is named and left out
     [wrong] = plan([replace(ok, ok=False)])

@@ -115,17 +115,19 @@ def test_what_is_not_read():
 
 def test_copies_within_operators():
     """torch's CUDA norms and ours take rows; the patch embedding's layout is copied first."""
-    x, shift = meta(2, 8, 5, dtype=BF16).transpose(1, 2), meta(2, 8, dtype=BF16)
+    x = meta(2, 8, 5, dtype=BF16).transpose(1, 2)
+    shift, scale = meta(2, 8, dtype=BF16), meta(2, 8, dtype=BF16)
     slow = count(lambda: torch.nn.functional.layer_norm(x, (8,)))
     assert listing(slow)[0] == ("contiguous", 0, 2 * 160) and slow.launches["native_layer_norm"] == 1
     assert count(lambda: torch.nn.functional.layer_norm(x.contiguous(), (8,))).launches["contiguous"] == 0
     with ops.use_backend("triton"):
-        fast = count(lambda: ops.layer_norm_modulate(x, shift, shift))
-        rows = count(lambda: ops.layer_norm_modulate(x.contiguous()[:, ::2], shift, shift))
+        fast = count(lambda: ops.layer_norm_modulate(x, shift, scale))
+        rows = count(lambda: ops.layer_norm_modulate(x.contiguous()[:, ::2], shift, scale))
     assert listing(fast)[0] == ("contiguous", 0, 2 * 160)
     # read x, shift and scale; write out, and mean and 1 / std in fp32
     assert listing(fast)[1] == ("adaln_forward", 0, 2 * 160 + 2 * 32 + 2 * 10 * 4)
     assert dict(rows.launches) == {"clone": 1, "adaln_forward": 1}
+    assert count(lambda: shift * shift).total_bytes == 2 * 32  # given twice, read once, and the product
 
 
 def test_the_backward_of_adaln_is_two_launches():

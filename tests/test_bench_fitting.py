@@ -41,7 +41,7 @@ def test_the_search_ends_within_a_sixteenth(largest: int) -> None:
     found = largest_batch(fits, limit=256)
     wanted = min(largest, 256)
     assert found <= wanted
-    assert wanted - found <= max(1, found // 8) if wanted > 16 else found == wanted
+    assert wanted - found <= max(1, wanted // 16) if wanted > 16 else found == wanted
     assert len(tried) == len(set(tried)) <= 14
     assert max(tried) <= 256
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from ditfast import MODELS, DiTConfig
-from ditfast.bench.cases import Case
+from ditfast.bench.cases import MODES, Case, Mode
 from ditfast.bench.isolation import ProviderFailed, Worker, wants_isolation
 from ditfast.bench.preparing import UNJUDGED
 from ditfast.bench.providers import PROVIDERS, Provider, load_plugins
@@ -165,6 +165,22 @@ def test_the_command_takes_a_plugin(plugin: str, tmp_path: Path, monkeypatch: py
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert [row.parity for row in Results.load(path).rows] == [True, True]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_readmes_example_of_a_provider(mode: Mode, tmp_path: Path) -> None:
+    """As it stands there, with the reference in the place of the user's model."""
+    blocks = (Path(__file__).parents[1] / "README.md").read_text().split("```python\n")
+    [example] = [block.partition("```")[0] for block in blocks if "register(Provider(" in block]
+    path = tmp_path / "my_rival.py"
+    path.write_text(f"from ditfast.reference import DiT as MyDiT\n{example}")
+    try:
+        load_plugins([str(path)])
+        with Runner(CPU, Settings(seconds=0.01)) as runner:
+            [row] = runner.rows(replace(CASE, mode=mode), [PROVIDERS["mine"]])
+    finally:
+        PROVIDERS.pop("mine", None)
+    assert (row.status, row.parity, row.note) == ("ok", True, "")
 
 
 def out_of_memory_if(condition: object) -> None:

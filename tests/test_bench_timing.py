@@ -10,7 +10,18 @@ import pytest
 import torch
 
 from ditfast.bench.ceilings import measure_ceilings
-from ditfast.bench.timing import Call, Clock, Measurement, Spread, _needed, noise, sampler, spread
+from ditfast.bench.timing import (
+    AGAIN,
+    Call,
+    Clock,
+    Measurement,
+    Spread,
+    _needed,
+    noise,
+    sampler,
+    spread,
+    with_repeat,
+)
 from ditfast.bench.timing import measure as measure_samplers
 
 CPU = torch.device("cpu")
@@ -122,6 +133,17 @@ def test_spread_is_median_and_quartiles() -> None:
 def test_noise_is_the_distance_of_the_medians() -> None:
     assert noise(spread([10.0]), spread([11.0])) == pytest.approx(0.1)
     assert noise(spread([11.0]), spread([10.0])) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 8])
+@pytest.mark.parametrize("index", [0, 1, -1])
+def test_the_repeated_variant_never_follows_itself(count: int, index: int) -> None:
+    names = [f"v{number}" for number in range(count)]
+    name = names[index]
+    turns = list(with_repeat({key: lambda calls: 0.0 for key in names}, name))
+    assert sorted(turns) == sorted([*names, name + AGAIN])
+    apart = (turns.index(name + AGAIN) - turns.index(name)) % len(turns)
+    assert 2 <= apart <= len(turns) - 2
 
 
 def test_limits_of_this_machine() -> None:

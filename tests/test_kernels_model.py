@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,6 +127,13 @@ def test_bytes_of_one_forward():
     attention = "scaled_dot_product_attention"
     assert slow.bytes[attention] == fast.bytes[attention]
     assert fast.total_bytes <= 0.6 * slow.total_bytes
+
+
+def test_the_readmes_counts():
+    slow, fast = traced(MODELS["DiT-XL/2"], 256)
+    text = " ".join((Path(__file__).parents[1] / "README.md").read_text().split())
+    assert f"an XL/2 forward is {fast.total_launches} launches where the reference makes {slow.total_launches}" in text
+    assert f"at batch 256 it moves {fast.total_bytes / slow.total_bytes:.0%} of".replace("%", " %") in text
 
 
 def test_the_counter():
