@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from .metrics import is_tie
 from .records import Results
+from .report.conditions import part
 from .rows import ModelRow, OpRow, ScalingRow
 
 Verdict = Literal["faster", "slower", "tie"]
@@ -17,7 +18,10 @@ _CONDITIONS = (
     ("cpu", "torch_threads"),
     ("gpu", "name"),
     ("gpu", "driver"),
+    ("gpu", "cuda"),
     ("packages", "torch"),
+    ("packages", "triton"),
+    ("packages", "diffusers"),
 )
 #: The suites whose rows have a time.
 COMPARABLE = ("models", "ops", "scaling")
@@ -114,7 +118,7 @@ def _change(old: Any, new: Any) -> Change:
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     found = []
     for group, name in _CONDITIONS:
-        was, now = ((environment.get(group) or {}).get(name) for environment in (old, new))
+        was, now = (part(environment, group).get(name) for environment in (old, new))
         if was != now:
             found.append(f"{group} {name}: {was} then, {now} now")
     return found

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 _BATCHES = (1, 256)
 _INTERRUPTED = 130
 
-_CAPTION = (
+CAPTION = (
     "Computed, not measured: counted on meta tensors, everyone eager, ditfast with its kernels. /s: images a second.",
     "ms: the sum over the launches of the longer of arithmetic and traffic at a GPU's datasheet rates (dense), as if",
     "no cache kept anything between two launches (at small batches one does), and launching took no time.",
 )
-_SAVINGS_CAPTION = (
+SAVINGS_CAPTION = (
     "In one call, over the reference: launches, and bytes as a share of all that the reference moves. Each fusion's",
     "formula and operator were counted on their own at the model's shapes; what belongs to none is the rest.",
 )
@@ -146,12 +146,12 @@ def tables(results: Results) -> RenderableType:
     for mode in dict.fromkeys(row.mode for row in rows):
         shown = [row for row in rows if row.mode == mode]
         parts += [line(f"ditfast bench cost: {mode}, {shown[0].dtype}, computed bounds", "bold"), _cost_table(shown)]
-        parts += map(line, _CAPTION)
+        parts += map(line, CAPTION)
         ours = [row for row in shown if row.savings]
         if ours:
             parts += [line(""), line(f"what ditfast's fusions save: {mode}, {shown[0].dtype}", "bold")]
             parts.append(_savings_table(ours))
-            parts += map(line, _SAVINGS_CAPTION)
+            parts += map(line, SAVINGS_CAPTION)
         parts.append(line(""))
     parts += [line(f"Not traced: {name}: {why}") for name, why in results.settings["providers_left_out"].items()]
     if not results.complete:

@@ -5,6 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+# below these, two lines through a cloud would be stated as well
+_LEAST_POINTS, _LEAST_R_SQUARED = 3, 0.95
+
+
+def is_power_law(points: int, r_squared: float) -> bool:
+    """Whether a fit of so many points is good enough for its exponent to be stated."""
+    return points >= _LEAST_POINTS and r_squared >= _LEAST_R_SQUARED
+
 
 def fit_exponent(values: Sequence[float], times: Sequence[float]) -> tuple[float, float]:
     """Fits ``time = factor * value ** exponent`` by least squares in log-log.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _FAILED = 1
 _SEED = 0
 _PROVIDERS = ("reference", "reference-compile", "diffusers", "ditfast")
-_STATUS = {"oom": "out of memory", "error": "failed"}
+
 
 
 class _OutOfTime(Exception):
@@ -167,6 +167,7 @@ def _make_plan(
 def _measure(plan: _Plan, recorder: Recorder) -> None:
     """Every case and provider of the plan, as far as no earlier part has it; then the searches, which take longer."""
     from .memory_bench import blank_row, measure
+    from .report.text import STATUS
 
     pairs = [(case, provider) for case in plan.cases for provider in plan.providers]
     for case, provider in pairs:
@@ -176,7 +177,7 @@ def _measure(plan: _Plan, recorder: Recorder) -> None:
                 return
             row = measure(case, provider, plan.device, _SEED, plan.plugins)
             recorder.add([row])
-            said = _STATUS.get(row.status, row.status)
+            said = STATUS[row.status]
         recorder.report(f"{case.label}: {provider.name}: {said}")
     for case, provider in pairs if plan.limit is not None else ():
         key = blank_row(case, provider, plan.device).key
@@ -237,7 +238,7 @@ def _table(rows: list[MemoryRow], results: Results) -> Table:
     from rich.markup import escape
 
     from .render import plain_table
-    from .report.text import model_name, size
+    from .report.text import STATUS, model_name, size
 
     table = plain_table()
     for header in ("model", "batch", "mode", "dtype", "provider"):
@@ -257,8 +258,8 @@ def _table(rows: list[MemoryRow], results: Results) -> Table:
         for name in ("peak_bytes", "saved_bytes"):
             own, of = getattr(row, name), getattr(base, name, None)
             cells += ["-" if own is None else size(own), f"{own / of:.0%}" if own and of else "-"]
-        if row.status in _STATUS:
-            cells[0] = f"[red]{_STATUS[row.status]}[/]"
+        if row.status != "ok":
+            cells[0] = f"[red]{STATUS[row.status]}[/]"
         cells.append(_largest(row, results.settings.get("max_batch")))
         table.add_row(*(names if first else [""] * 4), escape(row.provider), *cells, end_section=last)
     return table

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from .records import Results
-from .report.data import Machine, Run, gather, is_gpu, limits_text
+from .report.conditions import limits_text
+from .report.data import Machine, Run, gather
 from .report.headline import COLUMNS, Headline, headlines
-from .report.markdown import NOTE, pipes
-from .report.text import listed, mode_name, model_name, percent, pixels
+from .report.markdown import NOTE, escape, link, pipes
+from .report.text import is_unticked, listed, mode_name, model_name, percent, pixels
+from .rows import ModelRow
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 _NO_GPU = ["GPU: DiT-XL/2, 256 px, bf16", *["not measured yet"] * 4, "-", "-"]
@@ -33,14 +35,29 @@ def block(results: Mapping[str, Results]) -> str:
     """The table, the conditions of each device with its files, and what the columns say."""
     report = gather(Run(link, found) for link, found in results.items())
     measured = [machine for machine in report.machines if machine.rows("models")]
-    rows = [] if any(is_gpu(machine.runs[0].results) for machine in measured) else [_NO_GPU]
-    for machine in measured:
-        rows += [[_case(machine, found), *found.cells] for found in headlines(machine.rows("models"))]
+    rows = [] if any(machine.is_gpu for machine in measured) else [_NO_GPU]
+    shown = _chosen(measured)
+    rows += [[_case(machine, found), *found.cells] for machine, found in shown]
     columns = [("images/s", False), *((name, True) for name in COLUMNS)]
-    lines = [f"- {_conditions(machine)}" for machine in report.machines]
-    if report.computed:
-        lines.append(f"- Computed without a device: {_links(report.computed)}.")
+    lines = []
+    for machine in report.machines:
+        cases = [found for owner, found in shown if owner is machine]
+        lines.append(f"- {_conditions(machine, cases)}")
+    lines += [f"- {escape(machine.short_conditions)}: {_links(machine.runs)}." for machine in report.computed]
     return "\n\n".join([pipes(columns, rows), NOTE, "\n".join(lines)])
+
+
+def _chosen(machines: Iterable[Machine]) -> list[tuple[Machine, Headline]]:
+    """The cases; of one measured again under the same conditions, the run with most rivals, then with most rows."""
+    best: dict[tuple[object, ...], tuple[tuple[int, int], Machine, Headline]] = {}
+    for machine in machines:
+        for found in headlines(machine.rows("models")):
+            ran = [row for row in found.rows if row.ms is not None]
+            worth = (sum(not row.is_ours for row in ran), len(ran))
+            case = (machine.identity, found.case.case)
+            if case not in best or worth > best[case][0]:
+                best[case] = (worth, machine, found)
+    return [(machine, found) for _, machine, found in best.values()]
 
 
 def first_difference(old: str, new: str) -> str | None:
@@ -77,29 +94,30 @@ def _case(machine: Machine, found: Headline) -> str:
     return f"{machine.label}: {', '.join([name, *size, row.dtype, f'batch {row.batch}', *mode])}"
 
 
-def _conditions(machine: Machine) -> str:
+def _conditions(machine: Machine, cases: Sequence[Headline]) -> str:
+    """What was in force, of the cases in the table; a machine without one has links alone."""
+    if machine.rows("models") and not cases:
+        return f"{escape(machine.short_conditions)}. Rows: {_links(machine.runs)}."
     parts = [machine.short_conditions]
+    rows = [row for found in cases for row in found.rows]
     if (limits := limits_text(machine.ceilings)) is not None:
         parts.append(f"limits measured in the same runs: {limits}")
-    noises = [row.noise for row in machine.rows("models") if row.noise is not None]
+    noises = [row.noise for row in rows if row.noise is not None]
     if noises:
         parts.append(f"noise up to {percent(max(noises))}")
-    unticked = [
-        f"{model_name(row)} batch {row.batch}, {row.provider}"
-        for row in machine.rows("models")
-        if _unticked(row)
-    ]
-    if machine.rows("models"):
-        parts.append(
-            f"no parity tick: {listed(unticked)}" if unticked else "every row of ditfast with its parity tick"
-        )
-    parts += [remark.rstrip(".") for run in machine.runs for remark in run.remarks]
-    return f"{'; '.join(parts)}. Rows: {_links(machine.runs)}."
+    if rows:
+        parts.append(_ticks(rows))
+    parts += [remark.rstrip(".") for remark in machine.remarks]
+    return f"{escape('; '.join(parts))}. Rows: {_links(machine.runs)}."
 
 
-def _unticked(row: object) -> bool:
-    return bool(row.is_ours and row.ms is not None and row.parity is not True)  # type: ignore[attr-defined]
+def _ticks(rows: Sequence[ModelRow]) -> str:
+    ran = [row for row in rows if row.is_ours and row.ms is not None]
+    unticked = [f"{model_name(row)} batch {row.batch}, {row.provider}" for row in ran if is_unticked(row)]
+    if unticked:
+        return f"no parity tick: {listed(unticked)}"
+    return "every row of ditfast with its parity tick" if ran else "no row of ditfast ran"
 
 
-def _links(runs: list[Run]) -> str:
-    return ", ".join(f"[{run.name}]({run.name})" for run in runs)
+def _links(runs: Sequence[Run]) -> str:
+    return ", ".join(link(run.name) for run in runs)

@@ -14,12 +14,10 @@ from rich.text import Text
 from .compare import Comparison, timed
 from .metrics import is_tie
 from .records import Results
-from .report.text import digits, model_name, size
+from .report.text import STATUS, digits, model_name, size
 from .rows import ModelRow, OpRow
 
 _MAX_WIDTH = 400
-
-_STATUS = {"oom": "out of memory", "error": "failed", "unavailable": "unavailable"}
 
 
 def results_table(results: Results, ascii_only: bool | None = None) -> RenderableType:
@@ -94,7 +92,7 @@ def line(text: str, style: str = "") -> Text:
 def _cells(row: ModelRow, ascii_only: bool) -> Sequence[str]:
     """The cells after the provider."""
     if row.ms is None:
-        return (f"[red]{_STATUS[row.status]}[/]", *("",) * 8)
+        return (f"[red]{STATUS[row.status]}[/]", *("",) * 8)
     spread = (row.ms.p75 - row.ms.p25) / 2
     share = "-" if row.ceiling_share is None else f"{row.ceiling_share:.0%}"
     return (

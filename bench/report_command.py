@@ -28,8 +28,8 @@ def report(
 ) -> None:
     """A page, plots, tables for READMEs and a plain summary of result files.
 
-    Writes report.html, plots/*.png, table.md and summary.txt. Regressions against an older run are marked in all
-    of them; the exit code tells of errors only.
+    Writes report.html, plots/*.png, table.md and summary.txt; plots that only an earlier report in DIR had are
+    removed. Regressions against an older run are marked in all of them; the exit code tells of errors only.
     """
     from .report.data import gather
     from .report.summary import as_text, summarise

@@ -226,6 +226,7 @@ def scaling_table(results: Results) -> RenderableType:
     """The table of ``ditfast bench scaling``: a line a point and provider, then the exponents."""
     from rich.console import Console, Group
 
+    from .fits import is_power_law
     from .render import closing_notes, device_name, line, plain_table, speedup, tick
     from .report.text import digits, size
 
@@ -251,7 +252,9 @@ def scaling_table(results: Results) -> RenderableType:
             end_section=index + 1 == len(points) or points[index + 1].value != point.value,
         )
     lines = [
-        f"{axis}, {provider}: time grows with the power {exponent:.2f} (R2 {r_squared:.3f}, {count} points)"
+        f"{axis}, {provider}: "
+        + (f"time grows with the power {exponent:.2f}" if is_power_law(count, r_squared) else "no power law fits")
+        + f" (R2 {r_squared:.3f}, {count} points)"
         for (axis, provider), (exponent, r_squared, count) in fits(points).items()
     ]
     lines.append("ms / unit: per token, image or element of the width.")

@@ -9,6 +9,8 @@ from typing import Any
 from ditfast.bench.ceilings import Ceilings
 from ditfast.bench.metrics import with_speedups
 from ditfast.bench.records import Results, Suite
+from ditfast.bench.report.data import Report, Run, gather
+from ditfast.bench.report.summary import as_text, summarise
 from ditfast.bench.rows import CostRow, MemoryRow, ModelRow, OpRow, Saving, ScalingRow, VerifyRow
 from ditfast.bench.timing import Spread
 from ditfast.config import MODELS, DiTConfig
@@ -246,8 +248,31 @@ def verify_rows(ok: bool = True) -> list[VerifyRow]:
     return [good, replace(good, dtype="fp16", tensor="d_x", error=1e-3 if ok else 1.0, ok=ok)]
 
 
+def traced_memory() -> Results:
+    """Saved bytes of two providers, traced on the host of the made-up GPU."""
+    case = ("DiT-XL/2", "adaln_zero", (32, 32), 256, "bf16", "train")
+    rows = [
+        MemoryRow(*case, provider, "ok", "traced on meta tensors", saved_bytes=saved * 2**30)
+        for provider, saved in (("reference", 40), ("ditfast", 24))
+    ]
+    return results("memory", rows, ceilings=None, readings=[], settings={"device": "meta"})
+
+
+def runs(*found: Results) -> list[Run]:
+    return [Run(f"{index}.json", item) for index, item in enumerate(found)]
+
+
+def report_of(*found: Results) -> Report:
+    return gather(runs(*found))
+
+
+def text_of(*found: Results) -> str:
+    """``summary.txt``."""
+    return as_text(summarise(report_of(*found)))
+
+
 def everything() -> list[Results]:
-    """One run of every suite on the made-up GPU, and one of the made-up CPU, broken off."""
+    """One run of every suite on the made-up GPU, one of the made-up CPU, broken off, and one that was traced."""
     cpu = [
         *model_case(
             "DiT-S/8", 8, ["reference", "reference-compile", "ditfast"], dtype="fp32", precision="fp32"
@@ -261,4 +286,5 @@ def everything() -> list[Results]:
         results("cost", cost_rows(), ceilings=None, readings=[]),
         results("verify", verify_rows()),
         results("models", cpu, CPU, complete=False, parts=2, readings=[]),
+        traced_memory(),
     ]

@@ -118,14 +118,14 @@ def test_the_page_is_readable(browser: str, page: Path, width: int, options: tup
     assert (max(answer["background"]) < 60) == bool(options)
     # what is wider scrolls in a container of its own
     assert answer["scroll"] <= width and answer["wide"] == []
-    assert len(answer["images"]) == 9
+    assert len(answer["images"]) == 10
     for natural, shown, alt in answer["images"]:
         # 150 dots an inch against 96: the letters keep their size
         assert natural > 0 and shown == pytest.approx(natural * 96 / 150, abs=2) and len(alt) > 20
     sections = ["summary", "machine-1", "machine-2", "computed", "comparison", "definitions"]
     assert answer["sections"] == sections
     rows = sum(len(item.rows) for item in everything())
-    assert answer["rows"] > rows and answer["tables"] == 9
+    assert answer["rows"] > rows and answer["tables"] == 10
     assert answer["contrast"][0] >= 4.5, answer["contrast"]
 
 

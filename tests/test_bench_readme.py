@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from results_helpers import CPU, model_row, results
+from results_helpers import CPU, GPU, model_row, results, traced_memory
 
 from ditfast.bench.readme import BEGIN, END, first_difference, render
 from ditfast.bench.records import Results
@@ -58,6 +58,74 @@ def test_without_a_gpu_the_first_row_says_so() -> None:
     # a GPU's operators alone are no models of a GPU
     text = render(BLANK, {"c.json": results("models", [ours], CPU), "o.json": results("ops", [])})
     assert "not measured yet" in text and "Rows: [o.json](o.json)." in text
+
+
+def table_and_lines(files: dict[str, Results]) -> tuple[list[str], list[str]]:
+    lines = render(BLANK, files).splitlines()
+    return [line for line in lines if line.startswith("| ")][2:], [
+        line for line in lines if line.startswith("- ")
+    ]
+
+
+def test_of_a_case_measured_again_the_run_with_most_rivals_counts() -> None:
+    """The one with the other rival; where both have as many, the first."""
+    # as many rows, and fewer rivals
+    few = [model_row("reference", 20.0), model_row("ditfast", 8.0), model_row("ditfast-graph", 8.5)]
+    many = [model_row("reference", 20.0), model_row("reference-compile", 10.0), model_row("ditfast", 9.0)]
+    files = {"few.json": results("models", few), "many.json": results("models", many)}
+    rows, lines = table_and_lines(files)
+    assert [row.split(" | ")[:4] for row in rows] == [
+        [
+            "| Test GPU (measured again): DiT-XL/2, 256 px, bf16, batch 256",
+            "12,800",
+            "25,600 (compile)",
+            "28,444",
+        ]
+    ]
+    assert (
+        lines[0].endswith("ditfast 0.0.test (012345678). Rows: [few.json](few.json).")
+        and "noise" not in lines[0]
+    )
+    assert "noise up to 1.0 %; every row of ditfast with its parity tick. Rows: [many.json]" in lines[1]
+    rows, _ = table_and_lines({"a.json": results("models", few), "b.json": results("models", few)})
+    assert [row.partition(":")[0] for row in rows] == ["| Test GPU"]
+    # other versions are another case
+    other = results("models", few, {**GPU, "commit": "f"})
+    assert len(table_and_lines({"a.json": results("models", many), "b.json": other})[0]) == 2
+
+
+def test_ticks_are_claimed_only_where_rows_of_ours_ran() -> None:
+    rival, ours = model_row("reference"), model_row("ditfast")
+    for rows, said in (
+        ([rival], "no row of ditfast ran"),
+        ([rival, replace(ours, ms=None, status="oom", parity=None)], "no row of ditfast ran"),
+        ([rival, ours], "every row of ditfast with its parity tick"),
+        ([rival, replace(ours, parity=None)], "no parity tick: DiT-XL/2 batch 256, ditfast"),
+    ):
+        _, [line] = table_and_lines({"a.json": results("models", rows)})
+        assert f"; {said}. Rows:" in line
+
+
+def test_what_was_traced_is_linked_apart() -> None:
+    rows, lines = table_and_lines(
+        {"m.json": traced_memory(), "c.json": results("models", [model_row()], CPU)}
+    )
+    assert rows[0].startswith("| GPU: DiT-XL/2, 256 px, bf16 | not measured yet |")
+    assert lines[0].startswith("- Test CPU, 2 threads, torch 9.9.9") and lines[0].endswith(
+        "[c.json](c.json)."
+    )
+    assert lines[1:] == [
+        "- Computed without a device, torch 9.9.9, triton 8.8.8, ditfast 0.0.test (012345678): [m.json](m.json)."
+    ]
+
+
+def test_a_name_that_holds_a_marker_or_markdown_does_no_harm() -> None:
+    name = f"{END} | *GPU* <b>"
+    files = {"a b|(1).json": results("models", [model_row()], {**GPU, "gpu": {"name": name}})}
+    once = render(BLANK, files)
+    assert render(once, files) == once and once.count(END) == 1
+    assert "| &lt;!-- results: end --&gt; \\| \\*GPU\\* &lt;b&gt;: DiT-XL/2" in once
+    assert "[a b\\|(1).json](a%20b%7C%281%29.json)" in once
 
 
 @pytest.mark.parametrize(

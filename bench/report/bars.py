@@ -12,7 +12,8 @@ from ..rows import MemoryRow, ModelRow
 from .data import Machine
 from .figure import SMALL, TEXT, Frame, Palette, Plot, plain_linear, plain_log, provider_order
 from .headline import headlines
-from .text import count, mode_name, model_name, model_order, pixels, size, slug
+from .suites import lacks_bytes
+from .text import STATUS_SHORT, count, median_of, mode_name, model_name, model_order, pixels, size, slug
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 # bars in a row of axes; more would be too narrow for a mark above each
 _MOST_BARS = 72
 _LOG_RANGE = 30.0
-_SHORT = {"oom": "no memory", "error": "failed", "unavailable": "n/a"}
 _WIDE = 11.0
 
 
@@ -69,13 +69,15 @@ def memory_plots(machine: Machine, palette: Palette) -> list[Plot]:
             what = f"{mode_name(mode)}, {dtype}, batch {batch}"
             device = max((row.device_bytes or 0 for row in rows), default=0)
             limit = f"; the device has {size(device)}" if device else ""
-            note = f"{machine.short_conditions}; {what}. Bytes at their most{limit}; of each provider on its own."
+            meaning = f"Bytes at their most, weights included{limit}"
+            if name == "saved_bytes":
+                meaning = "What the forward keeps for the backward, parameters left out"
+            meaning += "; traced, not measured." if machine.is_traced else "; of each provider on its own."
+            note = f"{machine.short_conditions}; {what}. {meaning}"
             bars = {(model_name(row), row.provider): _memory_bar(row, getattr(row, name)) for row in rows}
             groups_of = _ordered(rows)
-            png, width = _draw(
-                f"{title}: {what}, on {machine.label}", "GiB", groups_of, {}, bars, palette, note
-            )
-            alt = f"Bars: {title.lower()} in GiB of {_whom(bars)}; {what}, on {machine.label}."
+            png, width = _draw(f"{title}: {what}, {machine.where}", "GiB", groups_of, {}, bars, palette, note)
+            alt = f"Bars: {title.lower()} in GiB of {_whom(bars)}; {what}, {machine.where}."
             found.append(
                 _plot(f"memory-{name.split('_')[0]}", title, "memory", machine, what, alt, png, width)
             )
@@ -112,7 +114,7 @@ def _shares(machine: Machine, what: str, rows: Sequence[ModelRow], palette: Pale
     limits = (
         "Limits, measured in the same run: the matmul, or where marked c, the copy, reading the weights once."
     )
-    note = f"{_conditions(machine, what, rows)} {limits}"
+    note = f"{_conditions(machine, what, rows, quartiles=False)} {limits}"
     title = f"Share of the measured limit: {what}, on {machine.label}"
     png, width = _draw(title, "% of the limit", _ordered(rows), {}, bars, palette, note, linear=True)
     alt = f"Bars: share of the measured limit in percent of {_whom(bars)}; {what}, on {machine.label}."
@@ -121,24 +123,26 @@ def _shares(machine: Machine, what: str, rows: Sequence[ModelRow], palette: Pale
 
 def _bar(row: ModelRow, value: float | None, low: float | None = None, high: float | None = None) -> Bar:
     if row.ms is None or value is None:
-        return Bar(None, mark=_SHORT.get(row.status, "no limit"))
+        return Bar(None, mark=STATUS_SHORT.get(row.status, "no limit"))
     mark = "" if row.parity else "✗" if row.parity is False else "?"
     return Bar(value, low, high, mark, row.parity is not True)
 
 
 def _memory_bar(row: MemoryRow, value: int | None) -> Bar:
-    return Bar(None, mark=_SHORT.get(row.status, "n/a")) if value is None else Bar(value / 2**30)
+    if value is not None:
+        return Bar(value / 2**30)
+    return Bar(None, mark=STATUS_SHORT.get(row.status, "no tick" if lacks_bytes(row) else "not counted"))
 
 
-def _conditions(machine: Machine, what: str, rows: Sequence[ModelRow]) -> str:
-    samples = [row.ms.samples for row in rows if row.ms]
-    number = f"{min(samples)} to {max(samples)}" if len({*samples}) > 1 else str(samples[0])
+def _conditions(machine: Machine, what: str, rows: Sequence[ModelRow], quartiles: bool = True) -> str:
+    medians = median_of([row.ms.samples for row in rows if row.ms])
+    medians += "; error bars: quartiles" if quartiles else ""
     missing = sorted(
         {row.provider for row in rows} - {row.provider for row in rows if row.status != "unavailable"}
     )
     absent = f" Not available: {', '.join(missing)}." if missing else ""
     marks = "Hatched: no parity tick (✗ failed, ? not judged)."
-    return f"{machine.short_conditions}; {what}. Median of {number} samples; error bars: quartiles. {marks}{absent}"
+    return f"{machine.short_conditions}; {what}. {medians}. {marks}{absent}"
 
 
 def _draw(
@@ -224,8 +228,9 @@ def _draw_row(
 def _plot(
     kind: str, title: str, group: str, machine: Machine, what: str, alt: str, png: bytes, width: float
 ) -> Plot:
-    name = slug(f"{kind} {machine.label} {what}")
-    caption = f"{title}: {what}, on {machine.label}."
+    # the number first: it stays whatever the label's length and letters
+    name = slug(f"{kind} {machine.number} {what} {machine.label}")
+    caption = f"{title}: {what}, {machine.where}."
     return Plot(name, f"{title}: {what}", group, machine.label, alt, caption, png, width)
 
 

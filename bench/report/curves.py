@@ -10,7 +10,7 @@ from ..rows import Axis
 from .data import Machine
 from .figure import MARKERS, SMALL, TEXT, Frame, Palette, Plot, plain_log, provider_order
 from .suites import Curve, curves
-from .text import mode_name, slug
+from .text import median_of, mode_name, slug
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,11 +34,13 @@ def scaling_plots(machine: Machine, palette: Palette) -> list[Plot]:
         samples = [
             p.row.ms.samples for found in panels.values() for c in found for p in c.measured if p.row.ms
         ]
-        number = f"{min(samples)} to {max(samples)}" if len({*samples}) > 1 else str(samples[0])
         note = (
-            f"{machine.short_conditions}; {what}. Median of {number} samples; error bars: quartiles. Exponents: least "
-            "squares in log-log over all points. Hollow points: no parity tick. A curve ends where memory did."
+            f"{machine.short_conditions}; {what}. {median_of(samples)}; error bars: quartiles. Exponents: least "
+            "squares in log-log over all points, stated from three points and r² 0.95 on. "
+            "Hollow points: no parity tick."
         )
+        if any(p.row.status == "oom" for found in panels.values() for c in found for p in c.points):
+            note += " Where the memory did not suffice there is no point."
         frame = Frame(title, 3.7 * columns, [3.0] * rows, columns, [], note, gap=0.85, titled=True)
         for axes, ((axis, held), found) in zip(frame.axes, panels.items(), strict=False):
             _panel(axes, axis, held, found, palette)
@@ -47,8 +49,9 @@ def scaling_plots(machine: Machine, palette: Palette) -> list[Plot]:
         said = "; ".join(
             f"{axis}: {_legend(c)}" for (axis, _), found in panels.items() for c in found if c.exponent
         )
-        alt = f"Curves of time against {', '.join(axis for axis, _ in panels)}; {what}, on {machine.label}. {said}."
-        name = slug(f"scaling {machine.label} {what}")
+        alt = f"Curves of time against {', '.join(axis for axis, _ in panels)}; {what}, on {machine.label}."
+        alt += f" {said}." if said else ""
+        name = slug(f"scaling {machine.number} {what} {machine.label}")
         plots.append(Plot(name, title, "scaling", machine.label, alt, f"{title}.", frame.png(), frame.width))
     return plots
 
@@ -100,4 +103,5 @@ def _apart(values: Sequence[int]) -> list[int]:
 
 
 def _legend(curve: Curve) -> str:
-    return curve.provider if curve.exponent is None else f"{curve.provider}, exponent {curve.exponent:.2f}"
+    said = "no power law" if curve.exponent is None else f"exponent {curve.exponent:.2f}"
+    return f"{curve.provider}, {said}"

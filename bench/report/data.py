@@ -9,15 +9,7 @@ from typing import Any
 from ..ceilings import Ceilings, highest
 from ..compare import COMPARABLE, Comparison, compare
 from ..records import Results, Suite
-from .text import digits
-
-_PACKAGES = ("torch", "triton", "diffusers", "flash-attn")
-_READINGS = (
-    ("sm_clock_mhz", "SM {} MHz"),
-    ("memory_clock_mhz", "memory {} MHz"),
-    ("power_draw_w", "{} W"),
-    ("temperature_c", "{} °C"),
-)
+from .conditions import device_label, is_gpu, is_traced, part, short_conditions
 
 
 @dataclass(frozen=True)
@@ -42,10 +34,18 @@ class Run:
 
 @dataclass
 class Machine:
-    """The runs of one device under the same versions, no row twice."""
+    """The runs of one device under the same versions, no row twice; or what the same versions computed without one.
+
+    Attributes:
+        label: the device, and why it is there more than once; no two of a report are equal.
+        identity: what the runs have in common; equal for a case that was measured again.
+        number: counts the machines of a report from 1.
+    """
 
     label: str
     runs: list[Run] = field(default_factory=list)
+    identity: tuple[object, ...] = ()
+    number: int = 1
 
     def of(self, suite: Suite) -> list[Run]:
         return [run for run in self.runs if run.results.suite == suite]
@@ -67,16 +67,26 @@ class Machine:
         return self.runs[0].results.environment
 
     @property
+    def is_gpu(self) -> bool:
+        return is_gpu(self.runs[0].results)
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether nothing of it was measured."""
+        return is_traced(self.runs[0].results)
+
+    @property
+    def where(self) -> str:
+        """Ends a title: "on Test GPU", or "traced, not measured"."""
+        return "traced, not measured" if self.is_traced else f"on {self.label}"
+
+    @property
     def short_conditions(self) -> str:
-        """Device and versions in a line, as printed under every plot."""
-        gpu, packages = part(self.environment, "gpu"), part(self.environment, "packages")
-        facts = [self.label]
-        if is_gpu(self.runs[0].results):
-            facts += [
-                f"{name} {gpu[key]}" for key, name in (("driver", "driver"), ("cuda", "CUDA")) if gpu.get(key)
-            ]
-        facts += [f"{name} {packages[name]}" for name in ("torch", "triton") if packages.get(name)]
-        return ", ".join([*facts, version(self.environment)])
+        return short_conditions(self)
+
+    @property
+    def remarks(self) -> list[str]:
+        return [remark for run in self.runs for remark in run.remarks]
 
 
 @dataclass(frozen=True)
@@ -94,96 +104,12 @@ class Report:
     """What is rendered: the machines that measured, what was computed without one, and the comparisons."""
 
     machines: list[Machine]
-    computed: list[Run]
+    computed: list[Machine]
     compared: list[Compared]
 
     @property
     def runs(self) -> list[Run]:
-        return [run for machine in self.machines for run in machine.runs] + self.computed
-
-
-def part(environment: dict[str, Any], name: str) -> dict[str, Any]:
-    """An object within an environment; empty where it is absent or something else."""
-    found = environment.get(name)
-    return found if isinstance(found, dict) else {}
-
-
-def is_gpu(results: Results) -> bool:
-    on_cpu = str(results.settings.get("device", "")).startswith("cpu")
-    return bool(part(results.environment, "gpu").get("name")) and not on_cpu
-
-
-def device_label(results: Results) -> str:
-    """The GPU's name, or the processor and the threads in use."""
-    if is_gpu(results):
-        return str(part(results.environment, "gpu")["name"])
-    cpu = part(results.environment, "cpu")
-    return (
-        f"{cpu.get('model') or 'unnamed CPU'}, {cpu.get('torch_threads') or 'an unknown number of'} threads"
-    )
-
-
-def version(environment: dict[str, Any]) -> str:
-    """Version and commit: ditfast 0.1 (1a2b3c4d5)."""
-    commit = environment.get("commit")
-    dirty = " with uncommitted changes" if environment.get("dirty") else ""
-    where = f" ({str(commit)[:9]}{dirty})" if commit else ""
-    return f"ditfast {environment.get('ditfast') or 'of an unknown version'}{where}"
-
-
-def conditions(machine: Machine) -> list[tuple[str, str]]:
-    """(name, value) of everything that was in force; what is unknown is left out."""
-    environment = machine.environment
-    gpu, cpu, packages = (part(environment, name) for name in ("gpu", "cpu", "packages"))
-    found = [("device", machine.label)]
-    if is_gpu(machine.runs[0].results):
-        memory = gpu.get("memory_bytes")
-        found += [
-            (name, str(gpu[key])) for key, name in (("driver", "driver"), ("cuda", "CUDA")) if gpu.get(key)
-        ]
-        if isinstance(memory, (int, float)):
-            found.append(("memory", f"{memory / 2**30:.0f} GiB"))
-        if gpu.get("power_limit_w"):
-            found.append(("power limit", f"{gpu['power_limit_w']:g} W"))
-        if cpu.get("model"):
-            found.append(("host", f"{cpu['model']}, {cpu.get('torch_threads')} threads"))
-    found += [(name, str(packages[name])) for name in _PACKAGES if packages.get(name)]
-    found.append(("ditfast", version(environment).removeprefix("ditfast ")))
-    found += [
-        (name, str(environment[key]))
-        for key, name in (("python", "Python"), ("os", "system"))
-        if environment.get(key)
-    ]
-    if (limits := limits_text(machine.ceilings)) is not None:
-        found.append(("limits, measured in the same runs", limits))
-    for run in machine.runs:
-        before, after = (_reading(run.results.readings, when) for when in ("before", "after"))
-        if before or after:
-            found.append(
-                (f"clocks, {run.name}", f"before: {before or 'not read'}; after: {after or 'not read'}")
-            )
-    return found
-
-
-def limits_text(ceilings: Ceilings | None) -> str | None:
-    if ceilings is None:
-        return None
-    matmul = "".join(
-        f"; matmul {name} {digits(rate)} TFLOP/s" for name, rate in ceilings.matmul_tflops.items()
-    )
-    return f"copy {digits(ceilings.copy_gb_per_s)} GB/s{matmul}"
-
-
-def _reading(readings: Sequence[dict[str, Any]], when: str) -> str:
-    """The first reading before, or the last one after; empty where there is none."""
-    found = [reading for reading in readings if reading.get("when") == when]
-    if not found:
-        return ""
-    chosen = found[0 if when == "before" else -1]
-    values = [(text, chosen.get(key)) for key, text in _READINGS]
-    return ", ".join(
-        text.format(f"{value:,.0f}") for text, value in values if isinstance(value, (int, float))
-    )
+        return [run for machine in [*self.machines, *self.computed] for run in machine.runs]
 
 
 def gather(runs: Iterable[Run], old: Iterable[Run] = ()) -> Report:
@@ -192,41 +118,49 @@ def gather(runs: Iterable[Run], old: Iterable[Run] = ()) -> Report:
     Raises:
         ValueError: no runs, or an older one without a counterpart of the same suite and device.
     """
+    runs = list(runs)
+    if not runs:
+        raise ValueError("at least one result file is needed, got none")
+    found = _grouped([run for run in runs if not is_traced(run.results)], "measured")
+    computed = _grouped([run for run in runs if is_traced(run.results)], "computed")
+    found.sort(key=lambda machine: not machine.is_gpu)
+    for number, machine in enumerate([*found, *computed], 1):
+        machine.number = number
+    return Report(found, computed, [pair for item in old for pair in _compare(item, found)])
+
+
+def _grouped(runs: Iterable[Run], verb: str) -> list[Machine]:
+    """The runs of one device and the same versions together, each with a label of its own."""
     machines: dict[tuple[object, ...], list[Machine]] = {}
-    computed = []
     for run in runs:
-        if run.results.suite == "cost":
-            computed.append(run)
-            continue
-        alike = machines.setdefault(_identity(run.results), [])
+        identity = _identity(run.results)
+        alike = machines.setdefault(identity, [])
         # a row measured twice goes apart rather than in one of two figures
         machine = next((m for m in alike if not _overlap(m, run)), None)
         if machine is None:
-            machine = Machine(device_label(run.results))
+            machine = Machine(device_label(run.results), identity=identity)
             alike.append(machine)
         machine.runs.append(run)
-    found = [machine for alike in machines.values() for machine in alike]
-    if not found and not computed:
-        raise ValueError("at least one result file is needed, got none")
-    for label in {machine.label for machine in found}:
-        same = [machine for machine in found if machine.label == label]
-        for number, machine in enumerate(same, 1):
-            machine.label = label if len(same) == 1 else f"{label} (set {number} of {len(same)})"
-    found.sort(key=lambda machine: not is_gpu(machine.runs[0].results))
-    return Report(found, computed, [pair for item in old for pair in _compare(item, found)])
+    labels: dict[str, list[list[Machine]]] = {}
+    for alike in machines.values():
+        labels.setdefault(alike[0].label, []).append(alike)
+    for same in labels.values():
+        for number, alike in enumerate(same, 1):
+            for turn, machine in enumerate(alike):
+                why = [f"versions {number} of {len(same)}"] if len(same) > 1 else []
+                why += [f"{verb} again" + (f", {turn}" if turn > 1 else "")] if turn else []
+                machine.label += f" ({'; '.join(why)})" if why else ""
+    return [machine for alike in machines.values() for machine in alike]
 
 
 def _identity(results: Results) -> tuple[object, ...]:
     environment = results.environment
     gpu, packages = part(environment, "gpu"), part(environment, "packages")
-    versions = (gpu.get("driver"), gpu.get("cuda")) if is_gpu(results) else ()
-    names = (
-        packages.get("torch"),
-        packages.get("triton"),
-        environment.get("ditfast"),
-        environment.get("commit"),
-    )
-    return (device_label(results), *map(str, (*versions, *names)))
+    found = [device_label(results)]
+    found += [str(gpu.get(name)) for name in ("driver", "cuda")] if is_gpu(results) else []
+    found += [str(packages.get(name)) for name in ("torch", "triton", "diffusers")]
+    found += [str(environment.get(name)) for name in ("ditfast", "commit", "source")]
+    return (*found, bool(environment.get("dirty")))
 
 
 def _overlap(machine: Machine, run: Run) -> bool:

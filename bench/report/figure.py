@@ -172,6 +172,11 @@ class Frame:
             axes.yaxis.set_label_coords(-0.68 / inner, 0.5)
 
     def png(self) -> bytes:
+        from matplotlib.text import Text
+
+        # a dollar sign in a name begins no formula
+        for text in self.figure.findobj(Text):
+            text.set_parse_math(False)
         buffer = io.BytesIO()
         self.figure.savefig(buffer, format="png", dpi=DPI)
         return buffer.getvalue()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..metrics import is_tie
-from ..rows import ModelRow
+from ..rows import ModelRow, OpRow
 from .text import STATUS, digits, factor, model_order, percent
 
 _COMPILED = ("compile", "autotune", "overhead")
@@ -27,12 +27,10 @@ class Headline:
     Attributes:
         rows: all of them; at least one.
         best: the fastest of ours that has its parity tick.
-        rival: the fastest of the others that ran.
     """
 
     rows: Sequence[ModelRow]
     best: ModelRow | None
-    rival: ModelRow | None
 
     @property
     def case(self) -> ModelRow:
@@ -87,17 +85,21 @@ def headlines(rows: Iterable[ModelRow]) -> list[Headline]:
     for row in rows:
         cases.setdefault(row.case, []).append(row)
     return [
-        Headline(
-            found,
-            _fastest([row for row in found if row.is_ours and row.parity is True]),
-            _fastest([row for row in found if not row.is_ours]),
-        )
+        Headline(found, _fastest([row for row in found if row.is_ours and row.parity is True]))
         for found in cases.values()
     ]
 
 
-def noise(row: ModelRow) -> float:
+def noise(row: ModelRow | OpRow) -> float:
     return row.noise or 0.0
+
+
+def speedup_text(row: ModelRow | OpRow) -> str:
+    """Such as "1.15x over reference-compile" or "1.01x, a tie over eager"; empty without a parity tick or a rival."""
+    if row.speedup is None or row.parity is not True:
+        return ""
+    tie = ", a tie" if is_tie(row.speedup, noise(row)) else ""
+    return f"{factor(row.speedup)}{tie}" + (f" over {row.rival}" if row.rival else "")
 
 
 def is_compiled(provider: str) -> bool:

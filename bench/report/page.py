@@ -6,15 +6,16 @@ import base64
 from collections.abc import Sequence
 from html import escape
 
-from .data import Machine, Report, conditions
+from .compared import comparison_table
+from .conditions import conditions
+from .data import Machine, Report
 from .figure import Plot
-from .roofline import NO_COST
+from .roofline import NO_COST, lacks_costs
 from .style import CSS, DEFINITIONS
 from .summary import Section
 from .tables import (
     Cell,
     Table,
-    comparison_table,
     cost_tables,
     memory_tables,
     model_tables,
@@ -38,14 +39,11 @@ def page(report: Report, sections: Sequence[Section], plots: Sequence[Plot]) -> 
     for number, machine in enumerate(report.machines, 1):
         anchor = f"machine-{number}"
         anchors.append((anchor, machine.label))
-        body.append(
-            _machine(anchor, machine, [plot for plot in plots if plot.machine == machine.label], report)
-        )
-    if report.computed:
-        anchors.append(("computed", "Computed"))
-        body.append(
-            _wrap("computed", "Computed without a device", [_table(t) for t in cost_tables(report.computed)])
-        )
+        body.append(_machine(anchor, machine, _plots_of(machine, plots), report))
+    for number, machine in enumerate(report.computed, 1):
+        anchor = "computed" if number == 1 else f"computed-{number}"
+        anchors.append((anchor, machine.label))
+        body.append(_computed(anchor, machine, _plots_of(machine, plots)))
     if report.compared:
         anchors.append(("comparison", "Comparison"))
         tables = [_table(comparison_table(pair), closed=False) for pair in report.compared]
@@ -83,7 +81,7 @@ def _alarm(line: str) -> str:
 def _machine(anchor: str, machine: Machine, plots: Sequence[Plot], report: Report) -> str:
     facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in conditions(machine))
     parts = [f"<h3>Conditions</h3>\n<dl>{facts}</dl>"]
-    parts += [f'<p class="bad">{escape(remark)}</p>' for run in machine.runs for remark in run.remarks]
+    parts += _remarks(machine)
     groups = (
         ("models", "Models", model_tables(machine)),
         ("ops", "Operators", op_tables(machine)),
@@ -96,10 +94,28 @@ def _machine(anchor: str, machine: Machine, plots: Sequence[Plot], report: Repor
         if figures or tables:
             parts.append(f'<h3 id="{anchor}-{group}">{title}</h3>')
             parts += figures
-            if group == "models" and not any(plot.name.startswith("roofline-models") for plot in plots):
+            if group == "models" and lacks_costs(machine, report.computed):
                 parts.append(f'<p class="note">{escape(NO_COST)}</p>')
             parts += [_table(table) for table in tables]
     return _wrap(anchor, machine.label, parts)
+
+
+def _computed(anchor: str, machine: Machine, plots: Sequence[Plot]) -> str:
+    parts = [
+        f'<p class="note">{escape(machine.short_conditions)}.</p>',
+        *_remarks(machine),
+        *map(_figure, plots),
+    ]
+    parts += [_table(table) for table in [*cost_tables(machine), *memory_tables(machine)]]
+    return _wrap(anchor, machine.label, parts)
+
+
+def _plots_of(machine: Machine, plots: Sequence[Plot]) -> list[Plot]:
+    return [plot for plot in plots if plot.machine == machine.label]
+
+
+def _remarks(machine: Machine) -> list[str]:
+    return [f'<p class="bad">{escape(remark)}</p>' for remark in machine.remarks]
 
 
 def _wrap(anchor: str, title: str, parts: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""The roofline: operators and models as points beneath the limits measured in the same runs."""
+"""The roofline: operators and models as points, with the limits measured in the same runs."""
 
 from __future__ import annotations
 
@@ -7,21 +7,31 @@ from typing import TYPE_CHECKING, Any
 
 from ..ceilings import Ceilings
 from ..rows import CostRow, ModelRow, OpRow
-from .data import Machine, Run, limits_text
+from .conditions import limits_text, version
+from .data import Machine
 from .figure import MARKERS, SMALL, TEXT, Frame, Palette, Plot, plain_log, provider_order
 from .suites import largest_ops
-from .text import mode_name, slug
+from .text import count, mode_name, slug
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _SIZES = ("S", "B", "L", "XL")
+# provider -> whose trace has its launches; what a compiler fuses was not traced
+_TRACED_AS = {
+    "reference": "reference",
+    "diffusers": "diffusers",
+    "ditfast": "ditfast",
+    "ditfast-graph": "ditfast",
+}
+# panels in a row
+_MOST_BATCHES = 3
 NO_COST = "The models are not on a roofline: no result of `ditfast bench cost` for them was given."
 Point = tuple[float, float, ModelRow]
 
 
-def roofline_plots(machine: Machine, computed: Sequence[Run], palette: Palette) -> list[Plot]:
-    """The operators, and where their costs are known the models, beneath the measured limits."""
+def roofline_plots(machine: Machine, computed: Sequence[Machine], palette: Palette) -> list[Plot]:
+    """The operators, and on a GPU the models whose costs are known, with the measured limits."""
     ceilings = machine.ceilings
     if ceilings is None:
         return []
@@ -31,30 +41,52 @@ def roofline_plots(machine: Machine, computed: Sequence[Run], palette: Palette) 
         plots.append(
             _ops_roofline(machine, ceilings, dtype, [row for row in ops if row.dtype == dtype], palette)
         )
-    points = located(machine.rows("models"), [row for run in computed for row in run.results.rows])
+    traced_by, costs = _costs(machine, computed)
+    # on a CPU ditfast runs its formulas, and not what was traced
+    points = located(machine.rows("models"), costs) if machine.is_gpu else []
     for mode, dtype in dict.fromkeys((row.mode, row.dtype) for _, _, row in points):
         chosen = [point for point in points if (point[2].mode, point[2].dtype) == (mode, dtype)]
-        plots.append(_models_roofline(machine, ceilings, mode, dtype, chosen, palette))
+        plots.append(_models_roofline(machine, ceilings, mode, dtype, chosen, traced_by, palette))
     return plots
 
 
 def located(rows: Iterable[ModelRow], costs: Iterable[CostRow]) -> list[Point]:
-    """(FLOP/byte, TFLOP/s, row) of the fastest of each family that was traced on the same model, batch, dtype and mode.
+    """(FLOP/byte, TFLOP/s, row) of the providers that were traced on the same model, batch, dtype and mode.
 
-    A provider that computes in another precision than its case moves other bytes, and is left out.
+    Those under a compiler launch something else than was traced, and one that computes in another precision than
+    its case moves other bytes: both are left out.
     """
     known = {row.key: row for row in costs}
-    found: dict[tuple[object, ...], Point] = {}
-    for row in rows:
-        family = row.provider.partition("-")[0]
+    found = []
+    for row in filter(_locatable, rows):
         names = (row.model, row.conditioning, row.latent_size, row.batch, row.dtype, row.mode)
-        cost = known.get((*names, family))
-        if cost is None or not row.tflops or row.precision != row.dtype:
-            continue
-        before = found.get(cost.key)
-        if before is None or row.tflops > before[1]:
-            found[cost.key] = (cost.intensity, row.tflops, row)
-    return list(found.values())
+        cost = known.get((*names, _TRACED_AS[row.provider]))
+        if cost is not None and row.tflops:
+            found.append((cost.intensity, row.tflops, row))
+    return found
+
+
+def lacks_costs(machine: Machine, computed: Sequence[Machine]) -> bool:
+    """Whether costs are all that is missing for the models to be on a roofline."""
+    rows = machine.rows("models")
+    could = machine.is_gpu and machine.ceilings is not None and any(map(_locatable, rows))
+    return could and not located(rows, _costs(machine, computed)[1])
+
+
+def _locatable(row: ModelRow) -> bool:
+    return row.provider in _TRACED_AS and bool(row.tflops) and row.precision == row.dtype
+
+
+def _costs(machine: Machine, computed: Sequence[Machine]) -> tuple[str, list[CostRow]]:
+    """(version of ditfast, rows): of the version that was measured, or else of the first one given."""
+    versions = {group.number: version(group.environment) for group in computed if group.rows("cost")}
+    if not versions:
+        return "", []
+    own = version(machine.environment)
+    chosen = own if own in versions.values() else next(iter(versions.values()))
+    return chosen, [
+        row for group in computed if versions.get(group.number) == chosen for row in group.rows("cost")
+    ]
 
 
 def _ops_roofline(
@@ -97,16 +129,23 @@ def _ops_roofline(
         )
     _roofs(frame.axes[0], ceilings, [dtype], points)
     alt = f"{title}: {len(rows)} points of {', '.join(operators)}, and the limits. {_limits(ceilings)}"
-    name = slug(f"roofline operators {machine.label} {dtype}")
+    name = slug(f"roofline operators {machine.number} {dtype} {machine.label}")
     return Plot(name, title, "ops", machine.label, alt, f"{title}.", frame.png(), frame.width)
 
 
 def _models_roofline(
-    machine: Machine, ceilings: Ceilings, mode: str, dtype: str, points: Sequence[Point], palette: Palette
+    machine: Machine,
+    ceilings: Ceilings,
+    mode: str,
+    dtype: str,
+    points: Sequence[Point],
+    traced_by: str,
+    palette: Palette,
 ) -> Plot:
     from matplotlib.lines import Line2D
 
-    batches = sorted({row.batch for _, _, row in points})[-3:]
+    every = sorted({row.batch for _, _, row in points})
+    batches = every[-_MOST_BATCHES:]
     shown = [point for point in points if point[2].batch in batches]
     providers = provider_order(row.provider for _, _, row in shown)
     sizes = [name for name in (*_SIZES, "other") if any(_size(row) == name for _, _, row in shown)]
@@ -114,8 +153,8 @@ def _models_roofline(
     what = f"{mode_name(mode)}, {dtype}"
     title = f"Roofline of the models: {what}, on {machine.label}"
     note = (
-        f"{machine.short_conditions}; {what}. {_limits(ceilings)} The fastest provider of each family. "
-        "FLOP/byte: computed by tracing the family's eager model; what a compiler fuses is not taken off. "
+        f"{machine.short_conditions}; {what}. {_limits(ceilings)} {_drawn(batches, every)} FLOP/byte: computed, by "
+        f"tracing the eager models with {traced_by}; a graph replays the same launches, what is compiled is left out. "
         "Hollow: no parity tick. The larger a mark, the more tokens."
     )
     legend: list[tuple[Any, str]] = [
@@ -142,8 +181,9 @@ def _models_roofline(
         precisions = list(dict.fromkeys(row.precision for _, _, row in drawn))
         _roofs(axes, ceilings, precisions, [(x, y) for x, y, _ in drawn])
         axes.set_title(f"batch {batch}", size=TEXT)
-    alt = f"{title}: {len(shown)} points beneath the measured limits. {_limits(ceilings)}"
-    name = slug(f"roofline models {machine.label} {what}")
+    alt = f"{title}: {count(len(shown), 'point')}, and the measured limits. {_drawn(batches, every)}"
+    alt += f" {_limits(ceilings)}"
+    name = slug(f"roofline models {machine.number} {what} {machine.label}")
     return Plot(name, title, "models", machine.label, alt, f"{title}.", frame.png(), frame.width)
 
 
@@ -176,6 +216,14 @@ def _roofs(
 
 def _limits(ceilings: Ceilings) -> str:
     return f"Limits measured in the same runs: {limits_text(ceilings)}."
+
+
+def _drawn(batches: Sequence[int], every: Sequence[int]) -> str:
+    """Which batches are in the figure."""
+    text = f"{'Batch' if len(batches) == 1 else 'Batches'} {', '.join(map(str, batches))}"
+    return (
+        f"{text}." if len(batches) == len(every) else f"{text}, the largest of {', '.join(map(str, every))}."
+    )
 
 
 def _size(row: ModelRow) -> str:

@@ -59,7 +59,8 @@ DEFINITIONS = (
     ),
     (
         "noise, a tie",
-        "How far the reference timed twice lay apart; a difference no larger than that is a tie.",
+        "How far the reference timed twice lay apart, and at least twice the standard error of its median; a "
+        "difference no larger than that is a tie.",
     ),
     (
         "rival",
@@ -72,7 +73,8 @@ DEFINITIONS = (
     ),
     (
         "exponent",
-        "Of time = factor * value ^ exponent, by least squares in log-log; r² is 1 for a perfect fit.",
+        "Of time = factor * value ^ exponent, by least squares in log-log; r² is 1 for a perfect fit. None is stated "
+        "below 0.95, nor of fewer than three points.",
     ),
     ("computed", "Traced on meta tensors and divided by datasheet rates: a bound, not a measurement."),
 )

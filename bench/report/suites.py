@@ -6,16 +6,32 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..fits import fit_exponent
+from ..fits import fit_exponent, is_power_law
 from ..metrics import is_tie
-from ..rows import Axis, MemoryRow, ModelRow, OpRow, ScalingRow
-from .data import Run
-from .text import case_name, count, digits, factor, listed, mode_name, model_name, op_case_name, percent, size
+from ..rows import Axis, CostRow, MemoryRow, OpRow, ScalingRow
+from .text import (
+    case_name,
+    count,
+    digits,
+    factor,
+    is_unticked,
+    listed,
+    mode_name,
+    model_name,
+    op_case_name,
+    percent,
+    size,
+)
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The points of one provider along one axis, all else the same; the exponent where two points ran."""
+    """The points of one provider along one axis, all else the same.
+
+    Attributes:
+        exponent: of the power law; None where none is stated.
+        r_squared: of the fit; None where fewer than two points ran.
+    """
 
     provider: str
     points: list[ScalingRow]
@@ -80,7 +96,7 @@ def op_lines(rows: Sequence[OpRow]) -> list[str]:
             text += f"; {factor(best.speedup)} the fastest rival{over}{tie}"
         lines.append(text + ".")
     ours = [row for row in rows if row.is_ours and row.ms]
-    unticked = [op_case_name(row) for row in ours if row.parity is not True]
+    unticked = [op_case_name(row) for row in ours if is_unticked(row)]
     if unticked:
         lines.append(
             f"PARITY is missing in {len(unticked)} of {count(len(ours), 'operator row')}: {listed(unticked)}."
@@ -98,16 +114,16 @@ def op_lines(rows: Sequence[OpRow]) -> list[str]:
 
 
 def scaling_lines(rows: Sequence[ScalingRow]) -> list[str]:
-    """The exponents of the best of ours and of the best rival, by their last point."""
+    """The exponents of the best of ours and of the best rival, or their points where no power law is stated."""
     lines = []
     for (axis, held, mode, dtype), found in curves(rows).items():
-        fitted = [curve for curve in found if curve.exponent is not None]
-        ours = _best([curve for curve in fitted if curve.measured[-1].row.is_ours])
-        rival = _best([curve for curve in fitted if not curve.measured[-1].row.is_ours])
-        named = [_exponent(curve, axis) for curve in (ours, rival) if curve is not None]
+        ran = [curve for curve in found if curve.measured]
+        ours = _best([curve for curve in ran if curve.measured[-1].row.is_ours])
+        rival = _best([curve for curve in ran if not curve.measured[-1].row.is_ours])
+        named = [_growth(curve, axis) for curve in (ours, rival) if curve is not None]
         where = f"Scaling with {axis} ({held}, {mode_name(mode)}, {dtype})"
-        lines.append(f"{where}: {'; '.join(named)}." if named else f"{where}: fewer than two points ran.")
-    unticked = [f"{item.axis} {item.value:,}, {item.row.provider}" for item in rows if _unticked(item.row)]
+        lines.append(f"{where}: {'; '.join(named)}." if named else f"{where}: no point ran.")
+    unticked = [f"{item.axis} {item.value:,}, {item.row.provider}" for item in rows if is_unticked(item.row)]
     if unticked:
         lines.append(f"{count(len(unticked), 'point')} of ditfast without a parity tick: {listed(unticked)}.")
     failed = [
@@ -118,11 +134,20 @@ def scaling_lines(rows: Sequence[ScalingRow]) -> list[str]:
     return lines + ([f"{count(len(failed), 'point')} did not run: {listed(failed)}."] if failed else [])
 
 
-def memory_lines(rows: Sequence[MemoryRow]) -> list[str]:
-    """Ours beside the reference, by mode and dtype: the largest case, and the range over all."""
+def lacks_bytes(row: MemoryRow) -> bool:
+    """Whether it is a row of ditfast that ran and shows no bytes, as without a parity tick."""
+    return row.is_ours and row.status == "ok" and row.peak_bytes is None and row.saved_bytes is None
+
+
+def memory_lines(rows: Sequence[MemoryRow], traced: bool = False) -> list[str]:
+    """Ours beside the reference, by mode and dtype: the largest case, and the range over all.
+
+    Args:
+        traced: whether nothing ran, which every line then says.
+    """
     lines = []
     for pairs in _beside_reference(rows).values():
-        mine, base = max(pairs, key=lambda pair: (pair[1].peak_bytes is not None, pair[0].peak_bytes or 0))
+        mine, base = max(pairs, key=_asks_for)
         parts = []
         for name, field in (("saved for the backward", "saved_bytes"), ("peak", "peak_bytes")):
             ratios = [ratio for pair in pairs if (ratio := _ratio(*pair, field)) is not None]
@@ -133,15 +158,25 @@ def memory_lines(rows: Sequence[MemoryRow]) -> list[str]:
             than = "" if base.max_batch is None else f" (the reference: {base.max_batch:,})"
             parts.append(f"largest batch {mine.max_batch:,}{than}")
         if parts:
-            lines.append(f"Memory of ditfast, {case_name(mine)}: {'; '.join(parts)}.")
+            said = "; traced, not measured" if traced else ""
+            lines.append(f"Memory of ditfast, {case_name(mine)}: {'; '.join(parts)}{said}.")
+    ours = [row for row in rows if row.is_ours and row.status == "ok"]
+    bare = [
+        f"{case_name(row)}, {row.provider} ({row.note or 'no reason given'})"
+        for row in ours
+        if lacks_bytes(row)
+    ]
+    if bare:
+        of = f"{len(bare)} of {count(len(ours), 'memory row')} of ditfast"
+        lines.append(f"{'No bytes were traced' if traced else 'PARITY is missing'} in {of}: {listed(bare)}.")
     failed = [f"{case_name(row)}, {row.provider}" for row in rows if row.status in ("oom", "error")]
     return lines + ([f"{count(len(failed), 'memory row')} did not run: {listed(failed)}."] if failed else [])
 
 
-def computed_lines(runs: Sequence[Run]) -> list[str]:
-    """Launches and bytes of ours beside the reference's, by mode and dtype; computed, and said to be."""
+def computed_lines(rows: Sequence[CostRow]) -> list[str]:
+    """Launches and bytes of ours beside the reference's, by mode and dtype; each line says that it was computed."""
     lines = []
-    for pairs in _beside_reference([row for run in runs for row in run.results.rows]).values():
+    for pairs in _beside_reference(rows).values():
         mine, base = max(pairs, key=lambda pair: pair[1].flops)
         ratios = [ratio for pair in pairs if (ratio := _ratio(*pair, "bytes")) is not None]
         text = f"{case_name(mine)}: ditfast makes {count(mine.launches, 'launch', 'launches')}"
@@ -177,12 +212,26 @@ def _ratio(mine: Any, base: Any, field: str) -> float | None:
     return own / other if own is not None and other else None
 
 
-def _unticked(row: ModelRow) -> bool:
-    return row.is_ours and row.ms is not None and row.parity is not True
+def _asks_for(pair: tuple[MemoryRow, MemoryRow]) -> tuple[bool, int]:
+    """Orders pairs by what ours needs, those with two figures to compare last."""
+    mine, base = pair
+    comparable = any(_ratio(mine, base, field) is not None for field in ("peak_bytes", "saved_bytes"))
+    return comparable, mine.peak_bytes or mine.saved_bytes or 0
 
 
-def _exponent(curve: Curve, axis: Axis) -> str:
-    return f"{curve.provider} takes {axis}^{curve.exponent:.2f} (r² {curve.r_squared:.3f})"
+def points_text(curve: Curve) -> str:
+    """Every point that ran: 64: 1.00 ms, 256: 8.00 ms."""
+    return ", ".join(
+        f"{point.value:,}: {digits(point.row.ms.median)} ms" for point in curve.measured if point.row.ms
+    )
+
+
+def _growth(curve: Curve, axis: Axis) -> str:
+    if curve.exponent is not None:
+        return f"{curve.provider} takes {axis}^{curve.exponent:.2f} (r² {curve.r_squared:.3f})"
+    fit = "" if curve.r_squared is None else f", r² {curve.r_squared:.3f}"
+    why = f"no power law is stated of {count(len(curve.measured), 'point')}{fit}"
+    return f"{curve.provider} {points_text(curve)} ({why})"
 
 
 def _curve(provider: str, points: list[ScalingRow]) -> Curve:
@@ -190,7 +239,8 @@ def _curve(provider: str, points: list[ScalingRow]) -> Curve:
     timed = [(point.value, point.row.ms.median) for point in points if point.row.ms is not None]
     if len({value for value, _ in timed}) < 2:
         return Curve(provider, points, None, None)
-    return Curve(provider, points, *fit_exponent(*map(list, zip(*timed, strict=True))))
+    exponent, r_squared = fit_exponent(*map(list, zip(*timed, strict=True)))
+    return Curve(provider, points, exponent if is_power_law(len(timed), r_squared) else None, r_squared)
 
 
 def _best(found: Sequence[Curve]) -> Curve | None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..compare import timed
 from ..rows import ModelRow, VerifyRow
-from .data import Compared, Machine, Report, Run
+from .compared import comparison_lines
+from .data import Machine, Report
 from .headline import Headline, headlines, noise, work
 from .suites import computed_lines, memory_lines, op_lines, scaling_lines
-from .text import STATUS, case_name, count, digits, factor, listed, mode_name, model_name, percent, row_name
+from .text import STATUS, case_name, count, digits, factor, listed, mode_name, model_name, percent
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,7 @@ class Section:
 def summarise(report: Report) -> list[Section]:
     """The sections in the order of the page: the machines, what was computed, the comparisons."""
     sections = [Section(machine.label, _machine_lines(machine)) for machine in report.machines]
-    if report.computed:
-        lines = [*_remarks(report.computed), *computed_lines(report.computed)]
-        sections.append(Section("Computed without a device", lines))
+    sections += [Section(machine.label, _computed_lines(machine)) for machine in report.computed]
     sections += [
         Section(f"{pair.new} against {pair.old}, on {pair.machine}", comparison_lines(pair))
         for pair in report.compared
@@ -40,46 +38,8 @@ def as_text(sections: Sequence[Section]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def comparison_lines(pair: Compared) -> list[str]:
-    """Regressions past the noise first; then what else changed."""
-    found = pair.comparison
-    lines = []
-    regressions = [change for change in found.changes if change.is_regression]
-    if regressions:
-        named = [f"{row_name(c.row)}: {digits(c.old_ms)} to {digits(c.new_ms)} ms" for c in regressions]
-        lines.append(
-            f"REGRESSION: {count(len(regressions), 'row')} of ditfast slower past the noise: {listed(named)}."
-        )
-    for rows, what in (
-        (found.lost, "ran then and not now"),
-        (found.unticked, "had a parity tick then and not now"),
-    ):
-        if rows:
-            verb = "REGRESSION" if any(timed(row).is_ours for row in rows) else "Lost"
-            lines.append(
-                f"{verb}: {count(len(rows), 'row')} {what}: {listed([row_name(row) for row in rows])}."
-            )
-    if not lines:
-        lines.append(
-            "No regression past the noise." if found.changes else "No row was measured in both runs."
-        )
-    faster, ties = (
-        sum(change.verdict == verdict for change in found.changes) for verdict in ("faster", "tie")
-    )
-    rivals = sum(change.verdict == "slower" for change in found.changes) - len(regressions)
-    parts = [f"{count(faster, 'row')} faster", count(ties, "tie"), f"{count(rivals, 'row')} of rivals slower"]
-    lines.append(
-        f"Of {count(len(found.changes), 'row')} in both: {len(regressions)} of ditfast slower, {', '.join(parts)}."
-    )
-    if found.only_old or found.only_new:
-        lines.append(
-            f"Measured in one run alone: {found.only_old} rows only then, {found.only_new} only now."
-        )
-    return lines + [f"Conditions differ: {condition}." for condition in found.conditions]
-
-
 def _machine_lines(machine: Machine) -> list[str]:
-    lines = _remarks(machine.runs)
+    lines = machine.remarks
     groups: dict[tuple[str, str], list[Headline]] = {}
     for found in headlines(machine.rows("models")):
         groups.setdefault((found.case.mode, found.case.dtype), []).append(found)
@@ -91,8 +51,11 @@ def _machine_lines(machine: Machine) -> list[str]:
     return lines or ["Nothing was measured."]
 
 
-def _remarks(runs: Sequence[Run]) -> list[str]:
-    return [remark for run in runs for remark in run.remarks]
+def _computed_lines(machine: Machine) -> list[str]:
+    """What it was computed with comes first: another version launches something else."""
+    lines = [f"{machine.short_conditions}.", *machine.remarks]
+    lines += computed_lines(machine.rows("cost")) if machine.of("cost") else []
+    return lines + memory_lines(machine.rows("memory"), traced=True)
 
 
 def _headline(device: str, cases: Sequence[Headline]) -> str:

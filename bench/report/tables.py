@@ -6,16 +6,24 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..compare import Change, timed
+from ..cost_command import CAPTION, SAVINGS_CAPTION
 from ..metrics import is_tie
 from ..rows import CostRow, MemoryRow, ModelRow, OpRow, ScalingRow, VerifyRow
-from .data import Compared, Machine, Run
-from .text import STATUS, digits, factor, mode_name, model_name, percent, row_name, size, tick
+from .data import Machine
+from .headline import noise, speedup_text
+from .suites import lacks_bytes
+from .text import STATUS, cost_mode_name, digits, mode_name, model_name, percent, size, tick
 
 # what _model_cells fills
 _MODEL_COLUMNS = (
     *("images/s", "ms", "quartiles", "TFLOP/s", "of limit", "memory", "first call, ms"),
     *("error", "bound", "parity", "speed-up", "noise", "note"),
+)
+
+# the terminal's, without what it says of columns that are not here
+_COST_NOTE = " ".join(CAPTION).replace(" /s: images a second.", "")
+_SAVINGS_NOTE = " ".join(SAVINGS_CAPTION).replace(
+    ": launches, and bytes as a share of all that the reference moves.", "."
 )
 
 Tone = Literal["", "good", "bad", "quiet"]
@@ -46,7 +54,7 @@ def model_tables(machine: Machine) -> list[Table]:
     return [
         Table(
             f"Models, {mode_name(mode)}, {dtype}, on {machine.label}",
-            _columns(columns, text=("model", "provider", "parity", "note")),
+            columns_of(columns, text=("model", "provider", "parity", "note")),
             [
                 [Cell(model_name(row)), Cell(str(row.batch)), Cell(row.provider), *_model_cells(row)]
                 for row in rows
@@ -60,7 +68,7 @@ def op_tables(machine: Machine) -> list[Table]:
     """One for each dtype."""
     case = ("operator", "direction", "batch", "tokens", "width", "provider")
     columns = (*case, "ms", "quartiles", "rate", "of limit", "parity", "speed-up", "timed", "note")
-    names = _columns(columns, text=("operator", "direction", "provider", "parity", "timed", "note"))
+    names = columns_of(columns, text=("operator", "direction", "provider", "parity", "timed", "note"))
     return [
         Table(f"Operators, {dtype}, on {machine.label}", names, [_op_cells(row) for row in rows])
         for (dtype,), rows in _grouped(machine.rows("ops"), lambda row: (row.dtype,)).items()
@@ -82,7 +90,7 @@ def scaling_tables(machine: Machine) -> list[Table]:
         ]
         found.append([*map(Cell, cells), Cell(row.provider), *_model_cells(row)])
     text = ("axis", "model", "mode", "provider", "parity", "note")
-    return [Table(f"Scaling on {machine.label}", _columns(columns, text), found)] if found else []
+    return [Table(f"Scaling on {machine.label}", columns_of(columns, text), found)] if found else []
 
 
 def memory_tables(machine: Machine) -> list[Table]:
@@ -92,10 +100,15 @@ def memory_tables(machine: Machine) -> list[Table]:
     for row in rows:
         cells = [model_name(row), str(row.batch), f"{mode_name(row.mode)}, {row.dtype}", row.provider]
         largest = "-" if row.max_batch is None else f"{row.max_batch:,}"
-        numbers = [_status(row), Cell(size(row.saved_bytes)), Cell(largest)]
-        found.append([*map(Cell, cells), *numbers, Cell(row.note, "quiet")])
+        peak = Cell("no bytes", "bad") if lacks_bytes(row) else _status(row)
+        found.append(
+            [*map(Cell, cells), peak, Cell(size(row.saved_bytes)), Cell(largest), Cell(row.note, "quiet")]
+        )
     text = ("model", "mode", "provider", "note")
-    return [Table(f"Memory on {machine.label}", _columns(columns, text), found)] if found else []
+    title = (
+        "Memory, traced on meta tensors, not measured" if machine.is_traced else f"Memory on {machine.label}"
+    )
+    return [Table(title, columns_of(columns, text), found)] if found else []
 
 
 def verify_tables(machine: Machine) -> list[Table]:
@@ -107,12 +120,12 @@ def verify_tables(machine: Machine) -> list[Table]:
         verdict = Cell("✓", "good") if row.ok else Cell("✗ failed", "bad")
         found.append([*map(Cell, [row.subject, row.backend, row.dtype, row.tensor, *numbers]), verdict])
     text = ("subject", "backend", "dtype", "worst tensor", "verdict")
-    return [Table(f"Numerics on {machine.label}", _columns(columns, text), found)] if found else []
+    return [Table(f"Numerics on {machine.label}", columns_of(columns, text), found)] if found else []
 
 
-def cost_tables(runs: Sequence[Run]) -> list[Table]:
+def cost_tables(machine: Machine) -> list[Table]:
     """What was computed without a device, and what the fusions save."""
-    rows: list[CostRow] = [row for run in runs for row in run.results.rows]
+    rows: list[CostRow] = machine.rows("cost")
     if not rows:
         return []
     gpus = list(dict.fromkeys(gpu for row in rows for gpu in row.roofline_ms))
@@ -120,7 +133,7 @@ def cost_tables(runs: Sequence[Run]) -> list[Table]:
     columns = (*traced, *(f"{gpu}, ms at least" for gpu in gpus))
     counted, saved = [], []
     for row in rows:
-        case = [model_name(row), str(row.batch), f"{mode_name(row.mode)}, {row.dtype}"]
+        case = [model_name(row), str(row.batch), f"{cost_mode_name(row.mode)}, {row.dtype}"]
         numbers = [
             f"{row.launches:,}",
             digits(row.bytes / 1e9),
@@ -133,49 +146,13 @@ def cost_tables(runs: Sequence[Run]) -> list[Table]:
             numbers = [f"{item.uses:,}", f"{item.launches:,}", digits(item.bytes / 1e9)]
             saved.append([Cell(text) for text in (*case, item.fusion, *numbers)])
     text = ("model", "mode", "provider", "fusion")
-    notes = ["Computed by tracing on meta tensors, with datasheet rates: bounds, not measurements."]
-    tables = [
-        Table("Launches, bytes and FLOPs of a call (computed)", _columns(columns, text), counted, notes)
-    ]
+    title = "Launches, bytes and FLOPs of a call (computed)"
+    tables = [Table(title, columns_of(columns, text), counted, [_COST_NOTE])]
     if saved:
-        names = _columns(("model", "batch", "mode", "fusion", "uses", "launches saved", "GB saved"), text)
-        tables.append(Table("What each fusion saves over the reference (computed)", names, saved, notes))
+        names = columns_of(("model", "batch", "mode", "fusion", "uses", "launches saved", "GB saved"), text)
+        title = "What each fusion saves over the reference (computed)"
+        tables.append(Table(title, names, saved, [_SAVINGS_NOTE]))
     return tables
-
-
-def comparison_table(pair: Compared) -> Table:
-    """Every row of both runs; what became worse comes first."""
-    order = {"slower": 0, "faster": 1, "tie": 2}
-    rows = [
-        [Cell(row_name(row)), *_blank(4), Cell("✗ no longer runs", "bad")] for row in pair.comparison.lost
-    ]
-    rows += [
-        [Cell(row_name(row)), *_blank(4), Cell("✗ parity lost", "bad")] for row in pair.comparison.unticked
-    ]
-    for change in sorted(pair.comparison.changes, key=lambda change: order[change.verdict]):
-        numbers = [digits(change.old_ms), digits(change.new_ms), factor(change.speedup)]
-        noise = percent(timed(change.row).noise)
-        rows.append([Cell(row_name(change.row)), *map(Cell, numbers), Cell(noise), _verdict(change)])
-    columns = _columns(
-        ("row", "then, ms", "now, ms", "speed", "noise now", "verdict"), text=("row", "verdict")
-    )
-    return Table(f"{pair.new} against {pair.old}, on {pair.machine}", columns, rows, comparison_notes(pair))
-
-
-def comparison_notes(pair: Compared) -> list[str]:
-    notes = ["A change within the noise of either run, or with overlapping quartiles, is a tie."]
-    if pair.comparison.only_old or pair.comparison.only_new:
-        only = f"{pair.comparison.only_old} rows only then, {pair.comparison.only_new} rows only now"
-        notes.append(f"Measured in one run alone: {only}.")
-    return notes + [f"Conditions differ: {condition}." for condition in pair.comparison.conditions]
-
-
-def _verdict(change: Change) -> Cell:
-    if change.is_regression:
-        return Cell("✗ regression", "bad")
-    if change.verdict == "slower":
-        return Cell("slower (a rival)", "quiet")
-    return Cell("faster", "good") if change.verdict == "faster" else Cell("a tie", "quiet")
 
 
 def _model_cells(row: ModelRow) -> list[Cell]:
@@ -205,7 +182,7 @@ def _op_cells(row: OpRow) -> list[Cell]:
 
 def _times(row: ModelRow | OpRow) -> list[Cell]:
     if row.ms is None:
-        return _blank(2)
+        return blank(2)
     return [Cell(digits(row.ms.median)), Cell(f"{digits(row.ms.p25)} to {digits(row.ms.p75)}")]
 
 
@@ -223,15 +200,15 @@ def _tick(row: ModelRow | OpRow) -> Cell:
 
 
 def _speedup(row: ModelRow | OpRow) -> Cell:
-    if row.speedup is None or row.parity is not True:
+    text = speedup_text(row)
+    if not text or row.speedup is None:
         return Cell("")
-    over = f" over {row.rival}" if row.rival else ""
-    if is_tie(row.speedup, row.noise or 0.0):
-        return Cell(f"{factor(row.speedup)}, a tie{over}", "quiet")
-    return Cell(f"{factor(row.speedup)}{over}", "good" if row.speedup > 1 else "bad")
+    if is_tie(row.speedup, noise(row)):
+        return Cell(text, "quiet")
+    return Cell(text, "good" if row.speedup > 1 else "bad")
 
 
-def _blank(number: int) -> list[Cell]:
+def blank(number: int) -> list[Cell]:
     return [Cell("-", "quiet")] * number
 
 
@@ -239,7 +216,7 @@ def _science(value: float | None) -> str:
     return "-" if value is None else f"{value:.1e}"
 
 
-def _columns(names: Iterable[str], text: Sequence[str]) -> list[tuple[str, bool]]:
+def columns_of(names: Iterable[str], text: Sequence[str]) -> list[tuple[str, bool]]:
     return [(name, name not in text) for name in names]
 
 

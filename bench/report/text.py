@@ -10,13 +10,17 @@ from ditfast.config import MODELS, VAE_FACTOR
 from ..rows import CostRow, MemoryRow, ModelRow, OpRow, ScalingRow
 
 STATUS = {"ok": "ran", "oom": "out of memory", "error": "failed", "unavailable": "unavailable"}
+# where there is room for a word or two
+STATUS_SHORT = {"oom": "no memory", "error": "failed", "unavailable": "n/a"}
 MODES = {
     "forward": "forward",
     "cfg": "guided forward",
     "train": "training step",
     "train-checkpoint": "training step with checkpointing",
 }
+_COST_MODES = {**MODES, "train": "loss and backward, without optimiser"}
 _PAPER = tuple(MODELS)
+_LONGEST_NAME = 120
 
 
 def digits(value: float | None) -> str:
@@ -55,6 +59,11 @@ def mode_name(mode: str) -> str:
     return MODES.get(mode, mode)
 
 
+def cost_mode_name(mode: str) -> str:
+    """What is traced of a mode, which in training is no whole step."""
+    return _COST_MODES.get(mode, mode)
+
+
 def pixels(latent_size: tuple[int, int]) -> str:
     """(32, 32) -> "256 px"; (32, 64) -> "256x512 px"."""
     height, width = (side * VAE_FACTOR for side in latent_size)
@@ -77,7 +86,8 @@ def model_order(name: str) -> tuple[int, str]:
 
 
 def case_name(row: ModelRow | MemoryRow | CostRow) -> str:
-    return f"{model_name(row)}, batch {row.batch}, {row.dtype}, {mode_name(row.mode)}"
+    mode = cost_mode_name(row.mode) if isinstance(row, CostRow) else mode_name(row.mode)
+    return f"{model_name(row)}, batch {row.batch}, {row.dtype}, {mode}"
 
 
 def op_case_name(row: OpRow) -> str:
@@ -92,11 +102,24 @@ def row_name(row: ModelRow | OpRow | ScalingRow) -> str:
     return f"{named}, {row.provider}"
 
 
+def is_unticked(row: ModelRow | OpRow) -> bool:
+    """Whether it is a row of ditfast that ran and has no parity tick."""
+    return row.is_ours and row.ms is not None and row.parity is not True
+
+
 def listed(items: Sequence[str], limit: int = 6, separator: str = "; ") -> str:
     """The items in a line; past the limit, how many more there are."""
     items = list(items)
     shown = separator.join(items[:limit])
     return shown if len(items) <= limit else f"{shown}{separator}and {len(items) - limit} more"
+
+
+def median_of(samples: Sequence[int]) -> str:
+    """Of how many samples the medians are: "Median of 20 samples", or a range."""
+    if not samples:
+        return "No samples"
+    low, high = min(samples), max(samples)
+    return f"Median of {low if low == high else f'{low} to {high}'} samples"
 
 
 def count(number: int, noun: str, plural: str | None = None) -> str:
@@ -105,5 +128,5 @@ def count(number: int, noun: str, plural: str | None = None) -> str:
 
 
 def slug(text: str) -> str:
-    """A name for a file or an anchor: small letters, digits and hyphens."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "x"
+    """A name for a file or an anchor: small letters, digits and hyphens, no longer than file systems take."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower())[:_LONGEST_NAME].strip("-") or "x"

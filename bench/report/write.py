@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 import secrets
+from dataclasses import replace
 from pathlib import Path
 
 from ..files import write_bytes
@@ -44,6 +47,10 @@ def require_matplotlib() -> None:
         ) from None
 
 
+# names the plots that are a report's own, in the folder of plots
+MANIFEST = ".ditfast-plots"
+
+
 def render(report: Report) -> dict[str, bytes]:
     """The report's files by their paths within its folder; the page comes last."""
     plots = draw(report)
@@ -66,18 +73,49 @@ def draw(report: Report) -> list[Plot]:
         plots += roofline_plots(machine, report.computed, palette)
         plots += scaling_plots(machine, palette)
         plots += memory_plots(machine, palette)
-    return plots
+    for machine in report.computed:
+        plots += memory_plots(machine, palette)
+    return _named_apart(plots)
 
 
 def write(files: dict[str, bytes], out: Path) -> None:
-    """Writes the files into a folder that :func:`prepare` has made."""
+    """Writes the files into a folder that :func:`prepare` has made, and removes an earlier report's other plots."""
     for name, data in files.items():
         write_bytes(data, out / name)
+    folder = out / "plots"
+    plots = sorted(name.removeprefix("plots/") for name in files if name.startswith("plots/"))
+    for name in _earlier(folder / MANIFEST) - {*plots}:
+        (folder / name).unlink(missing_ok=True)
+    write_bytes((json.dumps(plots, indent=1) + "\n").encode(), folder / MANIFEST)
+
+
+def _earlier(manifest: Path) -> set[str]:
+    """The plots that an earlier report wrote; none where its list is absent or damaged."""
+    try:
+        names = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return set()
+    # nothing but a plot's own name: this list is followed by deleting
+    fits = re.compile(r"[a-z0-9-]+\.png").fullmatch
+    return (
+        {name for name in names if isinstance(name, str) and fits(name)} if isinstance(names, list) else set()
+    )
+
+
+def _named_apart(plots: list[Plot]) -> list[Plot]:
+    """The plots; a name that another has already is numbered."""
+    found: dict[str, Plot] = {}
+    for plot in plots:
+        name, number = plot.name, 2
+        while name in found:
+            name, number = f"{plot.name}-{number}", number + 1
+        found[name] = replace(plot, name=name)
+    return list(found.values())
 
 
 def _providers(report: Report) -> set[str]:
     found = set()
-    for machine in report.machines:
+    for machine in [*report.machines, *report.computed]:
         rows = [*machine.rows("models"), *machine.rows("ops"), *machine.rows("memory")]
         found |= {row.provider for row in [*rows, *(item.row for item in machine.rows("scaling"))]}
     return found

@@ -1,0 +1,139 @@
+"""Under which conditions a result was made, in words; whatever an environment lacks is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+from ..ceilings import Ceilings
+from .text import digits
+
+if TYPE_CHECKING:
+    from ..records import Results
+    from .data import Machine
+
+COMPUTED = "Computed without a device"
+_PACKAGES = ("torch", "triton", "diffusers", "flash-attn")
+_READINGS = (
+    ("sm_clock_mhz", "SM {} MHz"),
+    ("memory_clock_mhz", "memory {} MHz"),
+    ("power_draw_w", "{} W"),
+    ("temperature_c", "{} °C"),
+)
+
+
+def part(environment: dict[str, Any], name: str) -> dict[str, Any]:
+    """An object within an environment; empty where it is absent or something else."""
+    found = environment.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def is_traced(results: Results) -> bool:
+    """Whether nothing ran: counted on meta tensors, on whatever machine."""
+    return results.suite == "cost" or results.settings.get("device") == "meta"
+
+
+def is_gpu(results: Results) -> bool:
+    on_cpu = str(results.settings.get("device", "")).startswith("cpu")
+    return bool(part(results.environment, "gpu").get("name")) and not on_cpu and not is_traced(results)
+
+
+def device_label(results: Results) -> str:
+    """The GPU's name, or the processor and the threads in use; for what was traced, that."""
+    if is_traced(results):
+        return COMPUTED
+    if is_gpu(results):
+        return _line(part(results.environment, "gpu")["name"])
+    cpu = part(results.environment, "cpu")
+    return _line(
+        f"{cpu.get('model') or 'unnamed CPU'}, {cpu.get('torch_threads') or 'an unknown number of'} threads"
+    )
+
+
+def version(environment: dict[str, Any]) -> str:
+    """Version, commit and what differs from it: ditfast 0.1 (1a2b3c4d5 with uncommitted changes, source 0f1e2d3c)."""
+    commit, dirty, source = (environment.get(name) for name in ("commit", "dirty", "source"))
+    changed = "with uncommitted changes" if dirty else ""
+    where = [" ".join(filter(None, [_line(commit)[:9] if commit else "", changed]))]
+    if source and (dirty or not commit):
+        # the commit alone does not tell the code
+        where.append(f"source {_line(source)[:8]}")
+    inner = ", ".join(filter(None, where))
+    return f"ditfast {_line(environment.get('ditfast') or 'of an unknown version')}" + (
+        f" ({inner})" if inner else ""
+    )
+
+
+def short_conditions(machine: Machine) -> str:
+    """Device and versions in a line, as printed under every plot."""
+    packages = part(machine.environment, "packages")
+    facts = [machine.label, *(f"{name} {value}" for name, value in _drivers(machine))]
+    facts += [
+        f"{name} {_line(packages[name])}" for name in ("torch", "triton", "diffusers") if packages.get(name)
+    ]
+    return ", ".join([*facts, version(machine.environment)])
+
+
+def conditions(machine: Machine) -> list[tuple[str, str]]:
+    """(name, value) of everything that was in force; what is unknown is left out."""
+    environment = machine.environment
+    gpu, cpu, packages = (part(environment, name) for name in ("gpu", "cpu", "packages"))
+    found = [("device", machine.label), *_drivers(machine)]
+    if is_gpu(machine.runs[0].results):
+        memory, power = gpu.get("memory_bytes"), gpu.get("power_limit_w")
+        if _is_number(memory):
+            found.append(("memory", f"{memory / 2**30:.0f} GiB"))
+        if _is_number(power):
+            found.append(("power limit", f"{power:g} W"))
+        if cpu.get("model"):
+            found.append(("host", f"{cpu['model']}, {cpu.get('torch_threads')} threads"))
+    found += [(name, str(packages[name])) for name in _PACKAGES if packages.get(name)]
+    found.append(("ditfast", version(environment).removeprefix("ditfast ")))
+    found += [
+        (name, str(environment[key]))
+        for key, name in (("python", "Python"), ("os", "system"))
+        if environment.get(key)
+    ]
+    if (limits := limits_text(machine.ceilings)) is not None:
+        found.append(("limits, measured in the same runs", limits))
+    for run in machine.runs:
+        before, after = (_reading(run.results.readings, when) for when in ("before", "after"))
+        if before or after:
+            found.append(
+                (f"clocks, {run.name}", f"before: {before or 'not read'}; after: {after or 'not read'}")
+            )
+    return found
+
+
+def limits_text(ceilings: Ceilings | None) -> str | None:
+    if ceilings is None:
+        return None
+    matmul = "".join(
+        f"; matmul {name} {digits(rate)} TFLOP/s" for name, rate in ceilings.matmul_tflops.items()
+    )
+    return f"copy {digits(ceilings.copy_gb_per_s)} GB/s{matmul}"
+
+
+def _drivers(machine: Machine) -> list[tuple[str, str]]:
+    if not is_gpu(machine.runs[0].results):
+        return []
+    gpu = part(machine.environment, "gpu")
+    return [(name, _line(gpu[key])) for key, name in (("driver", "driver"), ("cuda", "CUDA")) if gpu.get(key)]
+
+
+def _reading(readings: Sequence[dict[str, Any]], when: str) -> str:
+    """The first reading before, or the last one after; empty where there is none."""
+    found = [reading for reading in readings if reading.get("when") == when]
+    if not found:
+        return ""
+    chosen = found[0 if when == "before" else -1]
+    values = [(text, chosen.get(key)) for key, text in _READINGS]
+    return ", ".join(text.format(f"{value:,.0f}") for text, value in values if _is_number(value))
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _line(value: object) -> str:
+    return " ".join(str(value).split())
