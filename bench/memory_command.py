@@ -26,7 +26,6 @@ _SEED = 0
 _PROVIDERS = ("reference", "reference-compile", "diffusers", "ditfast")
 
 
-
 class _OutOfTime(Exception):
     """The budget ended in the middle of a search."""
 
