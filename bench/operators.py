@@ -196,7 +196,8 @@ def draw_inputs(
     operator: Operator, shape: Shape, dtype: torch.dtype, device: torch.device | str, mixed: bool = False, seed: int = 0
 ) -> Inputs:
     """The operator's inputs in ``dtype`` on ``device``; with ``mixed``, its residual stream in fp32."""
-    inputs = operator.draw(shape, torch.Generator(device).manual_seed(seed))
+    where = torch.device(device)  # meta tensors have no values to draw
+    inputs = operator.draw(shape, torch.Generator("cpu" if where.type == "meta" else where).manual_seed(seed))
     return {
         name: value.to(device, torch.float32 if mixed and name in _STREAM else dtype)
         if value.is_floating_point()

@@ -143,7 +143,7 @@ def test_the_counter():
     assert dict(cost.bytes) == {"mul": 2 * 128, "sum": 128 + 4}
     cost = count(lambda: x + x[:1].expand(4, 8))
     assert dict(cost.bytes) == {"add": 128 + 32 + 128}
-    q = torch.empty(2, 3, 5, 7, device="meta", dtype=torch.bfloat16)
-    cost = count(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q).transpose(1, 2).reshape(2, 5, 21))
+    q, k, v = (torch.empty(2, 3, 5, 7, device="meta", dtype=torch.bfloat16) for _ in range(3))
+    cost = count(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 5, 21))
     assert dict(cost.launches) == {"scaled_dot_product_attention": 1}
     assert cost.total_bytes == 4 * 210 * 2
