@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -46,6 +46,18 @@ class Case:
     @property
     def training(self) -> bool:
         return is_training(self.mode)
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What every row says of its case, by the rows' field names."""
+        return {
+            "model": self.config.name,
+            "conditioning": self.config.conditioning,
+            "latent_size": self.config.latent_hw,
+            "batch": self.batch,
+            "dtype": self.dtype_name,
+            "mode": self.mode,
+        }
 
     @property
     def label(self) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .machine import part
 from .metrics import is_tie
 from .records import Results
-from .report.conditions import part
 from .rows import ModelRow, OpRow, ScalingRow
 
 Verdict = Literal["faster", "slower", "tie"]

@@ -31,7 +31,11 @@ _FREE = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided
 _UNREAD = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "zero_", "fill_", "copy_"}
 # the arguments that CUDA's kernels take in one layout only, and copy where they come in another: ours with a
 # contiguous last axis, torch's contiguous
-_ROWS = {"adaln_forward": range(5), "adaln_backward": range(6)}
+_ROWS = {"adaln_forward": range(5), "adaln_backward": range(7)}
+# ditfast's, of a matrix (M, K) and a weight (N, K) or (K, N)
+_GEMMS = ("linear_gelu", "linear_gelu_backward", "linear_gated_residual")
+# ditfast's, counted as everyone's: (name, matmuls of T x T x head_dim a head)
+_ATTENTION = {"attention_forward": (ATTENTION, 2), "attention_backward": (ATTENTION_BACKWARD, 5)}
 _CONTIGUOUS = {
     "native_layer_norm": range(1),
     "native_layer_norm_backward": range(2),
@@ -108,12 +112,12 @@ def count(call: Callable[[], Any], grad: bool = False) -> Cost:
         grad: whether gradients are recorded; otherwise the call runs under ``torch.no_grad``.
     """
     cost = Cost()
-    with torch.set_grad_enabled(grad), _Attention(cost), _Operators(cost):
+    with torch.set_grad_enabled(grad), AttentionAsOne(cost), _Operators(cost):
         call()
     return cost
 
 
-class _Attention(TorchFunctionMode):
+class AttentionAsOne(TorchFunctionMode):
     """Puts one counted kernel in the place of attention on meta tensors."""
 
     def __init__(self, cost: Cost) -> None:
@@ -183,32 +187,36 @@ class _Operators(TorchDispatchMode):
                 self.cost.add("contiguous", (args[index],), (args[index],))
         if name == "adaln_backward":
             self._add_adaln_backward(args, out)
+        elif name in _ATTENTION:
+            one, products = _ATTENTION[name]
+            batch, tokens, width = args[name == "attention_backward"].shape
+            self.cost.add(one, tree_leaves(args), tree_leaves(out), products * 2 * batch * tokens**2 * (width // 3))
         else:
             read = args[1:] if name in _UNREAD else args
             flops = _flops(func, name, args, kwargs, out)
             self.cost.add(name, tree_leaves((read, kwargs)), tree_leaves(out), flops)
         return out
 
-    def _add_adaln_backward(self, args: tuple[Any, ...], out: tuple[Tensor, Tensor, Tensor]) -> None:
-        """Two launches: the second adds up the slabs' shares of the sums over tokens."""
+    def _add_adaln_backward(self, args: tuple[Any, ...], out: tuple[Any, ...]) -> None:
+        """Two launches: the second adds up the slabs' shares of the sums over tokens, and other kernels' shares."""
         from ditfast.kernels.launch import row_config  # imports triton
 
-        d_x, d_branch, d_vectors = out
-        if d_vectors.numel() == 0:
-            self.cost.add("adaln_backward", args, (d_x, d_branch))
-            return
-        r = args[2]
+        d_x, d_branch, norm, d_vectors, d_bias, sums = out
+        *read, partials = args
+        r = read[2]
         batch, tokens, width = r.shape
         slabs = -(-tokens // row_config("adaln_bwd", width, tokens, batch, r).rows)
-        partial = r.new_empty((len(d_vectors), batch, slabs, width), dtype=torch.float32)
-        self.cost.add("adaln_backward", args, (d_x, d_branch, partial))
-        self.cost.add("adaln_sums", (partial,), (d_vectors,))
+        vectors = len(d_vectors) + (d_bias.numel() > 0)
+        partial = r.new_empty((vectors, batch, slabs, width), dtype=torch.float32)
+        self.cost.add("adaln_backward", read, (d_x, d_branch, norm, partial))
+        if vectors or partials:
+            self.cost.add("sum_partials", (partial, *partials), (d_vectors, d_bias, *sums))
 
 
 def _flops(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
-    if name == "_addmm_activation":  # which the registry lacks
-        (rows, inner), columns = args[1].shape, args[2].shape[1]
-        return 2 * int(rows) * int(inner) * int(columns)
+    if name in _GEMMS:
+        (rows, inner), weight = args[0].shape, args[1]
+        return 2 * int(rows) * int(inner) * int(weight.numel() // inner)
     formula = flop_registry.get(func._overloadpacket)
     return int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
 

@@ -120,12 +120,7 @@ def _trace(case: Case, provider: str) -> Cost:
 
 def _row(case: Case, provider: str, cost: Cost, saved_over: Cost | None = None) -> CostRow:
     return CostRow(
-        model=case.config.name,
-        conditioning=case.config.conditioning,
-        latent_size=case.config.latent_hw,
-        batch=case.batch,
-        dtype=case.dtype_name,
-        mode=case.mode,
+        **case.columns,
         provider=provider,
         launches=cost.total_launches,
         bytes=cost.total_bytes,

@@ -164,7 +164,7 @@ def _cost_table(rows: Sequence[CostRow]) -> RenderableType:
 
     from .metrics import images_per_second
     from .render import plain_table
-    from .report.text import digits
+    from .text import digits
 
     table = plain_table()
     for header in ("model", "batch", "provider"):
@@ -207,6 +207,6 @@ def _savings_table(rows: Sequence[CostRow]) -> RenderableType:
 
 
 def _label(row: CostRow) -> str:
-    from .report.text import model_name
+    from .text import model_name
 
     return model_name(cast("ModelRow", row))  # which reads only what both kinds of row have

@@ -18,18 +18,18 @@ from torch import Tensor, nn
 
 from ditfast import DiT, ops, reference
 from ditfast.config import DiTConfig
+from ditfast.ops._block import modulation
 from ditfast.reference import ops as formulas
 
 from .cases import Case
 from .cost import Cost, count
+from .fusions_training import Call, training_sites
 from .rows import Saving
 
 REST = "rest"
 
 # shifts, scales and gates of a block
 _BLOCK_VECTORS = {"adaln": 4, "adaln_zero": 6}
-
-Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,11 @@ def _sites(case: Case) -> Iterator[_Site]:
         return
     samples = case.batch * (2 if case.mode == "cfg" else 1)
     yield from _conditioning(case, samples)
-    yield from _norms(case, samples)
-    if not case.training:  # whose backward needs what the GELU read
+    if case.training:
+        tokens = (_tokens(build, case, samples) for build in (reference.DiT, DiT))
+        yield from (_Site(*site) for site in training_sites(case, *tokens))
+    else:
+        yield from _norms(case, samples)
         x = torch.empty(samples, config.num_tokens, config.hidden_size, dtype=case.dtype)
         weight = torch.empty(config.mlp_hidden_size, config.hidden_size, dtype=case.dtype)
         inputs = (x, weight, weight[:, 0].contiguous())
@@ -97,16 +100,7 @@ def _conditioning(case: Case, samples: int) -> Iterator[_Site]:
     rows = [_BLOCK_VECTORS[config.conditioning] * width] * config.depth + [2 * width]
     c = torch.empty(samples, width, dtype=dtype, requires_grad=case.training)
     if case.training:
-        grads = [torch.empty_like(c) for _ in rows]
-
-        def once() -> None:
-            activated = F.silu(c)
-            torch.autograd.grad([activated.view_as(c) for _ in grads], c, grads)
-
-        def apart() -> None:
-            torch.autograd.grad([F.silu(c) for _ in grads], c, grads)
-
-        yield _Site("one SiLU for all layers", 1, apart, once)
+        yield _Site("one SiLU, c's gradient in the GEMMs", 1, *_modulations(c, rows))
         return
     table = torch.empty(config.num_embeddings, width, dtype=dtype)
     yield _Site("label, sum, SiLU", 1, lambda: c + F.embedding(t, table), lambda: ops.conditioning(c, t, table))
@@ -120,38 +114,50 @@ def _conditioning(case: Case, samples: int) -> Iterator[_Site]:
     )
 
 
+def _modulations(c: Tensor, rows: Sequence[int]) -> tuple[Call, Call]:
+    """All adaLN Linears and their backward: apart, and handing c on from block to block."""
+    weights = [torch.empty(row, c.shape[1], dtype=c.dtype, requires_grad=True) for row in rows]
+    biases = [torch.empty(row, dtype=c.dtype, requires_grad=True) for row in rows]
+    grads = [torch.empty(len(c), row, dtype=c.dtype) for row in rows]
+
+    def apart() -> None:
+        outputs = [F.linear(F.silu(c), w, b) for w, b in zip(weights, biases, strict=True)]
+        torch.autograd.grad(outputs, (c, *weights, *biases), grads)
+
+    def handed_on() -> None:
+        activated, outputs = F.silu(c), []
+        for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+            output, activated = modulation(activated, weight, bias)
+            outputs.append(output)
+        outputs.append(F.linear(activated, weights[-1], biases[-1]))
+        torch.autograd.grad(outputs, (c, *weights, *biases), grads)
+
+    return apart, handed_on
+
+
 def _norms(case: Case, samples: int) -> Iterator[_Site]:
     config = case.config
     shape = (samples, config.num_tokens, config.hidden_size)
-    vectors = torch.empty(samples, 3 * config.hidden_size, dtype=case.dtype, requires_grad=case.training)
-    gate, shift, scale = vectors.chunk(3, dim=-1)
-    branch = torch.empty(shape, dtype=case.dtype, requires_grad=case.training)
-    grads = [torch.empty(shape, dtype=case.dtype) for _ in range(2)] if case.training else []
+    gate, shift, scale = torch.empty(samples, 3 * config.hidden_size, dtype=case.dtype).chunk(3, dim=-1)
+    branch = torch.empty(shape, dtype=case.dtype)
 
     def norm(uses: int, slow: Tensor, fast: Tensor) -> _Site:
         inputs = ((slow, shift, scale), (fast, shift, scale))
-        return _Site("LayerNorm, modulate", uses, *_calls("layer_norm_modulate", *inputs, grads[1:]))
+        return _Site("LayerNorm, modulate", uses, *_calls("layer_norm_modulate", *inputs))
 
-    def border(uses: int, slow: Tensor, fast: Tensor, last: bool = False) -> _Site:
+    def border(uses: int, slow: Tensor, fast: Tensor) -> _Site:
         inputs = ((slow, branch, gate, shift, scale), (fast, branch, gate, shift, scale))
-        calls = _calls("gated_residual_layer_norm_modulate", *inputs, grads[1:] if last else grads)
+        calls = _calls("gated_residual_layer_norm_modulate", *inputs)
         return _Site("gate, residual, LayerNorm, modulate", uses, *calls)
 
     slow, fast = (_tokens(build, case, samples) for build in (reference.DiT, DiT))
     yield norm(1, slow, fast)
-    with torch.no_grad():  # for the layouts
-        if config.conditioning == "adaln":  # adds a branch without a gate, which is left to PyTorch
-            later = slow + branch, fast + branch
-        else:
-            later = formulas.gated_residual(slow, branch, gate), ops.gated_residual(fast, branch, gate)
-    slow_later, fast_later = (item.requires_grad_(case.training) for item in later)
     borders = 2 * config.depth
-    if config.conditioning == "adaln":
-        yield norm(borders, slow_later, fast_later)
+    if config.conditioning == "adaln":  # adds a branch without a gate, which is left to PyTorch
+        yield norm(borders, slow + branch, fast + branch)
         return
     yield border(1, slow, fast)
-    yield border(borders - 2, slow_later, fast_later)
-    yield border(1, slow_later, fast_later, last=True)  # nothing reads its residual but the norm
+    yield border(borders - 1, formulas.gated_residual(slow, branch, gate), ops.gated_residual(fast, branch, gate))
 
 
 def _tokens(build: Callable[[DiTConfig], nn.Module], case: Case, samples: int) -> Tensor:
@@ -167,15 +173,6 @@ def _tokens(build: Callable[[DiTConfig], nn.Module], case: Case, samples: int) -
     return seen[0].requires_grad_(case.training)
 
 
-def _calls(
-    operator: str, slow: Sequence[Tensor], fast: Sequence[Tensor], grads: Sequence[Tensor] = ()
-) -> tuple[Call, Call]:
-    """The formula on ``slow`` and the operator on ``fast``; with ``grads`` (of the last outputs) their backward too."""
-
-    def call(function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> None:
-        outputs = function(*inputs)
-        if grads:
-            last = (outputs,) if isinstance(outputs, Tensor) else outputs[-len(grads) :]
-            torch.autograd.grad(last, inputs, grads)
-
-    return partial(call, getattr(formulas, operator), slow), partial(call, getattr(ops, operator), fast)
+def _calls(operator: str, slow: Sequence[Tensor], fast: Sequence[Tensor]) -> tuple[Call, Call]:
+    """The formula on ``slow`` and the operator on ``fast``."""
+    return partial(getattr(formulas, operator), *slow), partial(getattr(ops, operator), *fast)

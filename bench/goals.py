@@ -15,6 +15,8 @@ Status = Literal["met", "missed", "not measured"]
 
 _COMPILE = ("reference-compile", "reference-max-autotune", "reference-reduce-overhead")
 _ADALN = ("layer_norm_modulate", "gated_residual", "gated_residual_layer_norm_modulate")
+_SDPA = ("sdpa-cudnn", "sdpa-flash", "sdpa-efficient")
+_FLASH_ATTENTION_2 = ("flash-attn-2", "sdpa-flash")  # its package, and what torch has of it
 _LARGE_BYTES = 256e6  # traffic from which on an adaLN kernel is held against the copy bandwidth
 
 
@@ -64,6 +66,8 @@ def goals(results: Iterable[Results]) -> list[Goal]:
         _over("DiT-S/2", "train", 1.3, results, _COMPILE, "the best torch.compile mode"),
         _over("DiT-XL/2", "forward", 1.5, results, ("reference-reduce-overhead",), "reduce-overhead", 1),
         _adaln([row for result in results if result.suite == "ops" for row in result.rows]),
+        _epilogues([row for result in results if result.suite == "ops" for row in result.rows]),
+        *_attention([row for result in results if result.suite == "ops" for row in result.rows]),
         _saved([row for result in results if result.suite == "memory" for row in result.rows]),
         _parity(results),
     ]
@@ -173,8 +177,57 @@ def _adaln(rows: Iterable[OpRow]) -> Goal:
     if not ticked:
         return Goal(name, 0.9, None, "no bf16 rows of it with parity, timed from graphs", "%")
     least = min(ticked, key=lambda row: row.share or 0.0)
-    detail = f"{least.operator}, {least.direction}, {least.batch} x {least.tokens} x {least.width}; {len(ticked)} rows"
+    detail = f"{least.operator}, {least.direction}, {least.size}; {len(ticked)} rows"
     return Goal(name, 0.9, least.share, detail, "%")
+
+
+def _epilogues(rows: Iterable[OpRow]) -> Goal:
+    """The slowest GEMM with an epilogue, beside the library's GEMM alone of the same run."""
+    name = "GEMMs with an epilogue, bf16 forward: of the library's GEMM alone"
+    rows = list(rows)
+    alone = {row.case: row.ms.median for row in rows if row.provider == "gemm" and row.ms is not None}
+    found = [
+        (row.ms.median / alone[row.case], row)
+        for row in rows
+        if row.provider == "ditfast" and row.case in alone and row.ms is not None and row.parity is True
+    ]
+    found = [(ratio, row) for ratio, row in found if row.dtype == "bf16" and row.timed == "graph"]
+    if not found:
+        return Goal(name, 1.05, None, "no bf16 rows of both with parity, timed from graphs", "%", at_most=True)
+    ratio, row = max(found, key=lambda item: item[0])
+    detail = f"{row.operator}, {row.size}; {len(found)} rows"
+    return Goal(name, 1.05, ratio, detail, "%", at_most=True)
+
+
+def _attention(rows: Iterable[OpRow]) -> list[Goal]:
+    """This project's attention kernels beside other implementations of the same run, the worst case of each goal."""
+    wanted = [
+        (72, 1.0, "the best other implementation", None),
+        (72, 1.2, "FlashAttention 2", _FLASH_ATTENTION_2),
+        (64, 1.0, "FlashAttention 2", _FLASH_ATTENTION_2),
+    ]
+    rows = [row for row in rows if row.operator == "self_attention" and row.dtype == "bf16" and row.timed == "graph"]
+    found = []
+    for head_dim, target, named, rivals in wanted:
+        ratios = []
+        for ours in rows:
+            if ours.provider != "ditfast-triton" or ours.width != head_dim * (ours.num_heads or 0):
+                continue
+            others = [row for row in rows if row.case == ours.case and not row.is_ours]
+            if not {row.provider for row in others} >= set(_SDPA):
+                continue  # one that has no row may have been the best
+            times = [(row.ms.median, row.provider) for row in others if row.ms]
+            times = [time for time in times if rivals is None or time[1] in rivals]
+            if times and ours.ms is not None and ours.parity is True:
+                rival = min(times)
+                ratios.append((rival[0] / ours.ms.median, f"{ours.direction}, {ours.size}, {rival[1]}"))
+        name = f"attention kernels at head dim {head_dim}, bf16: over {named}"
+        if not ratios:
+            found.append(Goal(name, target, None, "no bf16 rows of it with parity beside all of SDPA's kernels"))
+            continue
+        ratio, case = min(ratios)
+        found.append(Goal(name, target, ratio, f"{case}; {len(ratios)} rows"))
+    return found
 
 
 def _saved(rows: Iterable[Any]) -> Goal:

@@ -144,14 +144,8 @@ class Remote:
     def sample(self, calls: int) -> float:
         return self.worker.sample(calls)
 
-    @property
-    def trim(self) -> bool:
-        return False
-
-    @trim.setter
-    def trim(self, value: bool) -> None:
-        if value:
-            self.worker.trim()
+    def trim(self) -> None:
+        self.worker.trim()
 
     def close(self) -> None:
         self.worker.release()
@@ -201,7 +195,7 @@ def _serve(
             elif prepared is None:
                 raise RuntimeError("nothing is prepared")
             elif what == "trim":
-                prepared.trim = True
+                prepared.trim()
             elif what == "saved_bytes":
                 value = prepared.saved_bytes()
             else:

@@ -11,6 +11,7 @@ step's inputs, and whatever is a view of them.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import weakref
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
@@ -59,8 +61,14 @@ class MemoryMeter:
             return torch.cuda.memory_reserved(self._device)
         # exact types: isinstance makes lazy modules import themselves, and the compiler's fake tensors hold nothing
         tensors = [item for item in gc.get_objects() if type(item) in (Tensor, nn.Parameter)]
-        storages = (t.untyped_storage() for t in tensors if t.device == self._device and t.layout == torch.strided)
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        sizes = {}
+        for tensor in tensors:
+            if tensor.device == self._device and tensor.layout == torch.strided:
+                # what a compiler traced with, and left behind, has no memory to point to
+                with contextlib.suppress(RuntimeError):
+                    storage = tensor.untyped_storage()
+                    sizes[storage.data_ptr()] = storage.nbytes()
+        return sum(sizes.values())
 
 
 def saved_bytes(loss: Callable[[], Tensor], left_out: Iterable[Tensor] = ()) -> int:
@@ -94,7 +102,9 @@ def saved_bytes(loss: Callable[[], Tensor], left_out: Iterable[Tensor] = ()) -> 
         if isinstance(leaf := getattr(node, "variable", None), Tensor):
             known.append(leaf)
         else:  # a Python function's node may hold tensors as attributes, which the hooks do not see
-            tensors += [item for item in tree_leaves(getattr(node, "__dict__", {})) if isinstance(item, Tensor)]
+            held = tree_leaves(getattr(node, "__dict__", {}))
+            # a compiled function's fake tensors hold nothing
+            tensors += [item for item in held if isinstance(item, Tensor) and not isinstance(item, FakeTensor)]
     sizes = dict(map(_storage, tensors))
     for tensor in known:
         sizes.pop(_storage(tensor)[0], None)

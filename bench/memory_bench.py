@@ -15,7 +15,7 @@ import torch
 from ditfast import ops
 
 from .cases import Case
-from .cost import Cost, _Attention
+from .cost import AttentionAsOne, Cost
 from .fitting import device_bytes, guess_batch, largest_batch
 from .isolation import ProviderFailed, Worker
 from .memory import saved_in_step
@@ -33,18 +33,8 @@ BESIDE_NOTE = "out of memory beside the fp64 reference that judges it; on its ow
 
 def blank_row(case: Case, provider: Provider, device: torch.device) -> MemoryRow:
     """The row before anything is known."""
-    config = case.config
-    return MemoryRow(
-        model=config.name,
-        conditioning=config.conditioning,
-        latent_size=config.latent_hw,
-        batch=case.batch,
-        dtype=case.dtype_name,
-        mode=case.mode,
-        provider=provider.name,
-        status="error",
-        device_bytes=None if device.type == "meta" else device_bytes(device),
-    )
+    memory = None if device.type == "meta" else device_bytes(device)
+    return MemoryRow(**case.columns, provider=provider.name, status="error", device_bytes=memory)
 
 
 def measure(
@@ -111,7 +101,7 @@ def _traced(case: Case, provider: Provider, seed: int) -> int | None:
     inputs = make_inputs(case, device, seed)
     variant = provider.build(Workload(case, device, build_model(case.config, device, case.dtype, seed), [inputs]))
     # taken apart into its math path, as on meta tensors, attention would keep every score
-    with _Attention(Cost()), ops.use_backend("triton"):
+    with AttentionAsOne(Cost()), ops.use_backend("triton"):
         return saved_in_step(variant, inputs)
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _FAILED = 1
 _SEED = 0
+_MAX_BATCH = 4096
 _PROVIDERS = ("reference", "reference-compile", "diffusers", "ditfast")
 
 
@@ -59,8 +60,9 @@ def memory(
         ),
     ] = None,
     max_batch: Annotated[
-        int, typer.Option("--max-batch", help="The largest batch to try.", metavar="LIMIT")
-    ] = 4096,
+        int | None,
+        typer.Option("--max-batch", help="The largest batch to try, 4096 by default.", metavar="LIMIT"),
+    ] = None,
     search: Annotated[
         bool, typer.Option("--search/--no-search", help="Look for the largest batch that fits, on a GPU.")
     ] = True,
@@ -107,7 +109,7 @@ def _make_plan(
     conditioning: str,
     provider_names: str | None,
     device_name: str | None,
-    max_batch: int,
+    max_batch: int | None,
     search: bool,
     plugins: tuple[str, ...],
 ) -> _Plan:
@@ -135,8 +137,12 @@ def _make_plan(
         chosen_modes,
     )
     largest = max(case.batch for case in cases)
-    if max_batch < largest:
-        raise ValueError(f"--max-batch must be at least the largest --batch, {largest}, got {max_batch}")
+    limit = _MAX_BATCH if max_batch is None else max_batch
+    if limit < largest:
+        raise ValueError(f"--max-batch must be at least the largest --batch, {largest}, got {limit}")
+    searches = search and device.type == "cuda"
+    if max_batch is not None and not searches:
+        raise ValueError(f"--max-batch is for the search, which takes a GPU and no --no-search, got {max_batch}")
     if traced:
         for name in (provider_names or "").split(","):
             if name.strip() not in ("", *TRACED):
@@ -145,8 +151,7 @@ def _make_plan(
             if not mode.startswith("train"):
                 raise ValueError(f"--mode must be train or train-checkpoint with --device meta, got {mode!r}")
     chosen = options.chosen_providers(provider_names, TRACED if traced else _PROVIDERS, cases, device)
-    limit = max_batch if search and device.type == "cuda" else None
-    settings = {
+    settings: dict[str, Any] = {
         "device": str(device),
         "models": list(names),
         "batches": sorted({case.batch for case in cases}),
@@ -156,17 +161,17 @@ def _make_plan(
         "conditioning": conditioning,
         "providers": [provider.name for provider in chosen],
         "search": search,
-        "max_batch": limit,
+        "max_batch": limit if searches else None,
         "seed": _SEED,
         "plugins": list(plugins),
     }
-    return _Plan(cases, chosen, device, plugins, limit, settings)
+    return _Plan(cases, chosen, device, plugins, settings["max_batch"], settings)
 
 
 def _measure(plan: _Plan, recorder: Recorder) -> None:
     """Every case and provider of the plan, as far as no earlier part has it; then the searches, which take longer."""
     from .memory_bench import blank_row, measure
-    from .report.text import STATUS
+    from .text import STATUS
 
     pairs = [(case, provider) for case in plan.cases for provider in plan.providers]
     for case, provider in pairs:
@@ -216,13 +221,14 @@ def memory_table(results: Results) -> RenderableType:
     """The table of ``ditfast bench memory``: a section a case, shares of the reference, and what is missing and why."""
     from rich.console import Group
 
+    from .machine import device_label
     from .memory_bench import TRACED_NOTE
-    from .render import closing_notes, device_name, line
-    from .report.text import model_name
+    from .render import closing_notes, line
+    from .text import model_name
 
     rows = [row for row in results.rows if row.status != "unavailable"]
     traced = results.settings.get("device") == "meta"
-    where = TRACED_NOTE if traced else device_name(results)
+    where = TRACED_NOTE if traced else device_label(results)
     title = line(f"ditfast bench memory, {where}" + ("" if rows else ": no rows"), "bold")
     lines = _captions(results, traced)
     for row in rows:
@@ -237,7 +243,7 @@ def _table(rows: list[MemoryRow], results: Results) -> Table:
     from rich.markup import escape
 
     from .render import plain_table
-    from .report.text import STATUS, model_name, size
+    from .text import STATUS, model_name, size
 
     table = plain_table()
     for header in ("model", "batch", "mode", "dtype", "provider"):

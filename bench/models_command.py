@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -52,6 +52,15 @@ def bench(
     budget: options.Budget = None,
     isolate: options.Isolation = "auto",
     plugin: options.Plugins = None,
+    provider_module: Annotated[
+        str | None,
+        typer.Option(
+            help="A model of your own, before and after ditfast.accelerate: a function in a .py file or a module that "
+            "returns (model, inputs).",
+            show_default=False,
+            metavar="PATH:FACTORY",
+        ),
+    ] = None,
 ) -> None:
     """Measure DiT models: the reference, its rivals and ditfast, each row with a parity tick.
 
@@ -63,6 +72,9 @@ def bench(
         if given:
             options_given = ", ".join("--" + name.replace("_", "-") for name in given)
             raise ValueError(f"{options_given} must come after {context.invoked_subcommand!r}, which takes the options")
+        return
+    if provider_module is not None:
+        _own_model(context, provider_module, dtype, device, seconds)
         return
     from .compare import compare as compared
     from .files import check_target
@@ -105,6 +117,31 @@ def bench(
     )
     ours = [row for row in results.rows if row.is_ours]
     if any(row.status == "error" or (row.status == "ok" and row.parity is not True) for row in ours):
+        raise typer.Exit(_FAILED)
+
+
+def _own_model(
+    context: typer.Context, spec: str, dtype: list[str] | None, device: str | None, seconds: float | None
+) -> None:
+    """A user's model before and after acceleration; exit 1 without parity."""
+    import torch
+
+    from .before_after import before_after, table
+    from .cases import parse_dtype
+    from .environment import parse_device
+    from .factory import make_model
+    from .render import print_tables
+
+    known = ("provider_module", "dtype", "device", "seconds")
+    others = [name for name in context.params if name not in known and not _is_default(context, name)]
+    if others or len(dtype or ()) > 1:
+        raise ValueError("--provider-module takes --dtype (once), --device and --seconds, no other options")
+    where = parse_device(device)
+    precision = parse_dtype(dtype[0]) if dtype else torch.bfloat16 if where.type == "cuda" else torch.float32
+    report, rows = before_after(*make_model(spec), where, precision, options.positive("--seconds", seconds, 1.0))
+    typer.echo(f"{report}\n")
+    print_tables(table(rows))
+    if any(row.is_ours and row.parity is not True for row in rows):
         raise typer.Exit(_FAILED)
 
 

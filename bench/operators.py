@@ -18,7 +18,6 @@ from ditfast.reference import ops as formulas
 from .parity import Verdict, judge
 
 Inputs = dict[str, Tensor]
-_STREAM = ("x", "residual")  # arguments that may be fp32 beside bf16 and fp16
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Operator:
     fused: Callable[..., Any]
     formula: Callable[..., Any]
     draw: Callable[[Shape, torch.Generator], Inputs]
-    mixed: bool = False  # whether the stream may be fp32 while the rest is bf16 or fp16
+    mixed: tuple[str, ...] = ()  # the stream's arguments, which may be fp32 while the rest is bf16 or fp16
     options: Callable[[Shape], Mapping[str, Any]] = lambda shape: {}
     kernel: bool = False  # whether it has a Triton kernel
     gradients: bool = True
@@ -153,28 +152,50 @@ OPERATORS: dict[str, Operator] = {
             ops.layer_norm_modulate,
             formulas.layer_norm_modulate,
             _draw_norm,
-            mixed=True,
+            mixed=("x",),
             kernel=True,
         ),
         Operator(
-            "gated_residual", ops.gated_residual, formulas.gated_residual, _draw_residual, mixed=True, kernel=True
+            "gated_residual",
+            ops.gated_residual,
+            formulas.gated_residual,
+            _draw_residual,
+            mixed=("residual",),
+            kernel=True,
         ),
         Operator(
             "gated_residual_layer_norm_modulate",
             ops.gated_residual_layer_norm_modulate,
             formulas.gated_residual_layer_norm_modulate,
             _draw_fused,
-            mixed=True,
+            mixed=("residual",),
             kernel=True,
         ),
-        Operator("linear_gelu", ops.linear_gelu, formulas.linear_gelu, _draw_linear_gelu),
+        Operator("linear_gelu", ops.linear_gelu, formulas.linear_gelu, _draw_linear_gelu, kernel=True),
         Operator(
-            "linear_gated_residual", ops.linear_gated_residual, formulas.linear_gated_residual, _draw_linear_residual
+            "linear_gated_residual",
+            ops.linear_gated_residual,
+            formulas.linear_gated_residual,
+            _draw_linear_residual,
+            mixed=("residual",),
+            kernel=True,
         ),
-        Operator("gelu_mlp", ops.gelu_mlp, formulas.gelu_mlp, _draw_mlp),
-        Operator("self_attention", ops.self_attention, formulas.self_attention, _draw_attention, options=_heads),
+        Operator("gelu_mlp", ops.gelu_mlp, formulas.gelu_mlp, _draw_mlp, kernel=True),
         Operator(
-            "self_attention+bias", ops.self_attention, formulas.self_attention, _draw_biased_attention, options=_heads
+            "self_attention",
+            ops.self_attention,
+            formulas.self_attention,
+            _draw_attention,
+            options=_heads,
+            kernel=True,
+        ),
+        Operator(
+            "self_attention+bias",
+            ops.self_attention,
+            formulas.self_attention,
+            _draw_biased_attention,
+            options=_heads,
+            kernel=True,
         ),
         # its kernel is for inference: where a gradient is wanted the formula would be compared with itself
         Operator(
@@ -199,7 +220,7 @@ def draw_inputs(
     where = torch.device(device)  # meta tensors have no values to draw
     inputs = operator.draw(shape, torch.Generator("cpu" if where.type == "meta" else where).manual_seed(seed))
     return {
-        name: value.to(device, torch.float32 if mixed and name in _STREAM else dtype)
+        name: value.to(device, torch.float32 if mixed and name in operator.mixed else dtype)
         if value.is_floating_point()
         else value.to(device)
         for name, value in inputs.items()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
+from . import ops_attention
 from .cases import dtype_name
 from .ceilings import Ceilings
 from .metrics import with_speedups
@@ -28,7 +29,10 @@ from .transforms import captured, compile_unavailable
 
 # those on (B, D) vectors are one short launch, with no ceiling to be held against
 MEASURED = tuple(name for name in OPERATORS if name not in ("conditioning", "timestep_embedding"))
-PROVIDERS = ("eager", "compile", "ditfast")
+PROVIDERS = ("eager", "compile", "max-autotune", "gemm", *ops_attention.PROVIDERS, "ditfast")
+#: whose epilogue is held against the library's GEMM alone, the provider "gemm": a yardstick, no rival
+EPILOGUES = ("linear_gelu", "linear_gated_residual")
+_COMPILE_MODES = {"compile": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 _POOL_BYTES = 256 << 20  # rotated inputs, past any L2
 _POOL_BYTES_CPU = 64 << 20
 _MAX_POOL = 192
@@ -42,21 +46,55 @@ def run_operator(
     device: torch.device,
     seconds: float,
 ) -> list[OpRow]:
-    """Rows of eager, torch.compile and ditfast, timed side by side; without shares (see :func:`with_op_shares`)."""
-    rows = {name: blank_row(operator.name, direction, shape, dtype, name) for name in PROVIDERS}
+    """Rows of eager, torch.compile and ditfast, timed side by side; without shares (see :func:`with_op_shares`).
+
+    On CUDA torch.compile also with max-autotune, and of attention each implementation; for a forward of EPILOGUES the
+    library's GEMM alone besides.
+    """
+    names = providers(operator.name, direction, device)
+    rows = {name: blank_row(operator.name, direction, shape, dtype, name) for name in names}
     functions: dict[str, Callable[..., Any]] = {"eager": operator.formula, "ditfast": operator.fused}
+    if "gemm" in names:
+        functions["gemm"] = _gemm_alone
+    functions |= {name: ops_attention.implementation(name) for name in names if name in ops_attention.PROVIDERS}
     reason = compile_unavailable(device)
-    if reason is None:
-        functions["compile"] = torch.compile(operator.formula, fullgraph=True, dynamic=False)
-    else:
-        rows["compile"] = replace(rows["compile"], status="unavailable", note=reason)
+    for name in _COMPILE_MODES.keys() & set(names):
+        if reason is None:
+            compiled = torch.compile(operator.formula, fullgraph=True, dynamic=False, mode=_COMPILE_MODES[name])
+            functions[name] = compiled
+        else:
+            rows[name] = replace(rows[name], status="unavailable", note=reason)
     try:
         # a compiled backward that donates its buffers runs only once
         with functorch_config.patch(donated_buffer=False):
             measured = _measure(operator, functions, rows, direction, shape, dtype, device, seconds)
     finally:
         clear(device)
-    return with_speedups([measured[name] for name in PROVIDERS])
+    rated = with_speedups([row for name, row in measured.items() if name != "gemm"])
+    return sorted([*rated, *(measured[name] for name in ("gemm",) if name in measured)], key=_position)
+
+
+def providers(operator: str, direction: Direction, device: torch.device) -> tuple[str, ...]:
+    """Those that have a row in a case."""
+    left_out = set() if device.type == "cuda" else {"max-autotune", *ops_attention.PROVIDERS}
+    if not ops_attention.is_attention(operator):
+        left_out |= set(ops_attention.PROVIDERS)
+    if operator not in EPILOGUES or direction == "backward":
+        left_out.add("gemm")
+    return tuple(name for name in PROVIDERS if name not in left_out)
+
+
+def _position(row: OpRow) -> int:
+    return PROVIDERS.index(row.provider)
+
+
+def shapes_of(operator: str, shapes: Sequence[Shape] | None, default: Sequence[Shape]) -> Sequence[Shape]:
+    """The shapes asked for; else attention's own, and the models' for the others."""
+    return shapes or (ops_attention.SHAPES if operator == "self_attention" else default)
+
+
+def _gemm_alone(x: Tensor, weight: Tensor, **_: Tensor) -> Tensor:
+    return torch.nn.functional.linear(x, weight)
 
 
 def blank_row(operator: str, direction: Direction, shape: Shape, dtype: torch.dtype, provider: str) -> OpRow:
@@ -75,6 +113,7 @@ def blank_row(operator: str, direction: Direction, shape: Shape, dtype: torch.dt
         flops=least.flops,
         bytes=least.bytes,
         unit=least.unit,
+        num_heads=shape.num_heads if ops_attention.is_attention(operator) else None,
     )
 
 
@@ -107,13 +146,19 @@ def _measure(
         return {name: row if row.note else replace(row, status=status, note=note) for name, row in rows.items()}
     makers: dict[str, Callable[[], Call]] = {}
     for name, function in functions.items():
+        if name in ops_attention.PROVIDERS:
+            reason = ops_attention.unavailable(name, pool[0]["qkv"], shape.num_heads, pool[0].get("bias"))
+            if reason is not None:
+                rows[name] = replace(rows[name], status="unavailable", note=reason)
+                continue
         try:
             # on the very shape that is timed: launch configurations depend on it
             # and the implementation on whether gradients are wanted
-            wanted = () if direction == "forward" else None
-            verdicts = check(replace(operator, fused=function), shape, dtype, device, wanted=wanted)
-            parity = all(verdict.ok for verdict in verdicts.values())
-            rows[name] = replace(rows[name], parity=parity, note="" if parity else _failing(verdicts))
+            if name != "gemm":
+                wanted = () if direction == "forward" else None
+                verdicts = check(replace(operator, fused=function), shape, dtype, device, wanted=wanted)
+                parity = all(verdict.ok for verdict in verdicts.values())
+                rows[name] = replace(rows[name], parity=parity, note="" if parity else _failing(verdicts))
             maker = partial(_call, function, operator, shape, pool, direction)
             maker()(0)
             makers[name] = maker

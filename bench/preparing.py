@@ -38,15 +38,10 @@ def blank_row(case: Case, provider: Provider) -> ModelRow:
     """The row before anything is known."""
     config = case.config
     return ModelRow(
-        model=config.name,
-        conditioning=config.conditioning,
-        latent_size=config.latent_hw,
+        **case.columns,
         tokens=config.num_tokens,
         hidden_size=config.hidden_size,
         depth=config.depth,
-        batch=case.batch,
-        dtype=case.dtype_name,
-        mode=case.mode,
         provider=provider.name,
         precision=provider.precision or case.dtype_name,
         status="error",
@@ -62,9 +57,9 @@ class Prepared:
     pool: list[Inputs]
     device: torch.device
     clock: Clock | None = None
-    trim: bool = False  # whether to hand cached memory back between samples, because the neighbours need it
 
     def __post_init__(self) -> None:
+        self._trims = False
         self._sample = sampler(self._call, self.device, self.clock)
 
     def _call(self, number: int) -> object:
@@ -72,12 +67,16 @@ class Prepared:
 
     def sample(self, calls: int) -> float:
         """Seconds of that many calls back to back."""
-        if not self.trim:
+        if not self._trims:
             return self._sample(calls)
         self.variant.step(self.pool[0])  # the allocator fetches memory again, which is not the call's time
         seconds = self._sample(calls)
         empty_cache(self.device)
         return seconds
+
+    def trim(self) -> None:
+        """From now on hands cached memory back between samples, because the neighbours need it."""
+        self._trims = True
 
     def saved_bytes(self) -> int | None:
         """What a training step's forward keeps for its backward; None outside training."""

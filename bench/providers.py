@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -71,17 +72,18 @@ def load_plugins(names: Sequence[str]) -> None:
     for name in names:
         try:
             if name.endswith(".py"):
-                _load_file(Path(name).resolve())
+                load_file(Path(name).resolve())
             else:
                 importlib.import_module(name)
         except Exception as error:  # whatever a user's file raises
             raise ValueError(f"--plugin {name} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
-def _load_file(path: Path) -> None:
+def load_file(path: Path) -> ModuleType:
+    """A .py file as a module, once in a process."""
     name = f"ditfast_plugin_{path.stem}_{zlib.crc32(str(path).encode()):08x}"
     if name in sys.modules:
-        return
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is no Python file")
@@ -92,6 +94,7 @@ def _load_file(path: Path) -> None:
     except BaseException:
         del sys.modules[name]
         raise
+    return module
 
 
 def get_provider(name: str) -> Provider:

@@ -9,8 +9,8 @@ from .report.conditions import limits_text
 from .report.data import Machine, Run, gather
 from .report.headline import COLUMNS, Headline, headlines
 from .report.markdown import NOTE, escape, link, pipes
-from .report.text import is_unticked, listed, mode_name, model_name, percent, pixels
 from .rows import ModelRow
+from .text import is_unticked, listed, mode_name, model_name, percent, pixels
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 _NO_GPU = ["GPU: DiT-XL/2, 256 px, bf16", *["not measured yet"] * 4, "-", "-"]

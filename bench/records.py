@@ -28,8 +28,11 @@ _HUGE = 1 << 63
 _POSITIVE = ("batch", "tokens", "hidden_size", "depth", "width", "images_per_s", "tflops", "rate", "speedup", "bytes")
 
 
+_VERSIONS: dict[Suite, int] = {"ops": 2}  # 2: num_heads
+
+
 def schema(suite: Suite) -> str:
-    return f"ditfast.bench.{suite}/1"
+    return f"ditfast.bench.{suite}/{_VERSIONS.get(suite, 1)}"
 
 
 @dataclass

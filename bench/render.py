@@ -12,10 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from .compare import Comparison, timed
+from .machine import device_label
 from .metrics import is_tie
 from .records import Results
-from .report.text import STATUS, digits, model_name, size
-from .rows import ModelRow, OpRow
+from .rows import ModelRow, OpRow, OwnRow
+from .text import STATUS, digits, model_name, size
 
 _MAX_WIDTH = 400
 
@@ -26,10 +27,10 @@ def results_table(results: Results, ascii_only: bool | None = None) -> Renderabl
     kinds = list(dict.fromkeys((row.mode, row.dtype) for row in shown))
     parts: list[RenderableType] = []
     for mode, dtype in kinds:
-        parts.append(line(f"ditfast bench: {mode}, {dtype}, {device_name(results)}", "bold"))
+        parts.append(line(f"ditfast bench: {mode}, {dtype}, {device_label(results)}", "bold"))
         parts.append(model_table([row for row in shown if (row.mode, row.dtype) == (mode, dtype)], ascii_only))
     if not parts:
-        parts.append(line(f"ditfast bench, {device_name(results)}: no rows", "bold"))
+        parts.append(line(f"ditfast bench, {device_label(results)}: no rows", "bold"))
     return Group(*parts, *map(line, [*_notes(results), *closing_notes(results)]))
 
 
@@ -117,7 +118,7 @@ def tick(parity: bool | None, ascii_only: bool) -> str:
     return f"[red]{'NO' if ascii_only else '✗'}[/]"
 
 
-def speedup(row: ModelRow | OpRow) -> str:
+def speedup(row: ModelRow | OpRow | OwnRow) -> str:
     """The speed-up cell, which says where it is a tie."""
     if row.speedup is None:
         return ""
@@ -186,12 +187,3 @@ def case_label(row: ModelRow | OpRow) -> str:
     if isinstance(row, OpRow):
         return f"{row.operator}, {row.direction}, T={row.tokens} D={row.width}, {row.dtype}"
     return f"{model_name(row)}, {row.mode}, {row.dtype}"
-
-
-def device_name(results: Results) -> str:
-    """The GPU's name, or the processor's with its threads."""
-    environment, device = results.environment, str(results.settings.get("device", "cpu"))
-    if device.startswith("cuda"):
-        return str((environment.get("gpu") or {}).get("name", device))
-    cpu = environment.get("cpu") or {}
-    return f"{cpu.get('model') or 'CPU'}, {cpu.get('torch_threads')} threads"

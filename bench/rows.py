@@ -11,6 +11,7 @@ Status = Literal["ok", "oom", "error", "unavailable"]
 Axis = Literal["tokens", "batch", "width"]
 Direction = Literal["forward", "backward"]
 Unit = Literal["GB/s", "TFLOP/s"]
+OwnMode = Literal["forward", "train"]
 
 
 def is_ours(provider: str) -> bool:
@@ -104,7 +105,9 @@ class OpRow:
 
     Attributes:
         operator, direction, batch, tokens, width, dtype: the case; backward computes every gradient.
-        provider: "eager", "compile" or "ditfast".
+        num_heads: of attention; None for others.
+        provider: "eager", "compile", "max-autotune" (torch.compile's), "ditfast"; of attention an implementation by
+            its name; or the yardstick "gemm": the library's GEMM without the epilogue, neither judged nor a rival.
         timed: "graph" (replays of a CUDA graph, without launch overhead) or "calls".
         flops, bytes: the work that must be done: FLOPs, and each input read once and each output written once.
         rate, unit: GB/s where the operator is bound by memory, else TFLOP/s.
@@ -132,6 +135,7 @@ class OpRow:
     noise: float | None = None
     speedup: float | None = None
     rival: str | None = None
+    num_heads: int | None = None
 
     @property
     def is_ours(self) -> bool:
@@ -139,11 +143,42 @@ class OpRow:
 
     @property
     def case(self) -> tuple[object, ...]:
-        return (self.operator, self.direction, self.batch, self.tokens, self.width, self.dtype)
+        return (self.operator, self.direction, self.batch, self.tokens, self.width, self.dtype, self.num_heads)
+
+    @property
+    def size(self) -> str:
+        """B x T x D, of attention B x T x H x head_dim."""
+        tail = [self.num_heads, self.width // self.num_heads] if self.num_heads else [self.width]
+        return " x ".join(map(str, [self.batch, self.tokens, *tail]))
 
     @property
     def key(self) -> tuple[object, ...]:
         return (*self.case, self.provider)
+
+
+@dataclass(frozen=True)
+class OwnRow:
+    """One way to run a user's own model (``ditfast bench --provider-module``).
+
+    Attributes:
+        provider: "before", "before-compile" (torch.compile), or "ditfast": accelerated.
+        mode: "forward", or "train": forward and backward, without an optimiser.
+        status, note, ms, parity, noise, speedup, rival: as in :class:`ModelRow`.
+    """
+
+    provider: str
+    mode: OwnMode
+    status: Status
+    note: str = ""
+    ms: Spread | None = None
+    parity: bool | None = None
+    noise: float | None = None
+    speedup: float | None = None
+    rival: str | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        return is_ours(self.provider)
 
 
 @dataclass(frozen=True)
@@ -160,16 +195,8 @@ class ScalingRow:
 
 
 @dataclass(frozen=True)
-class MemoryRow:
-    """What one provider needs (``ditfast bench memory``).
-
-    Attributes:
-        model, conditioning, latent_size, batch, dtype, mode, provider: as in :class:`ModelRow`.
-        peak_bytes: peak memory of the provider on its own, weights included.
-        saved_bytes: in training, what the forward keeps for the backward: unique storages, parameters left out.
-        max_batch: the largest batch that fits the device, to the next sixteenth; None where it was not searched.
-        device_bytes: the device's memory.
-    """
+class _CaseRow:
+    """What names a row of the suites that do not time: fields as in :class:`ModelRow`."""
 
     model: str
     conditioning: str
@@ -178,12 +205,6 @@ class MemoryRow:
     dtype: str
     mode: str
     provider: str
-    status: Status
-    note: str = ""
-    peak_bytes: int | None = None
-    saved_bytes: int | None = None
-    max_batch: int | None = None
-    device_bytes: int | None = None
 
     @property
     def is_ours(self) -> bool:
@@ -193,6 +214,25 @@ class MemoryRow:
     def key(self) -> tuple[object, ...]:
         names = (self.model, self.conditioning, self.latent_size, self.batch, self.dtype, self.mode)
         return (*names, self.provider)
+
+
+@dataclass(frozen=True)
+class MemoryRow(_CaseRow):
+    """What one provider needs (``ditfast bench memory``).
+
+    Attributes:
+        peak_bytes: peak memory of the provider on its own, weights included.
+        saved_bytes: in training, what the forward keeps for the backward: unique storages, parameters left out.
+        max_batch: the largest batch that fits the device, to the next sixteenth; None where it was not searched.
+        device_bytes: the device's memory.
+    """
+
+    status: Status
+    note: str = ""
+    peak_bytes: int | None = None
+    saved_bytes: int | None = None
+    max_batch: int | None = None
+    device_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -206,12 +246,12 @@ class Saving:
 
 
 @dataclass(frozen=True)
-class CostRow:
+class CostRow(_CaseRow):
     """What one call launches, moves and computes, traced on meta tensors (``ditfast bench cost``).
 
+    Its mode "train" is the forward and the backward without the optimiser, which is the same for everyone.
+
     Attributes:
-        model, conditioning, latent_size, batch, dtype, mode, provider: as in :class:`ModelRow`; "train" is the
-            forward and the backward without the optimiser, which is the same for everyone.
         launches, bytes, flops: of one call.
         intensity: FLOPs a byte.
         roofline_ms: GPU -> a computed lower bound: over the launches, the sum of the longer of arithmetic and
@@ -219,24 +259,12 @@ class CostRow:
         savings: what each fusion saves over the reference; empty for rivals.
     """
 
-    model: str
-    conditioning: str
-    latent_size: tuple[int, int]
-    batch: int
-    dtype: str
-    mode: str
-    provider: str
     launches: int
     bytes: int
     flops: int
     intensity: float
     roofline_ms: dict[str, float]
     savings: list[Saving] = field(default_factory=list)
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        names = (self.model, self.conditioning, self.latent_size, self.batch, self.dtype, self.mode)
-        return (*names, self.provider)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class _Workers:
 
 
 def steps(cases: Sequence[Case], providers: Sequence[Provider]) -> int:
-    """How often :func:`run` reports: once a provider and once for the timing, in each case."""
+    """How often :meth:`Runner.rows` reports: once a provider and once for the timing, in each case."""
     return len(cases) * (len(providers) + 1)
 
 
@@ -113,19 +113,6 @@ class Runner:
             runs out of memory, fails or cannot run here has a row that says so.
         """
         return _Run(case, providers, self._device, self._settings, self._workers, report, out_of_time).rows()
-
-
-def run(
-    cases: Sequence[Case],
-    providers: Sequence[Provider],
-    device: torch.device,
-    settings: Settings | None = None,
-    report: Report = lambda what: None,
-) -> Iterator[list[ModelRow]]:
-    """The rows of every case; see :meth:`Runner.rows`."""
-    with Runner(device, settings) as runner:
-        for case in cases:
-            yield runner.rows(case, providers, report)
 
 
 class _Run:
@@ -237,7 +224,7 @@ class _Run:
             return
         for name, entry in list(prepared.items()):
             try:
-                entry.trim = True
+                entry.trim()
             except ProviderFailed as error:  # its process has died since
                 self._fail(name, error)
                 del prepared[name]

@@ -227,8 +227,9 @@ def scaling_table(results: Results) -> RenderableType:
     from rich.console import Console, Group
 
     from .fits import is_power_law
-    from .render import closing_notes, device_name, line, plain_table, speedup, tick
-    from .report.text import digits, size
+    from .machine import device_label
+    from .render import closing_notes, line, plain_table, speedup, tick
+    from .text import digits, size
 
     ascii_only = Console().options.ascii_only
     table = plain_table()
@@ -265,5 +266,5 @@ def scaling_table(results: Results) -> RenderableType:
     noted = [point for point in results.rows if point.row.note]
     lines += [f"{point.axis} {point.value}, {point.row.provider}: {point.row.note}" for point in noted]
     what = f"{results.settings.get('model')}, {results.settings.get('mode')}, {results.settings.get('dtype')}"
-    title = line(f"ditfast bench scaling: {what}, {device_name(results)}", "bold")
+    title = line(f"ditfast bench scaling: {what}, {device_label(results)}", "bold")
     return Group(title, table, *map(line, [*lines, *closing_notes(results)]))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from .machine import part
 from .progress import progress, terminated_as_interrupted
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ INTERRUPTED = 130
 _REFRESH_SECONDS = 0.2
 
 # where these differ, two parts are no one run
-_SAME = (
-    ("source",),
+_SAME = ("source",)
+_SAME_PARTS = (
     ("gpu", "name"),
     ("gpu", "driver"),
     ("cpu", "model"),
@@ -186,16 +187,7 @@ def _begin(suite: Suite, settings: dict[str, Any], path: Path | None, resume: bo
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
     """Which of the conditions that make two parts one run differ between two environments; "" where none does."""
-    found = []
-    for names in _SAME:
-        was, is_now = _at(then, names), _at(now, names)
-        if was != is_now:
-            found.append(f"{' '.join(names)} was {was!r} there, is {is_now!r} here")
-    return "; ".join(found)
-
-
-def _at(environment: dict[str, Any], names: Sequence[str]) -> Any:
-    value: Any = environment
-    for name in names:
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
+    pairs = [(name, then.get(name), now.get(name)) for name in _SAME]
+    for group, name in _SAME_PARTS:
+        pairs.append((f"{group} {name}", part(then, group).get(name), part(now, group).get(name)))
+    return "; ".join(f"{name} was {was!r} there, is {is_now!r} here" for name, was, is_now in pairs if was != is_now)

@@ -74,7 +74,7 @@ def test_modulation_cache(timed: Timed, size: str, what: str) -> None:
     model(*random_batch(config, 1))
     cache = model._modulation_cache
     assert cache is not None
-    parameters = cache.parameters
+    parameters = cache.state.parameters
     weights, biases = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
     assert cache.is_fresh(parameters, FP32)
     assert torch.equal(cache.weight, torch.cat([*weights])) and torch.equal(cache.bias, torch.cat([*biases]))

@@ -7,23 +7,42 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import ops, reference
+    from ._accelerate import accelerate, accelerated, restore
+    from .adapters import register_adapter
     from .checkpoint import load_checkpoint, save_checkpoint
     from .config import MODELS, DiTConfig
     from .model import DiT
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["MODELS", "DiT", "DiTConfig", "__version__", "load_checkpoint", "ops", "reference", "save_checkpoint"]
+__all__ = [
+    "MODELS",
+    "DiT",
+    "DiTConfig",
+    "__version__",
+    "accelerate",
+    "accelerated",
+    "load_checkpoint",
+    "ops",
+    "reference",
+    "register_adapter",
+    "restore",
+    "save_checkpoint",
+]
 
 # name -> module that defines it; "" where the name is the module
 _LAZY = {
     "DiT": "model",
     "DiTConfig": "config",
     "MODELS": "config",
+    "accelerate": "_accelerate",
+    "accelerated": "_accelerate",
     "load_checkpoint": "checkpoint",
     "save_checkpoint": "checkpoint",
     "ops": "",
     "reference": "",
+    "register_adapter": "adapters",
+    "restore": "_accelerate",
 }
 
 

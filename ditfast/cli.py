@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from . import __version__
 from .bench.command import app as bench_app
+from .bench.tune_command import tune
 
 
 class _Group(TyperGroup):
@@ -63,12 +64,48 @@ def _options(
 
 
 @app.command()
-def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Versions, devices, and the operators' backends: which are available, and why the others are not."""
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    attention: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Tell of this attention: tokens x heads x head dim; may be repeated.",
+            show_default=False,
+            metavar="TxHxD",
+        ),
+    ] = None,
+    dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Of the attention.")] = "bf16",
+) -> None:
+    """Versions, devices, and the operators' backends: which are available, and why the others are not.
+
+    Of attention also which backend a shape takes, by the GPU's tuned table or the heuristic.
+    """
     from . import info as module
 
-    facts = module.collect()
-    typer.echo(json.dumps(facts, indent=2) if as_json else module.render(facts))
+    facts = module.collect(attention or module.SHAPES, dtype)
+    typer.echo(json.dumps(facts, indent=2) if as_json else module.render(facts, reasons=bool(attention)))
+
+
+@app.command()
+def explain(
+    factory: Annotated[
+        str,
+        typer.Argument(
+            help="A function that returns a model, in a .py file or a module: model.py:make.", metavar="PATH:FACTORY"
+        ),
+    ],
+    check: Annotated[bool, typer.Option(help="Compare the old and the new forward of each kind.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What ditfast.accelerate makes of a model: each module it knows, accelerated or why not."""
+    from dataclasses import asdict
+
+    from ._accelerate import accelerate
+    from .bench.factory import make_model
+
+    report = accelerate(make_model(factory)[0], check=check)
+    entries = [asdict(entry) for entry in report.entries]
+    typer.echo(json.dumps(entries, indent=2) if as_json else str(report))
 
 
 @app.command()
@@ -124,6 +161,7 @@ def _parse_size(text: str) -> int | tuple[int, int]:
 
 
 app.add_typer(bench_app, name="bench")
+app.command("tune")(tune)
 
 
 @app.command()

@@ -12,11 +12,18 @@ from typing import Any
 from . import __version__
 
 # distributions whose version changes what runs or how fast; the first four are always wanted
-_DISTRIBUTIONS = ("torch", "triton", "numpy", "safetensors", "diffusers", "flash-attn")
+_DISTRIBUTIONS = ("torch", "triton", "numpy", "safetensors", "diffusers", "flash-attn", "flash-attn-3", "flash-attn-4")
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+#: T x H x head_dim, whose attention is told by default: DiT-XL/2 and DiT-L/2 at 256 and 512 px
+SHAPES = ("256x16x72", "1024x16x72", "256x16x64", "1024x16x64")
 
 
-def collect() -> dict[str, Any]:
+def collect(shapes: Sequence[str] = SHAPES, dtype: str = "bf16") -> dict[str, Any]:
     """The facts about this installation, JSON-ready.
+
+    Args:
+        shapes: of packed projections, "TxHxhead_dim"; the batch does not count.
+        dtype: of those: "bf16", "fp16" or "fp32".
 
     Returns:
         versions: distribution -> version, or None where it is not installed; ditfast and python first.
@@ -25,6 +32,11 @@ def collect() -> dict[str, Any]:
         no_gpu: why there is no CUDA device, or None.
         triton_interpreter: whether kernels run in Triton's interpreter (TRITON_INTERPRET).
         backends: one entry an operator (or family) and backend; "reason" says why it is unavailable, or is None.
+        attention: one entry a shape: which backend self_attention takes on this device in "inference" and "training",
+            and by backend the "reasons" why the others cannot take it, or None.
+
+    Raises:
+        ValueError: a shape or dtype that is none, naming it.
     """
     from . import ops
 
@@ -38,11 +50,12 @@ def collect() -> dict[str, Any]:
             {"operator": operator, "backend": backend, "available": reason is None, "reason": reason}
             for operator, backend, reason in ops.available_backends()
         ],
+        "attention": [_attention(shape, dtype) for shape in shapes],
     }
 
 
-def render(facts: dict[str, Any]) -> str:
-    """The facts as text for people, without a trailing newline."""
+def render(facts: dict[str, Any], reasons: bool = False) -> str:
+    """The facts as text for people, without a trailing newline; with ``reasons``, those of each attention too."""
     lines = ["versions"]
     lines += _columns([(name, version or "not installed") for name, version in facts["versions"].items()])
     lines += ["", "devices"]
@@ -58,7 +71,39 @@ def render(facts: dict[str, Any]) -> str:
             for backend in facts["backends"]
         ]
     )
+    lines += ["", "self_attention takes"]
+    for entry in facts["attention"]:
+        taken = f"{entry['inference']} in inference, {entry['training']} in training"
+        lines.append(f"  {entry['shape']} {entry['dtype']}: {taken}")
+        if reasons:
+            lines += ["  " + line for line in _columns([(n, r or "can run") for n, r in entry["reasons"].items()])]
     return "\n".join(lines)
+
+
+def _attention(shape: str, dtype: str) -> dict[str, Any]:
+    import torch
+
+    from . import ops
+
+    parts = shape.lower().split("x")
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"shape must look like 256x16x72 (T x H x head_dim), got {shape!r}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    tokens, num_heads, head_dim = map(int, parts)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    qkv = torch.empty(1, tokens, 3 * num_heads * head_dim, dtype=getattr(torch, _DTYPES[dtype]), device=device)
+
+    def taken(training: bool) -> str:
+        return ops.attention_backend(qkv, tokens, head_dim, training=training)
+
+    return {
+        "shape": shape,
+        "dtype": dtype,
+        "inference": taken(False),
+        "training": taken(True),
+        "reasons": ops.attention_backends(qkv, num_heads),
+    }
 
 
 def _versions() -> dict[str, str | None]:

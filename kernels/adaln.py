@@ -3,24 +3,30 @@
     r = residual + gate * branch                  x_hat = (r - mean(r)) / sqrt(var(r) + eps)
     out = x_hat * (1 + scale) + shift
     g = d_out * (1 + scale);  d_r += (g - mean(g) - x_hat * mean(g * x_hat)) / sqrt(var(r) + eps)
-    d_residual = d_r;  d_branch = gate * d_r;  d_gate = sum_t d_r * branch
+    d_residual = d_r;  d_branch = gate * d_r;  d_gate = sum_t d_r * branch;  d_bias = sum_bt d_branch
     d_shift = sum_t d_out;  d_scale = sum_t d_out * x_hat
 
 residual, branch, out: (B, T, D), last axis contiguous, any other strides; gate, shift, scale: (B, D), any row
 stride. One program owns a slab of rows of ONE sample, so its modulation is read once and its share of the sums
-over t stays in fp32 registers; partial sums (B, slabs, D) are added in a second launch in a fixed order. Saved
-for backward: r, mean and 1 / sqrt(var + eps), both (B, T) fp32. A row is BLOCK + TAIL lanes wide: 1152 is
-1024 + 128, not 2048.
+over t stays in fp32 registers; its partial sums are added up in a second launch (sums.py). bias is that of the
+Linear which made the branch: its gradient falls off here without another read. Saved for backward: r, mean and
+1 / sqrt(var + eps), both (B, T) fp32; out is not saved, the backward writes it again for whoever multiplied it. A row
+is BLOCK + TAIL lanes wide: 1152 is 1024 + 128, not 2048.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device, row_config
+from .launch import RowConfig, on_device, row_config
+from .sums import sum_partials
+
+MAX_REGISTERS = 128  # of a thread in the backward: four blocks of four warps on a multiprocessor
 
 
 @triton.jit
@@ -115,15 +121,16 @@ def _adaln_fwd_kernel(
 
 @triton.jit
 def _adaln_bwd_kernel(
-    d_r_ptr, d_out_ptr, r_ptr, branch_ptr, gate_ptr, scale_ptr, mean_ptr, rstd_ptr,
-    d_x_ptr, d_branch_ptr, sum_gate_ptr, sum_shift_ptr, sum_scale_ptr,
+    d_r_ptr, d_out_ptr, r_ptr, branch_ptr, gate_ptr, shift_ptr, scale_ptr, mean_ptr, rstd_ptr,
+    d_x_ptr, d_branch_ptr, out_ptr, sum_gate_ptr, sum_shift_ptr, sum_scale_ptr, sum_bias_ptr,
     tokens, slabs, rows,
     stride_d_r_batch, stride_d_r_row, stride_d_out_batch, stride_d_out_row,
     stride_r_batch, stride_r_row, stride_branch_batch, stride_branch_row,
-    stride_gate_batch, stride_scale_batch,
+    stride_gate_batch, stride_shift_batch, stride_scale_batch,
     D: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
     HAS_NORM: tl.constexpr, HAS_D_R: tl.constexpr,
     WANT_X: tl.constexpr, WANT_BRANCH: tl.constexpr, WANT_GATE: tl.constexpr, WANT_MODULATION: tl.constexpr,
+    WANT_BIAS: tl.constexpr, WANT_OUT: tl.constexpr,
 ):  # fmt: skip
     slab = tl.program_id(0).to(tl.int64)
     batch = slab // slabs
@@ -133,13 +140,15 @@ def _adaln_bwd_kernel(
     sum_gate = tl.zeros([BLOCK], tl.float32)
     sum_shift = tl.zeros([BLOCK], tl.float32)
     sum_scale = tl.zeros([BLOCK], tl.float32)
+    sum_bias = tl.zeros([BLOCK], tl.float32)
     if TAIL:
         cols_t = BLOCK + tl.arange(0, TAIL)
         mask_t = cols_t < D
         sum_gate_t = tl.zeros([TAIL], tl.float32)
         sum_shift_t = tl.zeros([TAIL], tl.float32)
         sum_scale_t = tl.zeros([TAIL], tl.float32)
-    if WANT_BRANCH:
+        sum_bias_t = tl.zeros([TAIL], tl.float32)
+    if WANT_BRANCH or WANT_BIAS:
         gate = _load(gate_ptr + batch * stride_gate_batch, cols, mask)
         if TAIL:
             gate_t = _load(gate_ptr + batch * stride_gate_batch, cols_t, mask_t)
@@ -184,6 +193,11 @@ def _adaln_bwd_kernel(
             d_r += rstd * (g - mean_g - x_hat * mean_g_x_hat)
             if TAIL:
                 d_r_t += rstd * (g_t - mean_g - x_hat_t * mean_g_x_hat)
+            if WANT_OUT:
+                shift_row = shift_ptr + batch * stride_shift_batch
+                _store(out_ptr + row * D, cols, mask, x_hat * scale + _load(shift_row, cols, mask))
+                if TAIL:
+                    _store(out_ptr + row * D, cols_t, mask_t, x_hat_t * scale_t + _load(shift_row, cols_t, mask_t))
             if WANT_MODULATION:
                 sum_shift += d_out
                 sum_scale += d_out * x_hat
@@ -202,6 +216,10 @@ def _adaln_bwd_kernel(
             sum_gate += d_r * branch
             if TAIL:
                 sum_gate_t += d_r_t * branch_t
+        if WANT_BIAS:
+            sum_bias += d_r
+            if TAIL:
+                sum_bias_t += d_r_t
 
     if WANT_GATE:
         _store(sum_gate_ptr + slab * D, cols, mask, sum_gate)
@@ -213,25 +231,16 @@ def _adaln_bwd_kernel(
         if TAIL:
             _store(sum_shift_ptr + slab * D, cols_t, mask_t, sum_shift_t)
             _store(sum_scale_ptr + slab * D, cols_t, mask_t, sum_scale_t)
-
-
-@triton.jit
-def _sum_slabs_kernel(partial_ptr, out_ptr, slabs, D: tl.constexpr, BLOCK_SLABS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """partial (N, slabs, D) fp32 -> out (N, D): the second stage of d_gate, d_shift and d_scale."""
-    index = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    total = tl.zeros([BLOCK_D], tl.float32)
-    for first in range(0, slabs, BLOCK_SLABS):
-        rows = first + tl.arange(0, BLOCK_SLABS)
-        mask = (rows < slabs)[:, None] & (cols < D)[None, :]
-        offsets = (index * slabs + rows)[:, None] * D + cols[None, :]
-        total += tl.sum(tl.load(partial_ptr + offsets, mask=mask, other=0.0), axis=0)
-    _store(out_ptr + index * D, cols, cols < D, total)
+    if WANT_BIAS:
+        _store(sum_bias_ptr + slab * D, cols, mask, gate * sum_bias)
+        if TAIL:
+            _store(sum_bias_ptr + slab * D, cols_t, mask_t, gate_t * sum_bias_t)
 
 
 def adaln_fwd(
-    x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float,
+    config: RowConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """One launch: (r, out, mean, rstd), where r is empty without a branch and the others without shift and scale."""
     batch, tokens, width = x.shape
     r = x.new_empty(x.shape if branch is not None else 0)
@@ -241,7 +250,7 @@ def adaln_fwd(
         return r, out, mean, rstd
     x, branch = _rows(x), _rows(branch)
     gate, shift, scale = _rows(gate), _rows(shift), _rows(scale)
-    config = row_config("adaln_fwd", width, tokens, batch, x)
+    config = config or row_config("adaln_fwd", width, tokens, batch, x)
     slabs = triton.cdiv(tokens, config.rows)
     with on_device(x):
         _adaln_fwd_kernel[(batch * slabs,)](
@@ -258,46 +267,47 @@ def adaln_fwd(
 
 def adaln_bwd(
     d_r: Tensor | None, d_out: Tensor | None, r: Tensor, branch: Tensor | None, gate: Tensor | None,
-    scale: Tensor | None, mean: Tensor | None, rstd: Tensor | None,
-    want_x: bool, want_branch: bool, want_gate: bool, want_modulation: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """At most two launches: (d_x, d_branch, d_vectors), empty where not wanted.
+    shift: Tensor | None, scale: Tensor | None, mean: Tensor | None, rstd: Tensor | None,
+    want_x: bool, want_branch: bool, want_gate: bool, want_modulation: bool, want_bias: bool, want_out: bool,
+    partials: Sequence[Tensor] = (), config: RowConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    """At most two launches: (d_x, d_branch, out, d_vectors, d_bias, sums), empty where not wanted.
 
-    ``r`` is read where ``d_out`` is given, and only gives the shape and dtype elsewhere. ``d_vectors`` (n, B, D)
-    holds d_gate where wanted, then d_shift and d_scale where wanted.
+    ``r`` is read where ``d_out`` is given, and only gives the shape and dtype elsewhere; ``shift`` is read for
+    ``out``. ``d_vectors`` (n, B, D) holds d_gate where wanted, then d_shift and d_scale where wanted; d_bias is (D,).
+    ``partials``, at most two of sum_partials' (1, n, W) from other kernels, are added up beside its own.
     """
     batch, tokens, width = r.shape
-    vectors = want_gate + 2 * want_modulation
     like = next(tensor for tensor in (gate, scale) if tensor is not None)
     d_x = r.new_empty(r.shape if want_x else 0)
     d_branch = like.new_empty(r.shape if want_branch else 0)
-    if r.numel() == 0:
-        return d_x, d_branch, like.new_zeros((vectors, batch, width))
-    d_vectors = like.new_empty((vectors, batch, width))
-    config = row_config("adaln_bwd", width, tokens, batch, r)
+    out = like.new_empty(r.shape if want_out else 0)
+    config = config or row_config("adaln_bwd", width, tokens, batch, r)
     slabs = triton.cdiv(tokens, config.rows)
-    partial = r.new_empty((vectors, batch, slabs, width), dtype=torch.float32)
-    sums = list(partial.unbind(0))
-    sum_gate = sums.pop(0) if want_gate else None
-    sum_shift, sum_scale = sums if want_modulation else (None, None)
-    r, d_r, d_out, branch, gate, scale = (_rows(tensor) for tensor in (r, d_r, d_out, branch, gate, scale))
-    with on_device(r):
-        _adaln_bwd_kernel[(batch * slabs,)](
-            d_r, d_out, r, branch, gate, scale, mean, rstd,
-            d_x, d_branch, sum_gate, sum_shift, sum_scale,
-            tokens, slabs, config.rows,
-            *_strides(d_r, 2), *_strides(d_out, 2), *_strides(r, 2), *_strides(branch, 2),
-            *_strides(gate, 1), *_strides(scale, 1),
-            D=width, BLOCK=config.block, TAIL=config.tail,
-            HAS_NORM=d_out is not None, HAS_D_R=d_r is not None,
-            WANT_X=want_x, WANT_BRANCH=want_branch, WANT_GATE=want_gate, WANT_MODULATION=want_modulation,
-            num_warps=config.num_warps,
-        )  # fmt: skip
-        if vectors:
-            _sum_slabs_kernel[(vectors * batch, triton.cdiv(width, 128))](
-                partial, d_vectors, slabs, D=width, BLOCK_SLABS=16, BLOCK_D=128, num_warps=4
-            )
-    return d_x, d_branch, d_vectors
+    vectors = want_gate + 2 * want_modulation
+    own = r.new_empty(((vectors + want_bias) * batch, slabs, width), dtype=torch.float32)
+    parts = list(own.view(-1, batch, slabs, width).unbind(0)) if r.numel() else []
+    sum_gate = parts.pop(0) if want_gate and parts else None
+    sum_shift, sum_scale = (parts.pop(0), parts.pop(0)) if want_modulation and parts else (None, None)
+    sum_bias = parts.pop(0) if parts else None
+    r, d_r, d_out, branch, gate, shift, scale = (_rows(x) for x in (r, d_r, d_out, branch, gate, shift, scale))
+    if r.numel():
+        with on_device(r):
+            _adaln_bwd_kernel[(batch * slabs,)](
+                d_r, d_out, r, branch, gate, shift, scale, mean, rstd,
+                d_x, d_branch, out, sum_gate, sum_shift, sum_scale, sum_bias,
+                tokens, slabs, config.rows,
+                *_strides(d_r, 2), *_strides(d_out, 2), *_strides(r, 2), *_strides(branch, 2),
+                *_strides(gate, 1), *_strides(shift, 1), *_strides(scale, 1),
+                D=width, BLOCK=config.block, TAIL=config.tail,
+                HAS_NORM=d_out is not None, HAS_D_R=d_r is not None,
+                WANT_X=want_x, WANT_BRANCH=want_branch, WANT_GATE=want_gate, WANT_MODULATION=want_modulation,
+                WANT_BIAS=want_bias, WANT_OUT=want_out,
+                num_warps=config.num_warps, maxnreg=MAX_REGISTERS,
+            )  # fmt: skip
+    bias_sums = own[vectors * batch :].view(int(want_bias), batch * slabs, width)
+    d_vectors, d_bias, *sums = sum_partials([own[: vectors * batch], bias_sums, *partials], like.dtype)
+    return d_x, d_branch, out, d_vectors.view(vectors, batch, width), d_bias.view(-1), sums
 
 
 def _rows(x: Tensor | None) -> Tensor | None:

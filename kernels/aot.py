@@ -13,6 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,12 @@ class KernelCase:
     Attributes:
         name, shape, dtype: as the report prints them.
         kernel: the @triton.jit function.
-        types: Triton types of its run-time arguments ("*bf16", "i32", "fp32"), by name; None stays None.
+        types: Triton types of its run-time arguments ("*bf16", "i32", "tensordesc<bf16[128,64]>"), by name; None
+            stays None.
         constants: its constexprs, by name.
         divisible: run-time arguments that are multiples of 16, as pointers are.
+        max_registers: of a thread, that the compiler is held to; 0 for none.
+        arch: the only architecture that is launched so; None for all.
     """
 
     name: str
@@ -70,6 +74,8 @@ class KernelCase:
     num_warps: int
     budget: Budget
     num_stages: int = 3
+    max_registers: int = 0
+    arch: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,32 +100,44 @@ def compile_case(case: KernelCase, arch: str) -> Report:
     """
     if arch not in _SHARED:
         raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}")
-    constants = {**case.constants, **{name: None for name, kind in case.types.items() if kind is None}}
+    types, constants = tuple(case.types.items()), tuple(case.constants.items())
+    launch = (case.num_warps, case.num_stages, case.max_registers)
+    registers, stack, shared, instructions = _compile(case.kernel, types, constants, case.divisible, *launch, arch)
+    warps = resident_warps(arch, case.num_warps, registers, shared)
+    return Report(case, arch, registers, stack, shared, warps, _wide_share(instructions), instructions)
+
+
+@lru_cache(maxsize=1024)
+def _compile(
+    kernel: Any,
+    types: tuple[tuple[str, str | None], ...],
+    constants: tuple[tuple[str, Any], ...],
+    divisible: frozenset[str],
+    num_warps: int,
+    num_stages: int,
+    max_registers: int,
+    arch: str,
+) -> tuple[int, int, int, dict[str, int]]:
+    """(registers, bytes of stack, bytes of shared memory, instructions): shapes that differ in sizes alone are one."""
+    kinds = dict(types)
+    constexprs = {**dict(constants), **{name: None for name, kind in types if kind is None}}
     signature, attributes = {}, {}
-    for index, name in enumerate(case.kernel.arg_names):
-        kind = case.types.get(name)
+    for index, name in enumerate(kernel.arg_names):
+        kind = kinds.get(name)
         signature[name] = "constexpr" if kind is None else kind
-        if kind is not None and (kind.startswith("*") or name in case.divisible):
+        if kind is not None and (kind.startswith("*") or name in divisible):
             attributes[(index,)] = [["tt.divisibility", 16]]
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    if max_registers:
+        options["maxnreg"] = max_registers
     compiled = triton.compile(
-        ASTSource(case.kernel, signature, constants, attributes),
+        ASTSource(kernel, signature, constexprs, attributes),
         target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32),
-        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+        options=options,
     )
     usage, listing = _disassemble(compiled.asm["cubin"])
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK"))
-    instructions = Counter(_INSTRUCTION.findall(listing))
-    shared = int(compiled.metadata.shared)
-    return Report(
-        case,
-        arch,
-        registers,
-        stack,
-        shared,
-        resident_warps(arch, case.num_warps, registers, shared),
-        _wide_share(instructions),
-        dict(instructions),
-    )
+    return registers, stack, int(compiled.metadata.shared), dict(Counter(_INSTRUCTION.findall(listing)))
 
 
 def violations(report: Report) -> list[str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from . import adaln, conditioning
-from .aot import Budget, KernelCase
+from . import adaln, attention_cases, conditioning, gemm_cases, sums
+from .aot import ARCHITECTURES, Budget, KernelCase
 from .launch import row_config
 
 WIDTHS = (384, 768, 1024, 1152)
@@ -44,6 +45,9 @@ def cases() -> Iterator[KernelCase]:
                 yield _backward(operator, width, stream, rest)
         yield _sum(width)
         yield _conditioning(width)
+        yield from gemm_cases.cases(width)
+    for arch in ARCHITECTURES:
+        yield from (replace(case, arch=arch) for case in attention_cases.cases(arch))
     yield _sinusoid()
 
 
@@ -62,9 +66,10 @@ def _backward(operator: str, width: int, stream: torch.dtype, rest: torch.dtype)
     branch, norm = _OPERATORS[operator]
     present = {}
     if branch:
-        present |= {"d_r": stream, "branch": rest, "gate": rest, "d_branch": rest, "sum_gate": torch.float32}
+        present |= {"d_r": stream, "branch": rest, "gate": rest, "d_branch": rest}
+        present |= dict.fromkeys(("sum_gate", "sum_bias"), torch.float32)
     if norm:
-        present |= {"d_out": rest, "r": stream, "scale": rest, "d_x": stream}
+        present |= {"d_out": rest, "r": stream, "shift": rest, "scale": rest, "d_x": stream, "out": rest}
         present |= dict.fromkeys(("mean", "rstd", "sum_shift", "sum_scale"), torch.float32)
     constants = {
         "HAS_NORM": norm,
@@ -73,8 +78,11 @@ def _backward(operator: str, width: int, stream: torch.dtype, rest: torch.dtype)
         "WANT_BRANCH": branch,
         "WANT_GATE": branch,
         "WANT_MODULATION": norm,
+        "WANT_BIAS": branch,
+        "WANT_OUT": norm,
     }
-    return _case(f"{operator}, backward", adaln._adaln_bwd_kernel, "adaln_bwd", width, present, constants, _BACKWARD)
+    case = _case(f"{operator}, backward", adaln._adaln_bwd_kernel, "adaln_bwd", width, present, constants, _BACKWARD)
+    return replace(case, max_registers=adaln.MAX_REGISTERS)
 
 
 def _case(
@@ -144,14 +152,21 @@ def _sinusoid() -> KernelCase:
 
 
 def _sum(width: int) -> KernelCase:
+    """Three groups, as a training block has them: modulations, a Linear's bias, the MLP's first bias."""
+    types: dict[str, str | None] = {}
+    for index in range(3):
+        types |= {f"partial{index}_ptr": "*fp32", f"out{index}_ptr": "*bf16", f"rows{index}": "i32"}
+        types[f"width{index}"] = "i32"
+    types |= dict.fromkeys(("rows3", "width3", "end0", "end1", "end2"), "i32")
+    blocks = {"R0": 16, "W0": 128, "R1": 128, "W1": 16, "R2": 128, "W2": 16, "R3": 1, "W3": 1}
     return KernelCase(
-        name="sum over slabs",
+        name="sums of partial sums",
         shape=f"D={width}",
         dtype="bf16",
-        kernel=adaln._sum_slabs_kernel,
-        types={"partial_ptr": "*fp32", "out_ptr": "*bf16", "slabs": "i32"},
-        constants={"D": width, "BLOCK_SLABS": 16, "BLOCK_D": 128},
-        divisible=frozenset(),
+        kernel=sums._sum_kernel,
+        types=types,
+        constants=blocks,
+        divisible=frozenset({"width0", "width1", "width2"}),
         num_warps=4,
         budget=_SUM,
     )

@@ -6,11 +6,14 @@ import functools
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(2)
+    # a shell's background job starts with SIGINT ignored, and Python leaves it so
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,8 +40,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU; torch.cuda.is_available() is False")
+    if item.get_closest_marker("kernels"):
+        _round_to_bf16()
     if item.get_closest_marker("compiler") and (reason := _compiler_missing()):
         pytest.skip(reason)
+
+
+@functools.cache
+def _round_to_bf16() -> None:
+    """Has Triton's interpreter round to bf16 as a GPU does: it truncates, which biases sums by many ulps."""
+    try:
+        import triton.language as tl
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    convert = interpreter._convert_float
+
+    def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
+        if source == tl.float32 and target == tl.bfloat16:
+            values = torch.from_numpy(np.ascontiguousarray(data).view(np.float32))
+            return values.bfloat16().view(torch.int16).numpy().view(np.uint16).reshape(np.shape(data))
+        return convert(data, source, target, mode)
+
+    interpreter._convert_float = rounded
 
 
 @functools.cache

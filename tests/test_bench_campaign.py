@@ -1,10 +1,9 @@
-"""The campaign: order, budget, going on, and the goals it ends with."""
+"""The campaign: order, budget, going on, and how it ends."""
 
 from __future__ import annotations
 
 import _thread
 import json
-import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -17,16 +16,9 @@ from typer.testing import CliRunner, Result
 
 from ditfast.bench import campaign_command
 from ditfast.bench.campaign import Campaign, Step
-from ditfast.bench.ceilings import Ceilings
-from ditfast.bench.cost_bench import trace
-from ditfast.bench.goals import Goal, bound_ms, goals
-from ditfast.bench.records import Results, Suite
-from ditfast.bench.rows import MemoryRow, ModelRow, OpRow, VerifyRow
-from ditfast.bench.timing import Spread
+from ditfast.bench.records import Results
+from ditfast.bench.rows import VerifyRow
 from ditfast.cli import app
-from ditfast.config import MODELS
-
-CEILINGS = Ceilings(4000.0, 1, {"bf16": 800.0}, {"bf16": 8192})
 
 
 def step(name: str, code: str, **options: object) -> Step:
@@ -138,13 +130,9 @@ def test_an_interruption_stops_the_step_and_keeps_the_state(tmp_path: Path) -> N
             time.sleep(0.05)
         _thread.interrupt_main()
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=interrupt, daemon=True).start()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            campaign.run([step("done", "pass"), step("slow", SLOW), step("never", "pass")], 120, lambda what: None)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        campaign.run([step("done", "pass"), step("slow", SLOW), step("never", "pass")], 120, lambda what: None)
     there = Campaign.open(tmp_path)
     assert states(there) == {"done": "done", "slow": "cut"}
     assert (tmp_path / "slow.json").read_text() == "row saved"
@@ -197,8 +185,8 @@ def test_bad_options(arguments: Sequence[str], message: str, tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
-def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = invoke("--out", tmp_path / "out")
     assert result.exit_code == 2
     assert "campaign measures a GPU, and there is none; --device cpu rehearses" in result.stderr
@@ -228,7 +216,7 @@ def test_the_steps_are_commands_that_exist() -> None:
             command = groups[words[2]].commands[words[3]] if words[2] == "bench" else groups[words[2]]
             known = {opt for parameter in command.params for opt in (*parameter.opts, *parameter.secondary_opts)}
             assert {word for word in words[3:] if word.startswith("--")} <= known, item.name
-            assert "{json}" in words
+            assert any("{json}" in word for word in words)
 
 
 def test_the_command_ends_with_the_goals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +231,7 @@ def test_the_command_ends_with_the_goals(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(campaign_command, "make_steps", lambda device: plan([ok]))
     result = invoke("--out", out, "--device", "cpu", "--budget", "60s")
     assert result.exit_code == 0, result.output
-    assert result.stdout.count("not measured") == 7
+    assert result.stdout.count("not measured") == 11
     assert "1 judged" in result.stdout and "met" in result.stdout
 
     # the line it ends with works
@@ -258,133 +246,3 @@ def test_the_command_ends_with_the_goals(tmp_path: Path, monkeypatch: pytest.Mon
     assert result.exit_code == 1, result.output
     assert "left out: " in result.stderr and "damaged.json" in result.stderr
     assert "missed" in result.stdout and "verify gated_residual fp32" in result.stdout
-
-
-def model_row(provider: str, ms: float, model: str = "DiT-XL/2", mode: str = "forward", batch: int = 256) -> ModelRow:
-    row = ModelRow(model, "adaln_zero", (32, 32), 256, 1152, 28, batch, "bf16", mode, provider, "bf16", "ok")
-    return replace(row, ms=Spread(ms, ms, ms, 9, 1), parity=True)
-
-
-def results(suite: Suite, *rows: object) -> Results:
-    return Results(suite, {}, {}, CEILINGS, rows=list(rows), complete=True)
-
-
-def by_name(*files: Results) -> dict[str, Goal]:
-    return {goal.name: goal for goal in goals(files)}
-
-
-def found(named: dict[str, Goal], *words: str) -> Goal:
-    [goal] = [goal for name, goal in named.items() if all(word in name for word in words)]
-    return goal
-
-
-def test_nothing_measured() -> None:
-    assert len(by_name()) == 8
-    assert {goal.status for goal in by_name().values()} == {"not measured"}
-
-
-def test_factors_by_hand() -> None:
-    rows = [
-        model_row("reference", 160.0),
-        model_row("reference-compile", 126.0),
-        model_row("reference-max-autotune", 120.0),
-        model_row("ditfast", 100.0),
-        model_row("ditfast-graph", 99.0),
-        replace(model_row("ditfast-compile", 50.0), parity=None),  # faster, but nobody knows whether it is right
-        model_row("reference-reduce-overhead", 3.0, batch=1),
-        model_row("reference-compile", 2.0, batch=1),
-        model_row("ditfast-graph", 2.5, batch=1),
-        model_row("reference-compile", 230.0, mode="train", batch=128),
-        model_row("ditfast", 200.0, mode="train", batch=128),
-        model_row("ditfast", 300.0, mode="train", batch=256),  # no rival at this batch
-        replace(model_row("reference-compile", 1.0, model="DiT-S/2", mode="train"), dtype="fp32"),
-        model_row("ditfast", 1.0, model="DiT-S/2", mode="train"),
-    ]
-    named = by_name(results("models", *rows))
-    best = found(named, "XL/2", "forward", "best torch.compile")
-    assert (best.found, best.status) == (None, "not measured")  # the third mode may be the best
-    said = "1.21x so far: ditfast-graph over reference-max-autotune at batch 256, 2 of 3 modes tried"
-    assert best.detail == said
-    tried = replace(model_row("reference-reduce-overhead", 1.0), ms=None, status="error")
-    best = found(by_name(results("models", *rows, tried)), "XL/2", "forward", "best torch.compile")
-    assert (best.found, best.status) == (pytest.approx(120 / 99), "met")
-    assert best.detail == "ditfast-graph over reference-max-autotune at batch 256"
-    small = found(named, "batch 1:")
-    assert (small.found, small.status, small.short_by) == (pytest.approx(1.2), "missed", pytest.approx(0.3))
-    train = found(named, "XL/2", "train")
-    said = "1.15x so far: ditfast over reference-compile at batch 128, 1 of 3 modes tried"
-    assert (train.found, train.detail) == (None, said)
-    assert found(named, "S/2", "train").detail == "no time of the best torch.compile mode"
-    assert found(named, "parity").found == 1
-    assert "models DiT-XL/2 ditfast-compile" in found(named, "parity").detail
-
-
-def test_factors_are_of_one_run_and_of_the_one_with_most_rivals() -> None:
-    alone = results("models", model_row("ditfast", 1.0))
-    quick = results("models", model_row("reference-compile", 150.0), model_row("ditfast", 100.0))
-    full = results(
-        "models",
-        model_row("reference-compile", 150.0),
-        model_row("reference-max-autotune", 130.0),
-        model_row("reference-reduce-overhead", 140.0),
-        model_row("ditfast", 104.0),
-    )
-    for files in ([alone, quick, full], [full, quick, alone]):
-        goal = found(by_name(*files), "XL/2", "forward", "best torch.compile")
-        assert (goal.found, goal.status) == (pytest.approx(1.25), "met")
-    assert found(by_name(alone), "XL/2", "forward", "best torch.compile").found is None
-
-
-def test_a_crash_of_ours_is_no_parity() -> None:
-    crashed = replace(model_row("ditfast", 1.0), ms=None, parity=None, status="error")
-    rival = replace(model_row("reference-compile", 1.0), ms=None, parity=None, status="error")
-    goal = found(by_name(results("models", crashed, rival)), "parity")
-    assert (goal.found, goal.status) == (1, "missed")
-
-
-def test_share_of_the_bound_by_hand() -> None:
-    bound = bound_ms(256, 800.0, 4000.0)
-    cost = trace(MODELS["DiT-XL/2"], 256, torch.bfloat16, "forward", "ditfast")
-    by_hand = sum(max(launch.flops / 800e12, launch.bytes / 4000e9) for launch in cost.records) * 1e3
-    assert bound == pytest.approx(by_hand)
-    assert cost.total_flops / 800e12 * 1e3 < bound  # some launches are bound by traffic
-    goal = found(by_name(results("models", model_row("ditfast", bound / 0.8))), "bound")
-    assert (goal.found, goal.status) == (pytest.approx(0.8), "missed")
-    assert goal.text(goal.short_by) == "10.0%"
-    # the limit is the highest measured, not that of a run on a busy machine
-    slow = Results("ops", {}, {}, Ceilings(2000.0, 1, {"bf16": 400.0}, {"bf16": 8192}))
-    again = found(by_name(results("models", model_row("ditfast", bound / 0.8)), slow), "bound")
-    assert again.found == goal.found
-
-
-def op_row(operator: str, share: float, **changes: object) -> OpRow:
-    row = OpRow(operator, "forward", 256, 256, 1152, "bf16", "ditfast", "ok", "graph", 1, 500_000_000, "GB/s")
-    return replace(row, **{"share": share, "parity": True, **changes})  # type: ignore[arg-type]
-
-
-def test_the_slowest_adaln_kernel_counts() -> None:
-    rows = [
-        op_row("gated_residual", 0.95),
-        op_row("layer_norm_modulate", 0.91, direction="backward"),
-        op_row("layer_norm_modulate", 0.2, bytes=1_000_000),  # too small to be bound by memory
-        op_row("gated_residual", 0.1, provider="compile"),
-        op_row("gelu_mlp", 0.3, unit="TFLOP/s"),
-        op_row("gated_residual", 0.3, timed="calls"),
-        op_row("gated_residual", 0.3, parity=False, dtype="fp16"),
-    ]
-    goal = found(by_name(results("ops", *rows)), "adaLN")
-    assert (goal.found, goal.status) == (0.91, "met")
-    assert "layer_norm_modulate, backward" in goal.detail
-
-
-def test_saved_activations_by_hand() -> None:
-    def row(provider: str, saved: int, model: str = "DiT-XL/2", mode: str = "train") -> MemoryRow:
-        return MemoryRow(model, "adaln_zero", (32, 32), 32, "bf16", mode, provider, "ok", saved_bytes=saved)
-
-    rows = [row("reference", 100), row("ditfast", 60), row("reference", 10, "DiT-S/2"), row("ditfast", 7, "DiT-S/2")]
-    goal = found(by_name(results("memory", *rows)), "saved")
-    assert (goal.found, goal.status, goal.at_most) == (0.7, "missed", True)
-    assert "DiT-S/2" in goal.detail
-    assert found(by_name(results("memory", *rows[:2])), "saved").status == "met"
-    assert found(by_name(results("memory", rows[1])), "saved").status == "not measured"
-

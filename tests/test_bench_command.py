@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,15 +105,7 @@ def test_another_schema_is_refused_before_anything_is_measured(tmp_path: Path) -
     assert str(old) in result.stderr
 
 
-@pytest.fixture
-def listening_to_sigint() -> Iterator[None]:
-    """A shell's background job starts with SIGINT ignored, and Python leaves it so."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("tiny", "listening_to_sigint")
+@pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
 def test_interruption_keeps_the_rows_so_far(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def build(work: Workload) -> Variant:

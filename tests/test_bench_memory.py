@@ -105,12 +105,13 @@ def test_what_a_compiled_forward_keeps() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
-@pytest.mark.parametrize(("provider", "units", "vectors"), [("reference", 20, 9), ("ditfast", 18, 6)])
+@pytest.mark.parametrize(("provider", "units", "vectors"), [("reference", 20, 9), ("ditfast", 12, 6)])
 def test_one_more_block_by_hand(dtype: torch.dtype, size: int, provider: str, units: int, vectors: int) -> None:
-    """In units of B * T * D: twice a norm's input and output, qkv 3, attention's output, two branches, MLP 4 + 4.
+    """In units of B * T * D: two norms' inputs, qkv 3, attention's output, two branches, the pre-activation 4.
 
-    The reference keeps two normalised states besides. Of size B * D it keeps six modulations, SiLU's output and
-    two times 1 + scale; ditfast the modulations. Two norms' means and deviations and attention's sums are fp32.
+    The reference keeps two normalised states besides, the two norms' outputs, and the activation 4. Of size B * D it
+    keeps six modulations, SiLU's output and two times 1 + scale; ditfast the modulations. Two norms' means and
+    deviations and attention's sums are fp32, of ours its maxima too.
     """
     batch, tokens, width, heads = 3, 16, 72, 2
     counts = []
@@ -121,7 +122,8 @@ def test_one_more_block_by_hand(dtype: torch.dtype, size: int, provider: str, un
         assert (row.peak_bytes, row.max_batch, row.device_bytes) == (None, None, None)
         assert row.saved_bytes is not None
         counts.append(row.saved_bytes)
-    small = vectors * batch * width * size + 4 * batch * tokens * 4 + batch * heads * tokens * 4
+    sums = (2 if provider == "ditfast" else 1) * batch * heads * tokens * 4
+    small = vectors * batch * width * size + 4 * batch * tokens * 4 + sums
     assert counts[1] - counts[0] == units * batch * tokens * width * size + small
 
 

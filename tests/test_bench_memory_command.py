@@ -213,6 +213,7 @@ def test_the_command_on_meta_tensors(tmp_path: Path) -> None:
         (["--mode", "trian"], "did you mean 'train'?"),
         (["--batch", "0"], "batch must be at least 1, got 0"),
         (["--max-batch", "16", "--batch", "32"], "--max-batch must be at least the largest --batch, 32, got 16"),
+        (["--max-batch", "64"], "--max-batch is for the search, which takes a GPU and no --no-search, got 64"),
         (["--device", "tpu9"], "--device must be cpu, cuda or cuda:N, got 'tpu9'"),
         (["--device", "meta", "--mode", "forward"], "--mode must be train or train-checkpoint with --device meta"),
         (["--device", "meta", "--providers", "ditfast-compile"], "must be of reference, diffusers, ditfast with"),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from ditfast.bench import ops_bench
+from ditfast.bench import ops_attention, ops_bench
 from ditfast.bench.ceilings import Ceilings
 from ditfast.bench.metrics import with_speedups
 from ditfast.bench.op_work import Work, work
@@ -248,3 +248,63 @@ def test_a_round_is_divided_by_its_calls() -> None:
     assert sampler(3) == 6.0  # a round for three calls, of which it holds four
     assert sampler(10) == 20.0  # two rounds, not ten
     assert run == [1, 2]
+
+
+@pytest.mark.usefixtures("no_compile")
+def test_the_gemm_alone_is_a_yardstick() -> None:
+    """Neither judged nor a rival, however fast; a backward has none."""
+    right = OPERATORS["linear_gelu"]
+    rows = {row.provider: row for row in run_operator(right, "forward", SHAPE, torch.float32, CPU, 0.01)}
+    assert list(rows) == ["eager", "compile", "gemm", "ditfast"]
+    assert tuple(rows) == ops_bench.providers("linear_gelu", "forward", CPU)
+    assert rows["gemm"].status == "ok" and rows["gemm"].ms is not None
+    assert (rows["gemm"].parity, rows["gemm"].speedup) == (None, None)
+    assert rows["ditfast"].rival == "eager"
+    assert "gemm" not in ops_bench.providers("linear_gelu", "backward", CPU)
+    assert "gemm" not in ops_bench.providers("gated_residual", "forward", CPU)
+    assert "max-autotune" in ops_bench.providers("gated_residual", "forward", torch.device("cuda"))
+
+
+ATTENTION = ("sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "flash-attn-2", "flash-attn-3", "flash-attn-4")
+
+
+def test_attention_is_set_beside_every_implementation_on_a_gpu() -> None:
+    gpu = torch.device("cuda")
+    for direction in ("forward", "backward"):
+        found = ops_bench.providers("self_attention", direction, gpu)
+        assert found == ("eager", "compile", "max-autotune", *ATTENTION, "ditfast-triton", "ditfast")
+        assert ops_bench.providers("self_attention", direction, CPU) == ("eager", "compile", "ditfast")
+    assert not set(ATTENTION) & set(ops_bench.providers("gelu_mlp", "forward", gpu))
+    shapes = ops_bench.shapes_of("self_attention", None, [SHAPE])
+    sizes = {(shape.batch, shape.tokens, shape.width // shape.num_heads) for shape in shapes}
+    assert sizes == {(64, 256, 72), (16, 1024, 72), (4, 4096, 72), (64, 256, 64), (16, 1024, 64), (4, 4096, 64)}
+    assert ops_bench.shapes_of("self_attention", [SHAPE], []) == ops_bench.shapes_of("gelu_mlp", None, [SHAPE])
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", ["self_attention", "self_attention+bias"])
+def test_implementations_that_cannot_run_say_why(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here: on a CPU, all but this project's kernels in the interpreter."""
+    monkeypatch.setattr(ops_bench, "providers", lambda *_: ("eager", *ops_attention.PROVIDERS, "ditfast"))
+    monkeypatch.setattr(ops_bench, "_POOL_BYTES_CPU", 1)
+    shape = Shape(1, 5, 72, num_heads=1)
+    rows = {row.provider: row for row in run_operator(OPERATORS[name], "forward", shape, torch.float32, CPU, 1e-3)}
+    assert list(rows) == ["eager", *ops_attention.PROVIDERS, "ditfast"]
+    assert {(rows[name].status, rows[name].note) for name in ATTENTION} == {("unavailable", "it needs a CUDA GPU")}
+    for provider in ("eager", "ditfast-triton", "ditfast"):
+        assert (rows[provider].status, rows[provider].parity) == ("ok", True), rows[provider]
+    assert rows["ditfast-triton"].rival == "eager"
+    assert {row.size for row in rows.values()} == {"1 x 5 x 1 x 72"}
+
+
+@pytest.mark.parametrize("provider", ATTENTION)
+def test_a_rivals_backward_is_as_its_library_has_it(provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+
+    def run(backend: str, *_: object, **options: bool) -> Tensor:
+        seen[backend] = options
+        return torch.zeros(1)
+
+    monkeypatch.setattr(ops_attention.backends, "run", run)
+    ops_attention.implementation(provider)(torch.zeros(1, 5, 216), num_heads=1)
+    assert seen == {ops_attention.PROVIDERS[provider]: {"deterministic": False, "alone": True}}

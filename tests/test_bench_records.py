@@ -126,7 +126,7 @@ def damaged(change: Any) -> dict[str, Any]:
     [
         (lambda d: d.update(schema="ditfast.bench/1"), "must have one of the schemas .*, got 'ditfast.bench/1'"),
         (lambda d: d.update(schema=["ditfast.bench.models/1"]), "must have one of the schemas"),
-        (lambda d: d.update(schema="ditfast.bench.ops/1"), r"results.rows\[0\] must hold operator, "),
+        (lambda d: d.update(schema="ditfast.bench.ops/2"), r"results.rows\[0\] must hold operator, "),
         (lambda d: d.pop("schema"), "must have one of the schemas 'ditfast.bench.models/1', .*, got None"),
         (lambda d: d.pop("rows"), r"missing: \['rows'\]"),
         (lambda d: d["rows"][0].pop("status"), r"results.rows\[0\].*missing: \['status'\]"),

@@ -15,7 +15,7 @@ from ditfast.bench.ceilings import Ceilings
 from ditfast.bench.metrics import flops_per_image, with_shares
 from ditfast.bench.providers import PROVIDERS, Provider
 from ditfast.bench.rows import ModelRow
-from ditfast.bench.runner import Settings, run, steps
+from ditfast.bench.runner import Runner, Settings, steps
 from ditfast.bench.variants import Variant
 from ditfast.bench.workload import Inputs, Workload
 
@@ -55,7 +55,8 @@ def run_one(
     providers: list[Provider], clock: FakeTime | None, mode: Mode = "forward", batch: int = 2
 ) -> dict[str, ModelRow]:
     case = Case(CONFIG, batch, torch.float32, mode)
-    [rows] = run([case], providers, CPU, Settings(seconds=0.02, clock=clock))
+    with Runner(CPU, Settings(seconds=0.02, clock=clock)) as runner:
+        rows = runner.rows(case, providers)
     rows = with_shares(rows, CEILINGS)
     assert [row.provider for row in rows] == [provider.name for provider in providers]
     return {row.provider: row for row in rows}
@@ -185,7 +186,8 @@ def test_failing_providers_become_rows_and_the_others_go_on() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ditfast_has_parity(mode: Mode, dtype: torch.dtype) -> None:
     case = Case(CONFIG, 3, dtype, mode)
-    [rows] = run([case], [PROVIDERS["reference"], PROVIDERS["ditfast"]], CPU, Settings(seconds=0.02))
+    with Runner(CPU, Settings(seconds=0.02)) as runner:
+        rows = runner.rows(case, [PROVIDERS["reference"], PROVIDERS["ditfast"]])
     reference, ours = rows
     assert (reference.status, reference.parity, reference.note) == ("ok", True, "")
     assert (ours.status, ours.parity, ours.note) == ("ok", True, "")
@@ -200,7 +202,8 @@ def test_every_provider_on_a_gpu(mode: Mode) -> None:
     device = torch.device("cuda")
     case = Case(CONFIG, 3, torch.bfloat16, mode)
     able = [provider for provider in PROVIDERS.values() if provider.unavailable(case, device) is None]
-    [rows] = run([case], able, device, Settings(seconds=0.1))
+    with Runner(device, Settings(seconds=0.1)) as runner:
+        rows = runner.rows(case, able)
     for row in rows:
         assert row.status == "ok", row.note
         assert row.peak_bytes is not None and row.peak_bytes > 0
@@ -263,10 +266,10 @@ def test_reports_every_step_and_yields_case_by_case() -> None:
     providers = [clock.provider("reference", 8.0), clock.provider("ditfast-fake", 4.0)]
     cases = [Case(CONFIG, batch, torch.float32) for batch in (1, 2)]
     said: list[str] = []
-    run_of_two = run(cases, providers, CPU, Settings(seconds=0.02, clock=clock), said.append)
-    assert [row.batch for row in next(run_of_two)] == [1, 1]
-    assert len(said) == 3
-    assert [row.batch for row in next(run_of_two)] == [2, 2]
+    with Runner(CPU, Settings(seconds=0.02, clock=clock)) as runner:
+        assert [row.batch for row in runner.rows(cases[0], providers, said.append)] == [1, 1]
+        assert len(said) == 3
+        assert [row.batch for row in runner.rows(cases[1], providers, said.append)] == [2, 2]
     assert len(said) == steps(cases, providers) == 6
 
 

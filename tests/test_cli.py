@@ -15,6 +15,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import ditfast
+import ditfast.info
 from ditfast.bench.inputs import random_batch, randomize_
 from ditfast.cli import app
 
@@ -104,6 +105,30 @@ def test_info_says_why_a_backend_is_unavailable() -> None:
         assert line.endswith(reason or "available")
 
 
+def test_info_says_which_attention_a_shape_takes() -> None:
+    facts = json.loads(_ditfast("info", "--json").stdout)
+    assert {entry["shape"] for entry in facts["attention"]} == set(ditfast.info.SHAPES)
+    asked = ("--attention", "100x3x20", "--dtype", "fp16")
+    [entry] = json.loads(_ditfast("info", "--json", *asked).stdout)["attention"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    qkv = torch.empty(2, 100, 180, dtype=torch.float16, device=device)
+    for training in (False, True):
+        taken = ditfast.ops.attention_backend(qkv, 100, 20, training=training)
+        assert entry["training" if training else "inference"] == taken
+    assert entry["reasons"] == ditfast.ops.attention_backends(qkv, 3)
+    text = _ditfast("info", *asked).stdout
+    assert f"100x3x20 fp16: {entry['inference']} in inference, {entry['training']} in training" in text
+    assert all(reason in text for reason in entry["reasons"].values() if reason)
+
+
+@pytest.mark.parametrize("shape", ["100x3", "100x3x0", "100x3xD", "2x100x3x20"])
+def test_info_refuses_what_is_no_shape(shape: str) -> None:
+    result = _ditfast("info", "--attention", shape)
+    assert result.exit_code == 2
+    assert f"shape must look like 256x16x72 (T x H x head_dim), got {shape!r}" in result.stderr
+
+
+
 def test_convert_there_and_back_computes_the_same(model: ditfast.DiT, official: Path, tmp_path: Path) -> None:
     middle, last = tmp_path / "model.safetensors", tmp_path / "back.pt"
     # a model of no named size: the official file does not tell its heads
@@ -170,7 +195,7 @@ def test_traceback_shows_where_an_error_came_from(tmp_path: Path) -> None:
 
 
 def test_an_error_that_is_no_users_mistake_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> None:
+    def broken(*_: object) -> None:
         raise RuntimeError("a bug")
 
     monkeypatch.setattr("ditfast.info.collect", broken)

@@ -31,7 +31,7 @@ class Rule:
 
 
 _CORE = ("config", "reference", "ops", "model")
-_PRODUCT = (*_CORE, "checkpoint", "accelerate")
+_PRODUCT = (*_CORE, "checkpoint", "adapters", "accelerate")
 
 RULES = {
     "config": Rule(),
@@ -40,7 +40,8 @@ RULES = {
     "ops": Rule(("config", "reference", "kernels"), ("torch",), ("triton", "flash_attn")),
     "model": Rule(("config", "reference", "ops"), ("torch",)),
     "checkpoint": Rule(_CORE, ("torch", "numpy", "safetensors")),
-    "accelerate": Rule(_CORE, ("torch",)),
+    "adapters": Rule(_CORE, ("torch",), ("diffusers",)),
+    "accelerate": Rule((*_CORE, "adapters"), ("torch",)),
     "inference": Rule(_PRODUCT, ("torch", "numpy"), ("diffusers", "rich")),
     "training": Rule(_PRODUCT, ("torch", "numpy"), ("rich",)),
     "bench": Rule(

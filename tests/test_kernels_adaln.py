@@ -182,11 +182,11 @@ def test_opcheck(name):
     r, _, mean, rstd = forward(x, branch, gate, shift, scale, 1e-6)
     normed, gated = shift is not None, gate is not None
     d_r, d_out = (torch.randn_like(x) if present else None for present in (gated, normed))
-    arguments = (d_r, d_out, r if gated else x, branch, gate, scale)
+    arguments = (d_r, d_out, r if gated else x, branch, gate, shift, scale)
     moments = (mean, rstd) if normed else (None, None)
     torch.library.opcheck(
         torch.ops.ditfast.adaln_backward.default,
-        (*arguments, *moments, normed, gated, gated, normed),
+        (*arguments, *moments, normed, gated, gated, normed, gated, normed, [torch.randn(1, 3, 8, device=DEVICE)]),
         test_utils=utilities,
     )
 

@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
+from ditfast.kernels import gemm_config  # noqa: E402
 from ditfast.kernels.aot import Budget, KernelCase, Report, resident_warps, violations  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,8 +50,61 @@ def test_the_report_covers_what_it_should(report):
                     for arch in ("sm_80", "sm_90"):
                         assert (f"{operator}, {direction}", f"D={width}", dtype, arch) in rows
     for row in report["kernels"]:
-        if "residual" in row["kernel"] or "modulate" in row["kernel"]:
+        if row["kernel"].endswith((", forward", ", backward")) and "attention" not in row["kernel"]:
             assert row["instructions"]["LDG.E.128"] and row["instructions"]["STG.E.128"], row
+
+
+EPILOGUES = (
+    "linear_gelu",
+    "linear_gelu_save",
+    "linear_gelu_backward",
+    "linear_gated_residual",
+    "linear_gated_residual_save",
+)
+
+
+def test_matrix_kernels_run_on_the_tensor_cores(report):
+    """Every epilogue at the widths of S, B, L and XL, and attention: wgmma and TMA on Hopper, cp.async elsewhere."""
+    wanted = {"sm_80": {"HMMA", "LDGSTS"}, "sm_90": {"HGMMA", "UTMALDG", "UTMASTG"}}
+    rows = [row for row in report["kernels"] if row["dtype"] != "fp32"]
+    for arch, instructions in wanted.items():
+        for operator in EPILOGUES:
+            shapes = [row for row in rows if (row["kernel"], row["arch"]) == (operator, arch)]
+            dtypes = {"bf16", "tf32"} | ({"bf16, fp32 stream"} if "residual" in operator else set())
+            assert {row["dtype"] for row in shapes} == dtypes
+            for width in (384, 768, 1024, 1152):
+                inner = 4 * width if "residual" in operator else width
+                assert sum(row["shape"].split(", ")[0].endswith(f"K={inner}") for row in shapes) >= 2, (operator, width)
+            for row in shapes:
+                found = {name.split(".")[0] for name in row["instructions"]}
+                assert instructions <= found and not (arch == "sm_90" and "HMMA" in found), row
+        attention = [row for row in rows if row["kernel"].startswith("self_attention") and row["arch"] == arch]
+        assert {row["kernel"] for row in attention} >= {
+            f"self_attention, {part}" for part in ("forward", "d_q", "d_k and d_v", "d_bias")
+        }
+        for row in attention:
+            found = {name.split(".")[0] for name in row["instructions"]}
+            assert {"HMMA" if arch == "sm_80" else "HGMMA", "LDGSTS"} <= found, row
+
+
+def test_the_activation_is_taken_once_an_element(report):
+    """Not once more in other registers, nor in code for an empty sum."""
+    for row in report["kernels"]:
+        if row["kernel"] in EPILOGUES and "gelu" in row["kernel"] and row["dtype"] == "bf16":
+            rows, columns, inner = (int(size[2:]) for size in row["shape"].split())
+            gpu = {"sm_80": (8, 108), "sm_90": (9, 132)}[row["arch"]]
+            arguments = (row["kernel"], rows, columns, inner, torch.bfloat16, *gpu)
+            config = gemm_config.heuristic(*arguments, demanded=True)
+            a_thread = config.block_m * config.block_n // (32 * config.num_warps)
+            assert row["instructions"]["MUFU.TANH"] == a_thread, row
+
+
+def test_two_blocks_share_a_multiprocessor(report):
+    """The 128 x 128 x 64 tiles of sm_80: 8 warps each, at most 128 registers a thread."""
+    rows = [row for row in report["kernels"] if row["arch"] == "sm_80" and row["kernel"] in EPILOGUES]
+    large = [row for row in rows if row["dtype"] == "bf16" and row["num_warps"] == 8]
+    assert {row["kernel"] for row in large} == set(EPILOGUES)
+    assert all(row["resident_warps"] >= 16 and row["registers"] <= 128 for row in large)
 
 
 def test_every_kernel_of_the_folder_is_compiled():

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from ditfast import MODELS, DiT, DiTConfig, ops, reference
-from ditfast.bench.cost import Cost, count
+from ditfast.bench.cost import AttentionAsOne, Cost, count
+from ditfast.bench.cost_bench import trace
 from ditfast.bench.inputs import random_batch, randomize_
+from ditfast.bench.memory import saved_bytes
 from ditfast.bench.parity import judge
 from ditfast.bench.verify import check_model, run_model
 from ditfast.training import diffusion_loss
@@ -130,10 +132,28 @@ def test_bytes_of_one_forward():
 
 
 def test_the_readmes_counts():
-    slow, fast = traced(MODELS["DiT-XL/2"], 256)
-    text = " ".join((Path(__file__).parents[1] / "README.md").read_text().split())
-    assert f"an XL/2 forward is {fast.total_launches} launches where the reference makes {slow.total_launches}" in text
-    assert f"at batch 256 it moves {fast.total_bytes / slow.total_bytes:.0%} of".replace("%", " %") in text
+    config = MODELS["DiT-XL/2"]
+    slow, fast = traced(config, 256)
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    share = f"{fast.total_bytes / slow.total_bytes:.0%}".replace("%", " %")
+    launches = f"{fast.total_launches:,}, reference {slow.total_launches:,}"
+    assert f"| an XL/2 forward | {launches} | {share} of the reference's | |" in text
+    slow, fast = (trace(config, 256, torch.bfloat16, "train", name) for name in ("reference", "ditfast"))
+    share = f"{fast.total_bytes / slow.total_bytes:.0%}".replace("%", " %")
+    launches = f"{fast.total_launches:,}, reference {slow.total_launches:,}"
+    kept = [saved(build) for build in (DiT, reference.DiT)]
+    assert f"| its loss and backward | {launches} | {share} | {kept[0] / kept[1]:.0%}".replace("0%", "0 %") in text
+
+
+def saved(build) -> int:
+    """Bytes that XL/2's forward keeps for its backward at batch 256."""
+    config = MODELS["DiT-XL/2"]
+    with torch.device("meta"):
+        model = build(config).bfloat16().train()
+        x = torch.empty(256, config.in_channels, *config.latent_hw, dtype=torch.bfloat16)
+        t, y = (torch.empty(256, dtype=torch.int64) for _ in range(2))
+        with AttentionAsOne(Cost()):
+            return saved_bytes(lambda: model(x, t, y).sum(), (x, t, y, *model.parameters()))
 
 
 def test_the_counter():

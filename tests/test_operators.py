@@ -1,21 +1,13 @@
 """Every operator by the numerics rule, against formulas written out, and under torch's transforms."""
 
-import importlib.util
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ditfast import ops
 from ditfast.bench.operators import OPERATORS, Shape, check, draw_inputs, run
-from ditfast.ops import _backend
 from ditfast.reference import ops as formulas
 
 SHAPES = [
@@ -94,9 +86,9 @@ def test_fullgraph_compile(name):
 def test_a_sample_does_not_depend_on_its_neighbours(dtype):
     shape = Shape(3, 7, 72)
     for operator in OPERATORS.values():
-        if not operator.mixed:
-            continue  # GEMMs may choose another kernel for another number of rows
         inputs = draw_inputs(operator, shape, dtype, "cpu")
+        if not operator.mixed or "weight" in inputs:
+            continue  # GEMMs may choose another kernel for another number of rows
         together = run(operator.fused, inputs, {}, ())
         alone = run(operator.fused, {key: value[1:2] for key, value in inputs.items()}, {}, ())
         assert all(torch.equal(together[key][1:2], alone[key]) for key in together)
@@ -175,159 +167,7 @@ def test_use_backend():
         pass
 
 
-WITHOUT_KERNELS = ("linear_gelu", "linear_gated_residual", "gelu_mlp", "self_attention")
-
-
-@pytest.mark.parametrize("name", WITHOUT_KERNELS)
-def test_triton_demands_only_kernels_that_exist(name):
-    operator, shape = OPERATORS[name], Shape(2, 5, 72)
-    inputs = draw_inputs(operator, shape, torch.float32, "cpu")
-    with ops.use_backend("triton"):
-        demanded = operator.fused(**inputs, **operator.options(shape))
-    assert torch.equal(demanded, operator.formula(**inputs, **operator.options(shape)))
-
-
 @pytest.mark.subprocess
-@pytest.mark.skipif(torch.cuda.is_available(), reason="shows the refusal on a machine without a GPU")
-def test_triton_is_never_silently_replaced():
-    code = """
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from ditfast import ops
-x, v = torch.randn(2, 5, 72), torch.randn(2, 72)
-with ops.use_backend("triton"):
-    try:
-        ops.gated_residual(x, x, v)
-    except RuntimeError as error:
-        print(error)
-"""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert "gated_residual cannot run its Triton kernel" in done.stdout
-    assert "TRITON_INTERPRET=1" in done.stdout
-
-
-class Recorder(TorchDispatchMode):
-    """The names of the operators that run within."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func._schema.name)
-        return func(*args, **(kwargs or {}))
-
-
-def on_a_fake_gpu(name, monkeypatch):
-    """The operators that a forward runs for tensors of a GPU that is not there; no gradients, they want a real one."""
-    monkeypatch.setattr(_backend, "_gpu_reason", lambda index: None)
-    operator, shape = OPERATORS[name], Shape(2, 5, 72)
-    inputs = draw_inputs(operator, shape, torch.bfloat16, "cpu")
-    with FakeTensorMode(), Recorder() as recorder:
-        fakes = {key: torch.empty(v.shape, dtype=v.dtype, device="cuda") for key, v in inputs.items()}
-        operator.fused(**fakes, **operator.options(shape))
-    return recorder.names
-
-
-@pytest.mark.parametrize("name", ["layer_norm_modulate", "gated_residual", "gated_residual_layer_norm_modulate"])
-def test_auto_takes_the_kernels_on_a_gpu(name, monkeypatch):
-    assert "ditfast::adaln_forward" in on_a_fake_gpu(name, monkeypatch)
-    with ops.use_backend("torch"):
-        assert "ditfast::adaln_forward" not in on_a_fake_gpu(name, monkeypatch)
-
-
-@pytest.mark.parametrize("name", ["linear_gelu", "gelu_mlp"])
-def test_auto_takes_the_gemms_gelu_epilogue_for_inference_on_a_gpu(name, monkeypatch):
-    assert "aten::_addmm_activation" in on_a_fake_gpu(name, monkeypatch)
-    with ops.use_backend("torch"):
-        assert "aten::_addmm_activation" not in on_a_fake_gpu(name, monkeypatch)
-
-
-def test_the_gelu_epilogue_is_for_inference_alone():
-    x, weight, bias = (torch.randn(shape, device="meta") for shape in ((5, 72), (8, 72), (8,)))
-    for wants_gradient in (False, True):
-        with ops.use_backend("triton"), Recorder() as recorder:
-            ops.linear_gelu(x, weight.requires_grad_(wants_gradient), bias)
-        assert ("aten::_addmm_activation" in recorder.names) != wants_gradient
-
-
-def test_the_gpus_check_is_a_constant_for_dynamo(monkeypatch):
-    monkeypatch.setattr(_backend, "_gpu_reason", lambda index: importlib.util.find_spec("torch") and f"gpu {index}")
-
-    @torch.compile(fullgraph=True, backend="eager")
-    def function(x):
-        return x + 1 if _backend._gpu_unavailable(3) == "gpu 3" else x
-
-    assert function(torch.zeros(1)) == 1
-
-
-def test_available_backends_name_a_reason():
-    backends = {(family, backend): reason for family, backend, reason in ops.available_backends()}
-    assert backends["adaln", "torch"] is None
-    assert backends["attention", "sdpa"] is None
-    if not torch.cuda.is_available():
-        assert backends["attention", "flash_attn"]
-        assert backends["linear", "cublaslt"]
-
-
-X, V = torch.randn(2, 5, 72), torch.randn(2, 72)
-W, B = torch.randn(72, 72), torch.randn(72)
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "call"),
-    [
-        (TypeError, "x must be a tensor, got list", lambda: ops.layer_norm_modulate([1.0], V, V)),
-        (TypeError, "x must be fp32, bf16, fp16 or fp64", lambda: ops.layer_norm_modulate(X.long(), V, V)),
-        (ValueError, "x must have 3 axes, got shape", lambda: ops.layer_norm_modulate(X[0], V, V)),
-        (ValueError, r"shift must have shape \(2, 72\)", lambda: ops.layer_norm_modulate(X, V[:1], V)),
-        (ValueError, r"scale must have 2 axes", lambda: ops.layer_norm_modulate(X, V, V[0])),
-        (TypeError, "scale must have shift's dtype", lambda: ops.layer_norm_modulate(X, V, V.bfloat16())),
-        (TypeError, "x must have shift's dtype", lambda: ops.layer_norm_modulate(X.half(), V, V)),
-        (TypeError, "x must have shift's dtype", lambda: ops.layer_norm_modulate(X.half(), V.bfloat16(), V.bfloat16())),
-        (ValueError, "eps must be above 0", lambda: ops.layer_norm_modulate(X, V, V, eps=0.0)),
-        (ValueError, "shift must be on cpu, got meta", lambda: ops.layer_norm_modulate(X, V.to("meta"), V)),
-        (ValueError, r"branch must have shape \(2, 5, 72\)", lambda: ops.gated_residual(X, X[:, :4], V)),
-        (TypeError, "gate must have branch's dtype", lambda: ops.gated_residual(X, X, V.half())),
-        (TypeError, "residual must have branch's dtype", lambda: ops.gated_residual(X.half(), X, V)),
-        (
-            TypeError,
-            "shift must have branch's dtype",
-            lambda: ops.gated_residual_layer_norm_modulate(X, X.half(), V.half(), V, V),
-        ),
-        (ValueError, r"weight must have shape \(out, 72\)", lambda: ops.linear_gelu(X, W[:, :70], B)),
-        (ValueError, r"bias must have shape \(72,\)", lambda: ops.linear_gelu(X, W, B[:5])),
-        (TypeError, "weight must have x's dtype", lambda: ops.linear_gelu(X, W.half(), B)),
-        (ValueError, r"w2 must have shape \(out, 72\)", lambda: ops.gelu_mlp(X, W, B, W[:, :5], B)),
-        (ValueError, r"residual must have shape \(2, 5, 72\)", lambda: ops.linear_gated_residual(X, W, B, V, X[:1])),
-        (TypeError, "gate must have x's dtype", lambda: ops.linear_gated_residual(X, W, B, V.half(), X)),
-        (ValueError, "num_heads must divide a third", lambda: ops.self_attention(X, 5)),
-        (TypeError, "num_heads must be an int", lambda: ops.self_attention(X, 2.0)),
-        (ValueError, "freq_shift must be in", lambda: ops.timestep_embedding(X[0, 0], 4, freq_shift=2.0)),
-        (TypeError, "t must be int or float", lambda: ops.timestep_embedding(X[0, 0] > 0, 4)),
-        (TypeError, "dim must be an int", lambda: ops.timestep_embedding(X[0, 0], 4.0)),
-        (TypeError, "dtype must be floating", lambda: ops.timestep_embedding(X[0, 0], 4, dtype=torch.int64)),
-        (TypeError, "y must be a tensor, got list", lambda: ops.conditioning(V, [1, 2], V)),
-        (ValueError, r"bias must broadcast to \(B, H, T, T\)", lambda: ops.self_attention(X, 2, bias=X[0, :4, :5])),
-        (TypeError, "bias must have qkv's dtype", lambda: ops.self_attention(X, 2, bias=torch.randn(5, 5).half())),
-        (ValueError, "backend must be None or one of", lambda: ops.self_attention(X, 2, backend="flash")),
-    ],
-)
-def test_bad_arguments(error, message, call):
-    with pytest.raises(error, match=message):
-        call()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="shows the refusal on a machine without a GPU")
-def test_explicit_flash_attn_names_the_reason():
-    with pytest.raises(ValueError, match='backend "flash_attn" cannot run: '):
-        ops.self_attention(X, 2, backend="flash_attn")
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ..compare import Change, timed
+from ..text import count, digits, factor, listed, percent, row_name
 from .data import Compared
 from .tables import Cell, Table, blank, columns_of
-from .text import count, digits, factor, listed, percent, row_name
 
 
 def comparison_lines(pair: Compared) -> list[str]:

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ..ceilings import Ceilings
-from .text import digits
+from ..machine import is_gpu, one_line, part
+from ..text import digits
 
 if TYPE_CHECKING:
-    from ..records import Results
     from .data import Machine
 
-COMPUTED = "Computed without a device"
 _PACKAGES = ("torch", "triton", "diffusers", "flash-attn")
 _READINGS = (
     ("sm_clock_mhz", "SM {} MHz"),
@@ -22,44 +21,16 @@ _READINGS = (
 )
 
 
-def part(environment: dict[str, Any], name: str) -> dict[str, Any]:
-    """An object within an environment; empty where it is absent or something else."""
-    found = environment.get(name)
-    return found if isinstance(found, dict) else {}
-
-
-def is_traced(results: Results) -> bool:
-    """Whether nothing ran: counted on meta tensors, on whatever machine."""
-    return results.suite == "cost" or results.settings.get("device") == "meta"
-
-
-def is_gpu(results: Results) -> bool:
-    on_cpu = str(results.settings.get("device", "")).startswith("cpu")
-    return bool(part(results.environment, "gpu").get("name")) and not on_cpu and not is_traced(results)
-
-
-def device_label(results: Results) -> str:
-    """The GPU's name, or the processor and the threads in use; for what was traced, that."""
-    if is_traced(results):
-        return COMPUTED
-    if is_gpu(results):
-        return _line(part(results.environment, "gpu")["name"])
-    cpu = part(results.environment, "cpu")
-    return _line(
-        f"{cpu.get('model') or 'unnamed CPU'}, {cpu.get('torch_threads') or 'an unknown number of'} threads"
-    )
-
-
 def version(environment: dict[str, Any]) -> str:
     """Version, commit and what differs from it: ditfast 0.1 (1a2b3c4d5 with uncommitted changes, source 0f1e2d3c)."""
     commit, dirty, source = (environment.get(name) for name in ("commit", "dirty", "source"))
     changed = "with uncommitted changes" if dirty else ""
-    where = [" ".join(filter(None, [_line(commit)[:9] if commit else "", changed]))]
+    where = [" ".join(filter(None, [one_line(commit)[:9] if commit else "", changed]))]
     if source and (dirty or not commit):
         # the commit alone does not tell the code
-        where.append(f"source {_line(source)[:8]}")
+        where.append(f"source {one_line(source)[:8]}")
     inner = ", ".join(filter(None, where))
-    return f"ditfast {_line(environment.get('ditfast') or 'of an unknown version')}" + (
+    return f"ditfast {one_line(environment.get('ditfast') or 'of an unknown version')}" + (
         f" ({inner})" if inner else ""
     )
 
@@ -69,7 +40,7 @@ def short_conditions(machine: Machine) -> str:
     packages = part(machine.environment, "packages")
     facts = [machine.label, *(f"{name} {value}" for name, value in _drivers(machine))]
     facts += [
-        f"{name} {_line(packages[name])}" for name in ("torch", "triton", "diffusers") if packages.get(name)
+        f"{name} {one_line(packages[name])}" for name in ("torch", "triton", "diffusers") if packages.get(name)
     ]
     return ", ".join([*facts, version(machine.environment)])
 
@@ -118,7 +89,7 @@ def _drivers(machine: Machine) -> list[tuple[str, str]]:
     if not is_gpu(machine.runs[0].results):
         return []
     gpu = part(machine.environment, "gpu")
-    return [(name, _line(gpu[key])) for key, name in (("driver", "driver"), ("cuda", "CUDA")) if gpu.get(key)]
+    return [(name, one_line(gpu[key])) for key, name in (("driver", "driver"), ("cuda", "CUDA")) if gpu.get(key)]
 
 
 def _reading(readings: Sequence[dict[str, Any]], when: str) -> str:
@@ -133,7 +104,3 @@ def _reading(readings: Sequence[dict[str, Any]], when: str) -> str:
 
 def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _line(value: object) -> str:
-    return " ".join(str(value).split())

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..rows import Axis
+from ..text import median_of, mode_name, slug
 from .data import Machine
 from .figure import MARKERS, SMALL, TEXT, Frame, Palette, Plot, plain_log, provider_order
 from .suites import Curve, curves
-from .text import median_of, mode_name, slug
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

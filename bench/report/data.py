@@ -8,8 +8,9 @@ from typing import Any
 
 from ..ceilings import Ceilings, highest
 from ..compare import COMPARABLE, Comparison, compare
+from ..machine import device_label, is_gpu, is_traced, part
 from ..records import Results, Suite
-from .conditions import device_label, is_gpu, is_traced, part, short_conditions
+from .conditions import short_conditions
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..metrics import is_tie
 from ..rows import ModelRow, OpRow
-from .text import STATUS, digits, factor, model_order, percent
+from ..text import STATUS, digits, factor, model_order, percent
 
 _COMPILED = ("compile", "autotune", "overhead")
 COLUMNS = (

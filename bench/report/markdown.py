@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from urllib.parse import quote
 
 from ..rows import OpRow
+from ..text import digits, mode_name, model_name, op_case_name, percent, pixels, tick
 from .compared import comparison_table
 from .conditions import limits_text
 from .data import Machine, Report
 from .headline import COLUMNS, headlines, speedup_text
 from .suites import curves, largest_ops, points_text
 from .tables import Table, cost_tables, memory_tables, verify_tables
-from .text import digits, mode_name, model_name, op_case_name, percent, pixels, tick
 
 _BEST = (
     "Best over best: the fastest ditfast with a parity tick over the fastest rival of the same run; "

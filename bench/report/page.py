@@ -6,6 +6,7 @@ import base64
 from collections.abc import Sequence
 from html import escape
 
+from ..text import count, slug
 from .compared import comparison_table
 from .conditions import conditions
 from .data import Machine, Report
@@ -23,7 +24,6 @@ from .tables import (
     scaling_tables,
     verify_tables,
 )
-from .text import count, slug
 
 # a longer table opens at a touch
 _OPEN_ROWS = 30

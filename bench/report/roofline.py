@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..ceilings import Ceilings
 from ..rows import CostRow, ModelRow, OpRow
+from ..text import count, mode_name, slug
 from .conditions import limits_text, version
 from .data import Machine
 from .figure import MARKERS, SMALL, TEXT, Frame, Palette, Plot, plain_log, provider_order
 from .suites import largest_ops
-from .text import count, mode_name, slug
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

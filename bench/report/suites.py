@@ -9,7 +9,7 @@ from typing import Any
 from ..fits import fit_exponent, is_power_law
 from ..metrics import is_tie
 from ..rows import Axis, CostRow, MemoryRow, OpRow, ScalingRow
-from .text import (
+from ..text import (
     case_name,
     count,
     digits,

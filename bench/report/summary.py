@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..rows import ModelRow, VerifyRow
+from ..text import STATUS, case_name, count, digits, factor, listed, mode_name, model_name, percent
 from .compared import comparison_lines
 from .data import Machine, Report
 from .headline import Headline, headlines, noise, work
 from .suites import computed_lines, memory_lines, op_lines, scaling_lines
-from .text import STATUS, case_name, count, digits, factor, listed, mode_name, model_name, percent
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any, Literal
 from ..cost_command import CAPTION, SAVINGS_CAPTION
 from ..metrics import is_tie
 from ..rows import CostRow, MemoryRow, ModelRow, OpRow, ScalingRow, VerifyRow
+from ..text import STATUS, cost_mode_name, digits, mode_name, model_name, percent, size, tick
 from .data import Machine
 from .headline import noise, speedup_text
 from .suites import lacks_bytes
-from .text import STATUS, cost_mode_name, digits, mode_name, model_name, percent, size, tick
 
 # what _model_cells fills
 _MODEL_COLUMNS = (

@@ -2,11 +2,13 @@
 
 from ._backend import available_backends, current_backend, interpreter_unavailable, use_backend
 from .adaln import gated_residual, gated_residual_layer_norm_modulate, layer_norm_modulate
-from .attention import self_attention
+from .attention import attention_backend, attention_backends, self_attention
 from .conditioning import conditioning, timestep_embedding
 from .linear import gelu_mlp, linear_gated_residual, linear_gelu
 
 __all__ = [
+    "attention_backend",
+    "attention_backends",
     "available_backends",
     "conditioning",
     "current_backend",

@@ -6,6 +6,7 @@ tensor on the way out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -19,9 +20,10 @@ library.define(
     " -> (Tensor r, Tensor out, Tensor mean, Tensor rstd)"
 )
 library.define(
-    "adaln_backward(Tensor? d_r, Tensor? d_out, Tensor r, Tensor? branch, Tensor? gate, Tensor? scale, Tensor? mean,"
-    " Tensor? rstd, bool want_x, bool want_branch, bool want_gate, bool want_modulation)"
-    " -> (Tensor d_x, Tensor d_branch, Tensor d_vectors)"
+    "adaln_backward(Tensor? d_r, Tensor? d_out, Tensor r, Tensor? branch, Tensor? gate, Tensor? shift, Tensor? scale,"
+    " Tensor? mean, Tensor? rstd, bool want_x, bool want_branch, bool want_gate, bool want_modulation,"
+    " bool want_bias, bool want_out, Tensor[] partials)"
+    " -> (Tensor d_x, Tensor d_branch, Tensor out, Tensor d_vectors, Tensor d_bias, Tensor[] sums)"
 )
 
 
@@ -31,7 +33,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return adaln_fwd(*args)
 
 
-def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     from ..kernels.adaln import adaln_bwd
 
     return adaln_bwd(*args)
@@ -52,6 +54,7 @@ def _backward_fake(
     r: Tensor,
     branch: Tensor | None,
     gate: Tensor | None,
+    shift: Tensor | None,
     scale: Tensor | None,
     mean: Tensor | None,
     rstd: Tensor | None,
@@ -59,73 +62,136 @@ def _backward_fake(
     want_branch: bool,
     want_gate: bool,
     want_modulation: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    want_bias: bool,
+    want_out: bool,
+    partials: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     like = cast(Tensor, gate if gate is not None else scale)
+    batch, _, width = r.shape
     d_x = r.new_empty(r.shape if want_x else 0)
-    d_branch = like.new_empty(r.shape if want_branch else 0)
-    return d_x, d_branch, like.new_empty((want_gate + 2 * want_modulation, r.shape[0], r.shape[2]))
+    d_branch, out = (like.new_empty(r.shape if wanted else 0) for wanted in (want_branch, want_out))
+    d_vectors = like.new_empty((want_gate + 2 * want_modulation, batch, width))
+    sums = [like.new_empty((partial.shape[0], partial.shape[2])) for partial in partials]
+    return d_x, d_branch, out, d_vectors, like.new_empty(width if want_bias else 0), sums
 
 
 register("adaln_forward", _forward, _forward_fake)
 register("adaln_backward", _backward, _backward_fake)
 
 
+def norm_saved(
+    ctx: Any,
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    r: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """What :func:`norm_backward` wants saved; ``shift`` only for a norm that is to be computed again."""
+    # r is read by the norm's gradient alone, branch by the gate's
+    normed = None if scale is None else x if branch is None else r
+    return normed, branch if ctx.needs_input_grad[2] else None, gate, shift, scale, mean, rstd
+
+
+def norm_backward(
+    saved: Sequence[Tensor | None],
+    d_r: Tensor | None,
+    d_out: Tensor | None,
+    needs: Sequence[bool],
+    want_out: bool = False,
+    partials: Sequence[Tensor] = (),
+) -> tuple[list[Tensor | None], Tensor, list[Tensor]]:
+    """What every Function with an adaLN operator at its beginning does in its backward.
+
+    Args:
+        saved: (r, branch, gate, shift, scale, mean, rstd), as saved by :func:`norm_saved`.
+        d_r, d_out: the incoming gradients, None where nothing came or the operator has no such output.
+        needs: whether x, branch, gate, bias, shift and scale want a gradient.
+        want_out: whether the modulated norm is computed again.
+        partials: further sums to add up in the same launch.
+
+    Returns:
+        (their gradients or None, the modulated norm, the sums).
+    """
+    r, branch, gate, shift, scale, mean, rstd = saved
+    want_x, want_branch, want_gate, want_bias, want_shift, want_scale = needs
+    normed = d_out is not None
+    wants_modulation = normed and (want_shift or want_scale)
+    if not normed and not (want_branch or want_gate or want_bias):
+        return [d_r if want_x else None, *(None,) * 5], cast(Tensor, r), []  # the gradient of a sum
+    d_x, d_branch, out, d_vectors, d_bias, sums = torch.ops.ditfast.adaln_backward.default(
+        d_r,
+        d_out,
+        r if normed else d_r,
+        branch,
+        gate,
+        shift if want_out else None,
+        scale if normed else None,
+        mean if normed else None,
+        rstd if normed else None,
+        want_x and normed,
+        want_branch,
+        want_gate,
+        wants_modulation,
+        want_bias,
+        want_out,
+        partials,
+    )
+    vectors: list[Tensor | None] = list(d_vectors.unbind(0))
+    d_gate = vectors.pop(0) if want_gate else None
+    d_shift, d_scale = vectors if wants_modulation else [None, None]
+    gradients = [
+        (d_x if normed else d_r) if want_x else None,
+        d_branch if want_branch else None,
+        d_gate,
+        d_bias if want_bias else None,
+        d_shift if want_shift else None,
+        d_scale if want_scale else None,
+    ]
+    return gradients, out, sums
+
+
 class _AdaLN(torch.autograd.Function):
-    """(x, branch, gate, shift, scale, eps) -> (r, out, mean, rstd); mean and rstd are for the backward only."""
+    """(x, branch, gate, bias, shift, scale, eps) -> (r, out, mean, rstd); mean and rstd are for the backward only.
+
+    bias is only there to be given its gradient: the branch has it already.
+    """
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return cast("tuple[Tensor, Tensor, Tensor, Tensor]", torch.ops.ditfast.adaln_forward.default(*args))
+    def forward(
+        x: Tensor,
+        branch: Tensor | None,
+        gate: Tensor | None,
+        bias: Tensor | None,
+        shift: Tensor | None,
+        scale: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        result = torch.ops.ditfast.adaln_forward.default(x, branch, gate, shift, scale, eps)
+        return cast("tuple[Tensor, Tensor, Tensor, Tensor]", result)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, branch, gate, _, scale, _ = inputs
+        x, branch, gate, _, _, scale, _ = inputs
         r, _, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
-        # r is read by the norm's gradient alone, branch by the gate's
-        normed = None if scale is None else x if branch is None else r
-        ctx.save_for_backward(normed, branch if ctx.needs_input_grad[2] else None, gate, scale, mean, rstd)
+        ctx.save_for_backward(*norm_saved(ctx, x, branch, gate, None, scale, r, mean, rstd))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_r: Tensor | None, d_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        r, branch, gate, scale, mean, rstd = ctx.saved_tensors
-        want_x, want_branch, want_gate, want_shift, want_scale, _ = ctx.needs_input_grad
+        saved = ctx.saved_tensors
+        gate, scale = saved[2], saved[4]
         # a compiled backward gives zeros, not None, for the outputs that an operator does not have
         d_r = None if gate is None else d_r
         d_out = None if scale is None else d_out
         if d_r is None and d_out is None:
-            return (None,) * 6
-        normed = d_out is not None
-        wants_modulation = normed and (want_shift or want_scale)
-        if not normed and not (want_branch or want_gate):
-            return (d_r, *(None,) * 5)  # the gradient of a sum
-        d_x, d_branch, d_vectors = torch.ops.ditfast.adaln_backward.default(
-            d_r,
-            d_out,
-            r if normed else d_r,
-            branch,
-            gate,
-            scale if normed else None,
-            mean if normed else None,
-            rstd if normed else None,
-            want_x and normed,
-            want_branch,
-            want_gate,
-            wants_modulation,
-        )
-        vectors = list(d_vectors.unbind(0))
-        d_gate = vectors.pop(0) if want_gate else None
-        d_shift, d_scale = vectors if wants_modulation else (None, None)
-        return (
-            (d_x if normed else d_r) if want_x else None,
-            d_branch if want_branch else None,
-            d_gate,
-            d_shift if want_shift else None,
-            d_scale if want_scale else None,
-            None,
-        )
+            return (None,) * 7
+        return (*norm_backward(saved, d_r, d_out, ctx.needs_input_grad[:6])[0], None)
 
 
 def adaln(
@@ -135,7 +201,11 @@ def adaln(
     shift: Tensor | None,
     scale: Tensor | None,
     eps: float = 0.0,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(r, out) by the kernels, differentiable. Without branch and gate r is empty; without shift and scale, out."""
-    r, out, _, _ = _AdaLN.apply(x, branch, gate, shift, scale, eps)  # type: ignore[no-untyped-call]
+    """(r, out) by the kernels, differentiable. Without branch and gate r is empty; without shift and scale, out.
+
+    ``bias`` (D,) gets the gradient of the bias of the Linear that made the branch, which must have taken it detached.
+    """
+    r, out, _, _ = _AdaLN.apply(x, branch, gate, bias, shift, scale, eps)  # type: ignore[no-untyped-call]
     return r, out

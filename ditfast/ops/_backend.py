@@ -12,6 +12,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ._attention_backends import AttentionBackend, machine_reason
+
 Backend = Literal["auto", "triton", "torch"]
 
 MAX_WIDTH = 8192  # elements of a row: a row kernel keeps one in registers
@@ -69,11 +71,19 @@ def takes_triton(operator: str, x: Tensor, width: int) -> bool:
     backend = current_backend()
     if backend == "torch" or (backend == "auto" and x.device.type != "cuda"):
         return False
+    reason = triton_reason(x, width)
+    if reason is not None and backend == "triton":
+        raise RuntimeError(f"{operator} cannot run its Triton kernel: {reason}")
+    return reason is None
+
+
+def triton_reason(x: Tensor, width: int) -> str | None:
+    """Why no Triton kernel runs for a tensor like x with rows of ``width`` elements, or None."""
     reason = None
     if not torch.compiler.is_compiling() and _under_vmap():
         reason = "it has no rule for torch.vmap"
     elif x.dtype == torch.float64:
-        reason = "the kernels compute in fp32, and x is fp64"
+        reason = "the kernels compute in fp32, and their input is fp64"
     elif width > MAX_WIDTH:
         reason = f"the kernels take rows of at most {MAX_WIDTH} elements, got {width}"
     elif x.device.type == "cuda":
@@ -82,9 +92,7 @@ def takes_triton(operator: str, x: Tensor, width: int) -> bool:
         reason = interpreter_unavailable()
     elif x.device.type != "meta":
         reason = f"there are no kernels for {x.device.type} tensors"
-    if reason is not None and backend == "triton":
-        raise RuntimeError(f"{operator} cannot run its Triton kernel: {reason}")
-    return reason is None
+    return reason
 
 
 def _under_vmap() -> bool:
@@ -122,20 +130,11 @@ _gpu_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 interpreter_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def flash_attn_unavailable() -> str | None:
-    """Why flash-attn cannot be used in this process, or None where it can."""
-    if importlib.util.find_spec("flash_attn") is None:
-        return "the package flash-attn is not installed (pip install ditfast[flash])"
-    if not torch.cuda.is_available():
-        return "flash-attn needs a CUDA GPU"
-    return None
-
-
 def available_backends() -> list[tuple[str, str, str | None]]:
     """(operator family, backend, why it is unavailable or None), for ``ditfast info``."""
-    no_kernel = "no Triton kernel in this version"
-    no_cuda = None if torch.cuda.is_available() else "needs a CUDA GPU"
-    adaln = _gpu_unavailable(torch.cuda.current_device()) if torch.cuda.is_available() else interpreter_unavailable()
+    gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
+    no_cuda = "it needs a CUDA GPU" if gpu is None else None
+    adaln = interpreter_unavailable() if gpu is None else _gpu_unavailable(gpu)
     return [
         ("adaln", "torch", None),
         ("adaln", "triton", adaln),
@@ -143,8 +142,7 @@ def available_backends() -> list[tuple[str, str, str | None]]:
         ("conditioning", "triton", adaln),
         ("linear", "torch", None),
         ("linear", "cublaslt", no_cuda),
-        ("linear", "triton", no_kernel),
-        ("attention", "sdpa", None),
-        ("attention", "flash_attn", flash_attn_unavailable()),
-        ("attention", "triton", no_kernel),
+        ("linear", "triton", adaln),
+        ("attention", "triton", adaln),
+        *(("attention", name, machine_reason(name, gpu)) for name in get_args(AttentionBackend) if name != "triton"),
     ]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from ..reference import ops as formulas
 from . import _check
-from ._backend import autocast_dtype, current_backend, flash_attn_unavailable
-
-AttentionBackend = Literal["sdpa", "flash_attn"]
+from ._attention_backends import AttentionBackend, library_reason, run
+from ._attention_choice import MAX_HEAD_DIM, Case, choose
+from ._attention_library import attention
+from ._backend import current_backend, takes_triton, triton_reason
+from .linear import working_dtype
 
 
 def self_attention(
@@ -28,11 +29,17 @@ def self_attention(
         num_heads: H, a divisor of D.
         scale: of the logits; head_dim ** -0.5 by default.
         bias: added to the logits, broadcasting to (B, H, T, T), in qkv's dtype.
-        backend: "sdpa" (torch's, which itself chooses among cuDNN, flash and others) or "flash_attn" (the
-            package, CUDA, bf16 or fp16, no bias). None takes "sdpa".
+        backend: None chooses (:func:`attention_backend`). Else one of
+
+            - "triton", this project's kernels: head dims up to 128, a deterministic backward, biases that learn;
+            - "sdpa", torch's scaled_dot_product_attention, which itself chooses among its kernels;
+            - "cudnn", "flash" (FlashAttention 2), "efficient": that kernel of scaled_dot_product_attention, on CUDA;
+            - "flash_attn", "flash_attn_3", "flash_attn_4": FlashAttention's packages (2; 3, for Hopper; 4, for Hopper
+              without gradients and for what came after it) with their deterministic backward, in bf16 or fp16 and
+              without a bias.
 
     Returns:
-        (B, T, D) in qkv's dtype.
+        (B, T, D) in qkv's dtype (autocast's where it is on).
 
     Raises:
         TypeError, ValueError: an argument does not fit, naming it; or the backend asked for cannot run, with
@@ -43,58 +50,102 @@ def self_attention(
         raise TypeError(f"num_heads must be an int, got {num_heads!r}")
     if num_heads < 1 or qkv.shape[2] % (3 * num_heads):
         raise ValueError(f"num_heads must divide a third of qkv's last axis {qkv.shape[2]}, got {num_heads}")
+    dtype = working_dtype(qkv)
     if bias is not None:
-        bias = _checked_bias(bias, qkv, num_heads)
-    if backend is not None and backend not in get_args(AttentionBackend):
+        bias = _checked_bias(bias, qkv, num_heads, dtype)
+    qkv = qkv.to(dtype)
+    head_dim = qkv.shape[2] // (3 * num_heads)
+    if backend is None:
+        chosen = attention_backend(qkv, qkv.shape[1], head_dim, bias)
+        if chosen != "triton" and not qkv.numel():
+            chosen = "sdpa"  # the only one that knows of nothing
+    elif backend not in get_args(AttentionBackend):
         raise ValueError(f"backend must be None or one of {', '.join(get_args(AttentionBackend))}, got {backend!r}")
-    if backend == "flash_attn":
-        return _flash_attn(qkv, num_heads, scale, bias)
-    if qkv.is_meta and current_backend() == "triton":
-        return _trace(qkv, num_heads, scale, bias)
-    return formulas.self_attention(qkv, num_heads, scale, bias)
+    else:
+        reason = _unavailable(backend, qkv, num_heads, bias)
+        if reason is not None:
+            raise ValueError(f'backend "{backend}" cannot run: {reason}')
+        chosen = backend
+    if chosen == "triton":
+        return attention(qkv, bias, num_heads, max(head_dim, 1) ** -0.5 if scale is None else float(scale))
+    return run(chosen, qkv, num_heads, scale, bias, alone=backend is not None)
 
 
-def _trace(qkv: Tensor, num_heads: int, scale: float | None, bias: Tensor | None) -> Tensor:
-    """The formula as a GPU runs it: its kernels write (B, T, H, head_dim), so the merge of the heads is a view.
+def attention_backend(
+    like: Tensor,
+    tokens: int,
+    head_dim: int,
+    bias: Tensor | None = None,
+    training: bool | None = None,
+) -> AttentionBackend:
+    """The implementation that self_attention takes where it is not told one.
 
-    The math path, which meta tensors take, writes (B, H, T, head_dim) and would count a copy.
+    Under ``use_backend("auto")`` that is "sdpa" for tensors that no kernel runs on. On a GPU it is what its tuned table
+    says of the shape; else this project's kernels for head dims that the libraries pad (72) and in training, where
+    gradients land in the packed projection and sums keep their order; else FlashAttention 3 (Hopper) or 4 (later) where
+    installed, or SDPA.
+
+    Args:
+        like: a tensor with qkv's dtype and device.
+        tokens, head_dim: of the packed projection; the batch does not count.
+        bias: of four axes, where there is one.
+        training: whether a gradient will be wanted; by default whether ``like`` or the bias wants one.
+
+    Raises:
+        RuntimeError: the kernels were asked for by ``use_backend("triton")`` and cannot run, with the reason.
     """
-    batch, tokens, width = qkv.shape
-    q, k, v = qkv.view(batch, tokens, 3, num_heads, width // (3 * num_heads)).permute(2, 0, 3, 1, 4).unbind(0)
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    if out.is_contiguous():
-        return out.view(batch, tokens, width // 3)  # no values on meta: only the shape counts
-    return formulas.merge_heads(out)
+    if not takes_triton("self_attention", like, 1):
+        return "sdpa"
+    reason = _unfit(head_dim, bias)
+    if current_backend() == "triton":
+        if reason is not None:
+            raise RuntimeError(f"self_attention cannot run its Triton kernel: {reason}")
+        return "triton"
+    training = _wants_gradient(like, bias) if training is None else training
+    case = Case(tokens, head_dim, like.dtype, bias is not None, training)
+    chosen = choose(case, like.get_device() if torch.cuda.is_available() else None)
+    return "sdpa" if chosen == "triton" and reason is not None else chosen
 
 
-def _checked_bias(bias: Tensor, qkv: Tensor, num_heads: int) -> Tensor:
-    """The bias with four axes."""
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def attention_backends(qkv: Tensor, num_heads: int, bias: Tensor | None = None) -> dict[str, str | None]:
+    """Each backend of self_attention -> why it cannot take these tensors, or None where it can.
+
+    Args:
+        qkv: (B, T, 3D); its values are not read.
+        num_heads: H, a divisor of D.
+        bias: of four axes, where there is one.
+    """
+    return {backend: _unavailable(backend, qkv, num_heads, bias) for backend in get_args(AttentionBackend)}
+
+
+def _unfit(head_dim: int, bias: Tensor | None) -> str | None:
+    """Why the kernels do not take such heads, or None."""
+    if head_dim > MAX_HEAD_DIM:
+        return f"the kernels take head dims of at most {MAX_HEAD_DIM}, got {head_dim}"
+    if bias is not None and bias.dtype == torch.float64:
+        return "the kernels compute in fp32, and bias is fp64"
+    return None
+
+
+def _unavailable(backend: AttentionBackend, qkv: Tensor, num_heads: int, bias: Tensor | None) -> str | None:
+    """Why an implementation cannot take these tensors, or None."""
+    if backend == "triton":
+        return triton_reason(qkv, 1) or _unfit(qkv.shape[2] // (3 * num_heads), bias)
+    return library_reason(backend, qkv, num_heads, bias, _wants_gradient(qkv, bias))
+
+
+def _checked_bias(bias: Tensor, qkv: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
+    """The bias with four axes, in the dtype in which qkv is taken."""
     _check.tensor("bias", bias)
     _check.same_device("bias", bias, qkv)
-    if autocast_dtype(qkv.device.type) is None:
+    if dtype == qkv.dtype:
         _check.same_dtype("bias", bias, "qkv", qkv)
     wanted = (qkv.shape[0], num_heads, qkv.shape[1], qkv.shape[1])
     padded = (1,) * (4 - bias.ndim) + tuple(bias.shape)
     if len(padded) != 4 or any(have not in (1, want) for have, want in zip(padded, wanted, strict=True)):
         raise ValueError(f"bias must broadcast to (B, H, T, T) = {wanted}, got {tuple(bias.shape)}")
-    return bias.reshape(padded)
-
-
-def _flash_attn(qkv: Tensor, num_heads: int, scale: float | None, bias: Tensor | None) -> Tensor:
-    batch, tokens, width = qkv.shape
-    head_dim = width // (3 * num_heads)
-    reason = flash_attn_unavailable()
-    if reason is None and not qkv.is_cuda:
-        reason = f"qkv is on {qkv.device}, flash-attn needs CUDA"
-    if reason is None and qkv.dtype not in (torch.bfloat16, torch.float16):
-        reason = f"qkv has {qkv.dtype}, flash-attn needs bf16 or fp16"
-    if reason is None and bias is not None:
-        reason = "flash-attn takes no additive bias"
-    if reason is None and (head_dim > 256 or head_dim % 8):
-        reason = f"flash-attn needs a head dim that is a multiple of 8 and at most 256, got {head_dim}"
-    if reason is not None:
-        raise ValueError(f'backend "flash_attn" cannot run: {reason}')
-    from flash_attn import flash_attn_qkvpacked_func
-
-    out = flash_attn_qkvpacked_func(qkv.view(batch, tokens, 3, num_heads, head_dim), softmax_scale=scale)
-    return cast(Tensor, out).reshape(batch, tokens, num_heads * head_dim)
+    return bias.reshape(padded).to(dtype)

@@ -1,13 +1,18 @@
-"""Linears with an epilogue: tanh GELU, gated residual, and the MLP of both."""
+"""Linears with an epilogue: tanh GELU, gated residual, and the MLP of both.
+
+The fused operators take widths that are multiples of 8 (16-byte rows of 16-bit elements); others run the formula.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..reference import ops as formulas
-from . import _check
-from ._backend import autocast_dtype, current_backend
+from . import _check, _linear_autograd
+from ._backend import autocast_dtype, current_backend, takes_triton
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -26,7 +31,11 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     _check_input("x", x)
     _check.linear(x, ("weight", "bias"), weight, bias, x.shape[-1])
-    return _linear_gelu(x, weight, bias)
+    if not takes_gemm("linear_gelu", x, *weight.shape):
+        return formulas.linear_gelu(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
+    out = _linear_autograd.linear_gelu(x.reshape(-1, x.shape[-1]), weight, bias, _demanded())
+    return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
@@ -46,8 +55,11 @@ def gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | 
     _check_input("x", x)
     _check.linear(x, ("w1", "b1"), w1, b1, x.shape[-1])
     _check.linear(x, ("w2", "b2"), w2, b2, w1.shape[0])
-    hidden = _linear_gelu(x, w1, b1)
-    return torch.nn.functional.linear(hidden, w2, b2)
+    if not takes_gemm("gelu_mlp", x, *w1.shape, w2.shape[0]):
+        return formulas.gelu_mlp(x, w1, b1, w2, b2)
+    x, w1, b1, w2, b2 = autocast(x, w1, b1, w2, b2)
+    out = _linear_autograd.gelu_mlp(x.reshape(-1, x.shape[-1]), w1, b1, w2, b2, _demanded())
+    return out.view(*x.shape[:-1], w2.shape[0])
 
 
 def linear_gated_residual(
@@ -77,7 +89,13 @@ def linear_gated_residual(
     if autocast_dtype(x.device.type) is None:
         _check.same_dtype("gate", gate, "x", x)
         _check.stream("residual", residual, "x", x)
-    return formulas.linear_gated_residual(x, weight, bias, gate, residual)
+    if not takes_gemm("linear_gated_residual", x, *weight.shape):
+        return formulas.linear_gated_residual(x, weight, bias, gate, residual)
+    x, weight, bias = autocast(x, weight, bias)
+    if gate.dtype != x.dtype or residual.dtype not in (x.dtype, torch.float32):
+        return formulas.linear_gated_residual(x, weight, bias, gate, residual)  # autocast promotes as it goes
+    rows = x.reshape(-1, x.shape[-1])
+    return _linear_autograd.linear_gated_residual(rows, weight, bias, gate, residual, _demanded())
 
 
 def _check_input(name: str, x: Tensor) -> None:
@@ -86,22 +104,31 @@ def _check_input(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must have at least 1 axis, got a scalar")
 
 
-def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is not None and _takes_cublaslt(x, weight, bias):
-        out = torch._addmm_activation(bias, x.reshape(-1, x.shape[-1]), weight.t(), use_gelu=True)
-        return out.view(*x.shape[:-1], weight.shape[0])
-    return formulas.linear_gelu(x, weight, bias)
+def _demanded() -> bool:
+    return current_backend() == "triton"
 
 
-def _takes_cublaslt(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    """Whether cuBLASLt's GELU epilogue applies: CUDA, where it is the tanh form, and nothing to save for backward."""
-    backend = current_backend()
-    return (
-        ((x.is_cuda and backend != "torch") or (x.is_meta and backend == "triton"))
-        and torch.version.hip is None
-        and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and x.numel() > 0
-        and not torch.compiler.is_compiling()
-        and autocast_dtype(x.device.type) is None
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad))
-    )
+def takes_gemm(operator: str, x: Tensor, *widths: int) -> bool:
+    """Whether an operator runs on the fused GEMMs for an x and Linears of these widths.
+
+    Raises:
+        RuntimeError: the kernels were asked for by ``use_backend("triton")`` and cannot run, with the reason.
+    """
+    if not takes_triton(operator, x, 1):
+        return False
+    odd = [width for width in widths if width % 8]
+    if odd and _demanded():
+        raise RuntimeError(f"{operator} cannot run its Triton kernel: widths must be multiples of 8, got {odd[0]}")
+    return not odd and all(widths)
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """What torch's own Linear computes in for an operand like x: autocast's dtype where it is on."""
+    dtype = autocast_dtype(x.device.type)
+    return x.dtype if dtype is None or x.dtype == torch.float64 else dtype
+
+
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """The tensors (some may be None) in the dtype in which torch's own Linear would take them."""
+    dtype = working_dtype(next(x for x in tensors if x is not None))
+    return tuple(x if x is None else x.to(dtype) for x in tensors)

@@ -56,9 +56,14 @@ def self_attention(qkv: Tensor, num_heads: int, scale: float | None = None, bias
     The last axis of qkv is [q; k; v], each head-major. ``scale`` is head_dim ** -0.5 by default;
     ``bias`` broadcasts to (B, H, T, T).
     """
-    batch, tokens, width = qkv.shape
-    q, k, v = qkv.view(batch, tokens, 3, num_heads, width // (3 * num_heads)).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = split_heads(qkv, num_heads)
     return merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale))
+
+
+def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+    """(B, T, 3D) -> q, k, v, (B, H, T, head_dim) each, as views."""
+    batch, tokens, width = qkv.shape
+    return qkv.view(batch, tokens, 3, num_heads, width // (3 * num_heads)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def merge_heads(x: Tensor) -> Tensor:

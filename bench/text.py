@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ditfast.config import MODELS, VAE_FACTOR
 
-from ..rows import CostRow, MemoryRow, ModelRow, OpRow, ScalingRow
+from .rows import CostRow, MemoryRow, ModelRow, OpRow, ScalingRow
 
 STATUS = {"ok": "ran", "oom": "out of memory", "error": "failed", "unavailable": "unavailable"}
 # where there is room for a word or two
@@ -91,7 +91,7 @@ def case_name(row: ModelRow | MemoryRow | CostRow) -> str:
 
 
 def op_case_name(row: OpRow) -> str:
-    return f"{row.operator} {row.direction} at {row.batch} x {row.tokens} x {row.width}, {row.dtype}"
+    return f"{row.operator} {row.direction} at {row.size}, {row.dtype}"
 
 
 def row_name(row: ModelRow | OpRow | ScalingRow) -> str:

@@ -1,0 +1,290 @@
+"""Softmax attention on the packed projection, backward.
+
+    p = exp(s - max) / sum;  delta = sum_d d_out * out;  d_p = d_out v^T;  d_s = p * (d_p - delta)
+    d_q = scale * d_s k;  d_k = scale * d_s^T q;  d_v = p^T d_out;  d_bias = sum over its broadcast axes of d_s
+
+Shapes as in attention.py; d_qkv: (B, T, 3, H, D), each part written in place by the program that owns its rows. One
+launch owns queries (delta and d_q), one owns keys (d_k and d_v) and reads delta, and one owns tiles of the bias and
+walks over what it was broadcast to. p is made again from stats; d_s and p are rounded to the input's dtype before
+their dots. ``sums`` are column sums of what a program writes, in fp32 before rounding, one row a program: no program
+adds to another's memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention import (
+    AttentionConfig,
+    alignment,
+    common_launch,
+    last_contiguous,
+    launch_config,
+    load_bias,
+    load_tile,
+    power,
+    store_tile,
+    sum_slots,
+)
+from .attention_dbias import dbias_launch
+from .launch import on_device
+
+OPERATORS = ("attention_dq", "attention_dkv", "attention_dbias")  # of the launches, in order
+
+
+@triton.jit
+def _store_sums(ptr, tile, tiles, slots, stride, value, WIDTH: tl.constexpr, VALID: tl.constexpr):
+    """Column sums into slot ``tile`` (rows past the tokens are 0); slots past the last tile are zeroed on the way."""
+    cols = tl.arange(0, WIDTH)
+    total = tl.sum(value, axis=0)
+    for slot in range(tile, slots, tiles):
+        tl.store(ptr + slot * stride + cols, tl.where(slot == tile, total, 0.0), mask=cols < VALID)
+
+
+@triton.jit
+def _attention_dq_kernel(
+    qkv_ptr, bias_ptr, out_ptr, d_out_ptr, stats_ptr, delta_ptr, d_qkv_ptr, sums_ptr,
+    heads, tokens, slots,
+    stride_batch, stride_row, stride_part, stride_head, stride_d_out_batch, stride_d_out_row,
+    stride_bias_batch, stride_bias_head, stride_bias_row, stride_bias_col,
+    scale, scale_log2,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ALIGN: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EXACT: tl.constexpr,
+    ALLOW_TF32: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    PRECISION: tl.constexpr = "tf32" if ALLOW_TF32 else "ieee"
+    MAIN: tl.constexpr = min(D, BLOCK_D)
+    tiles = tl.cdiv(tokens, BLOCK_M)
+    index = tl.program_id(0)
+    head = (index // tiles % heads).to(tl.int64)
+    batch = (index // tiles // heads).to(tl.int64)
+    rows = index % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    stride = stride_row * ALIGN
+    stride_d_out = stride_d_out_row * ALIGN
+    q_ptr = qkv_ptr + (batch * stride_batch + head * stride_head) * ALIGN
+    k_ptr = q_ptr + stride_part * ALIGN
+    v_ptr = k_ptr + stride_part * ALIGN
+    d_out_ptr += batch * stride_d_out_batch * ALIGN + head * D
+    out_ptr += (batch * tokens * heads + head) * D
+    statistics = (batch * heads + head) * tokens
+    if bias_ptr is not None:
+        bias_ptr += batch * stride_bias_batch + head * stride_bias_head
+
+    d_out = load_tile(d_out_ptr, rows, stride_d_out, tokens, BLOCK_D, MAIN, not EVEN_M, UPCAST)
+    out = load_tile(out_ptr, rows, heads * D, tokens, BLOCK_D, MAIN, not EVEN_M, UPCAST)
+    delta = tl.sum(d_out.to(tl.float32) * out.to(tl.float32), axis=1)
+    q = load_tile(q_ptr, rows, stride, tokens, BLOCK_D, MAIN, not EVEN_M, UPCAST)
+    d_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if TAIL:
+        d_out_t = load_tile(d_out_ptr + BLOCK_D, rows, stride_d_out, tokens, TAIL, D - BLOCK_D, not EVEN_M, UPCAST)
+        out_t = load_tile(out_ptr + BLOCK_D, rows, heads * D, tokens, TAIL, D - BLOCK_D, not EVEN_M, UPCAST)
+        delta += tl.sum(d_out_t.to(tl.float32) * out_t.to(tl.float32), axis=1)
+        q_t = load_tile(q_ptr + BLOCK_D, rows, stride, tokens, TAIL, D - BLOCK_D, not EVEN_M, UPCAST)
+        d_q_t = tl.zeros([BLOCK_M, TAIL], tl.float32)
+    tl.store(delta_ptr + statistics + rows, delta, mask=rows < tokens)
+    # +inf: p is 0 in rows that do not exist
+    highest = tl.load(stats_ptr + 2 * statistics + rows, mask=rows < tokens, other=float("inf"))
+    for start in range(0, tokens, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        k = load_tile(k_ptr, keys, stride, tokens, BLOCK_D, MAIN, not EVEN_N, UPCAST)
+        v = load_tile(v_ptr, keys, stride, tokens, BLOCK_D, MAIN, not EVEN_N, UPCAST)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        d_p = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
+        if TAIL:
+            k_t = load_tile(k_ptr + BLOCK_D, keys, stride, tokens, TAIL, D - BLOCK_D, not EVEN_N, UPCAST)
+            v_t = load_tile(v_ptr + BLOCK_D, keys, stride, tokens, TAIL, D - BLOCK_D, not EVEN_N, UPCAST)
+            s = tl.dot(q_t, tl.trans(k_t), s, input_precision=PRECISION)
+            d_p = tl.dot(d_out_t, tl.trans(v_t), d_p, input_precision=PRECISION)
+        s = s * (scale if EXACT else scale_log2)
+        if bias_ptr is not None:
+            s += load_bias(bias_ptr, rows[:, None], keys[None, :], stride_bias_row, stride_bias_col, tokens, EVEN_N)
+        if not EVEN_N:
+            s = tl.where((keys < tokens)[None, :], s, float("-inf"))
+        # the row's sum divides d_q, once
+        d_s = (power(s - highest[:, None], EXACT) * (d_p - delta[:, None])).to(k.dtype)
+        d_q = tl.dot(d_s, k, d_q, input_precision=PRECISION)
+        if TAIL:
+            d_q_t = tl.dot(d_s, k_t, d_q_t, input_precision=PRECISION)
+
+    width = heads * D
+    d_qkv_ptr += batch * tokens * 3 * width + head * D
+    factor = (scale * tl.load(stats_ptr + 2 * statistics + tokens + rows, mask=rows < tokens, other=0.0))[:, None]
+    d_q *= factor
+    store_tile(d_qkv_ptr, rows, 3 * width, tokens, d_q, BLOCK_D, MAIN, UPCAST)
+    if TAIL:
+        d_q_t *= factor
+        store_tile(d_qkv_ptr + BLOCK_D, rows, 3 * width, tokens, d_q_t, TAIL, D - BLOCK_D, UPCAST)
+    if sums_ptr is not None:
+        tile = (index % tiles).to(tl.int64)
+        sums_ptr += batch * slots * 3 * width + head * D
+        _store_sums(sums_ptr, tile, tiles, slots, 3 * width, d_q, BLOCK_D, MAIN)
+        if TAIL:
+            sums_ptr += BLOCK_D
+            _store_sums(sums_ptr, tile, tiles, slots, 3 * width, d_q_t, TAIL, D - BLOCK_D)
+
+
+@triton.jit
+def _attention_dkv_kernel(
+    qkv_ptr, bias_ptr, d_out_ptr, stats_ptr, delta_ptr, d_qkv_ptr, sums_ptr,
+    heads, tokens, slots,
+    stride_batch, stride_row, stride_part, stride_head, stride_d_out_batch, stride_d_out_row,
+    stride_bias_batch, stride_bias_head, stride_bias_row, stride_bias_col,
+    scale, scale_log2,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ALIGN: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EXACT: tl.constexpr,
+    ALLOW_TF32: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M keys are owned, BLOCK_N queries walked over; s, p and d_s are transposed: keys down, queries across."""
+    PRECISION: tl.constexpr = "tf32" if ALLOW_TF32 else "ieee"
+    MAIN: tl.constexpr = min(D, BLOCK_D)
+    tiles = tl.cdiv(tokens, BLOCK_M)
+    index = tl.program_id(0)
+    head = (index // tiles % heads).to(tl.int64)
+    batch = (index // tiles // heads).to(tl.int64)
+    keys = index % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    stride = stride_row * ALIGN
+    stride_d_out = stride_d_out_row * ALIGN
+    q_ptr = qkv_ptr + (batch * stride_batch + head * stride_head) * ALIGN
+    k_ptr = q_ptr + stride_part * ALIGN
+    v_ptr = k_ptr + stride_part * ALIGN
+    d_out_ptr += batch * stride_d_out_batch * ALIGN + head * D
+    stats_ptr += (batch * heads + head) * 2 * tokens
+    delta_ptr += (batch * heads + head) * tokens
+    if bias_ptr is not None:
+        bias_ptr += batch * stride_bias_batch + head * stride_bias_head
+
+    k = load_tile(k_ptr, keys, stride, tokens, BLOCK_D, MAIN, not EVEN_M, UPCAST)
+    v = load_tile(v_ptr, keys, stride, tokens, BLOCK_D, MAIN, not EVEN_M, UPCAST)
+    d_k = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    d_v = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if TAIL:
+        k_t = load_tile(k_ptr + BLOCK_D, keys, stride, tokens, TAIL, D - BLOCK_D, not EVEN_M, UPCAST)
+        v_t = load_tile(v_ptr + BLOCK_D, keys, stride, tokens, TAIL, D - BLOCK_D, not EVEN_M, UPCAST)
+        d_k_t = tl.zeros([BLOCK_M, TAIL], tl.float32)
+        d_v_t = tl.zeros([BLOCK_M, TAIL], tl.float32)
+    for start in range(0, tokens, BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N)
+        q = load_tile(q_ptr, rows, stride, tokens, BLOCK_D, MAIN, not EVEN_N, UPCAST)
+        d_out = load_tile(d_out_ptr, rows, stride_d_out, tokens, BLOCK_D, MAIN, not EVEN_N, UPCAST)
+        if EVEN_N:
+            highest = tl.load(stats_ptr + rows)
+            inverse = tl.load(stats_ptr + tokens + rows)
+            delta = tl.load(delta_ptr + rows)
+        else:
+            # +inf: p is 0 in rows that do not exist
+            highest = tl.load(stats_ptr + rows, mask=rows < tokens, other=float("inf"))
+            inverse = tl.load(stats_ptr + tokens + rows, mask=rows < tokens, other=0.0)
+            delta = tl.load(delta_ptr + rows, mask=rows < tokens, other=0.0)
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        if TAIL:
+            q_t = load_tile(q_ptr + BLOCK_D, rows, stride, tokens, TAIL, D - BLOCK_D, not EVEN_N, UPCAST)
+            s = tl.dot(k_t, tl.trans(q_t), s, input_precision=PRECISION)
+        s = s * (scale if EXACT else scale_log2)
+        if bias_ptr is not None:
+            s += load_bias(bias_ptr, rows[None, :], keys[:, None], stride_bias_row, stride_bias_col, tokens, EVEN_M)
+        if not EVEN_M:
+            s = tl.where((keys < tokens)[:, None], s, float("-inf"))
+        p = power(s - highest[None, :], EXACT) * inverse[None, :]
+        p_rounded = p.to(q.dtype)
+        d_v = tl.dot(p_rounded, d_out, d_v, input_precision=PRECISION)
+        d_p = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
+        if TAIL:
+            d_out_t = load_tile(
+                d_out_ptr + BLOCK_D, rows, stride_d_out, tokens, TAIL, D - BLOCK_D, not EVEN_N, UPCAST
+            )
+            d_v_t = tl.dot(p_rounded, d_out_t, d_v_t, input_precision=PRECISION)
+            d_p = tl.dot(v_t, tl.trans(d_out_t), d_p, input_precision=PRECISION)
+        d_s = (p * (d_p - delta[None, :])).to(q.dtype)
+        d_k = tl.dot(d_s, q, d_k, input_precision=PRECISION)
+        if TAIL:
+            d_k_t = tl.dot(d_s, q_t, d_k_t, input_precision=PRECISION)
+
+    width = heads * D
+    d_qkv_ptr += batch * tokens * 3 * width + width + head * D
+    d_k *= scale
+    store_tile(d_qkv_ptr, keys, 3 * width, tokens, d_k, BLOCK_D, MAIN, UPCAST)
+    store_tile(d_qkv_ptr + width, keys, 3 * width, tokens, d_v, BLOCK_D, MAIN, UPCAST)
+    if TAIL:
+        d_k_t *= scale
+        store_tile(d_qkv_ptr + BLOCK_D, keys, 3 * width, tokens, d_k_t, TAIL, D - BLOCK_D, UPCAST)
+        store_tile(d_qkv_ptr + width + BLOCK_D, keys, 3 * width, tokens, d_v_t, TAIL, D - BLOCK_D, UPCAST)
+    if sums_ptr is not None:
+        tile = (index % tiles).to(tl.int64)
+        sums_ptr += batch * slots * 3 * width + width + head * D
+        _store_sums(sums_ptr, tile, tiles, slots, 3 * width, d_k, BLOCK_D, MAIN)
+        _store_sums(sums_ptr + width, tile, tiles, slots, 3 * width, d_v, BLOCK_D, MAIN)
+        if TAIL:
+            sums_ptr += BLOCK_D
+            _store_sums(sums_ptr, tile, tiles, slots, 3 * width, d_k_t, TAIL, D - BLOCK_D)
+            _store_sums(sums_ptr + width, tile, tiles, slots, 3 * width, d_v_t, TAIL, D - BLOCK_D)
+
+
+def attention_bwd(
+    d_out: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, scale: float, bias: Tensor | None = None,
+    want_bias: bool = False, want_sums: bool = False, configs: Sequence[AttentionConfig] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Two launches, three with the bias's gradient: (d_qkv, d_bias, sums), the last two empty where not wanted.
+
+    d_bias has the bias's shape and dtype. sums: (n, 3 * H * D) fp32, whose sum over n is that of d_qkv over samples
+    and tokens. configs: of OPERATORS, in the place of :func:`launch_config`.
+    """
+    batch, tokens, _, heads, head_dim = qkv.shape
+    d_qkv = qkv.new_empty(qkv.shape)
+    d_bias = qkv.new_empty(0)
+    # a constant on every key leaves the softmax as it is: a bias of one column has the gradient 0
+    vanishes = want_bias and (qkv.numel() == 0 or bias.shape[3] == 1)
+    if want_bias:
+        d_bias = bias.new_zeros(bias.shape) if vanishes else bias.new_empty(bias.shape)
+    configs = configs or [launch_config(operator, qkv, bias is not None) for operator in OPERATORS]
+    slots = sum_slots(tokens, head_dim, qkv.dtype, bias is not None)
+    if want_sums and any(triton.cdiv(tokens, config.block_m) > slots for config in configs[:2]):
+        raise ValueError(f"the tiles must have as many rows as a row of sums stands for, got {configs[:2]}")
+    sums = qkv.new_empty((batch * slots, 3 * heads * head_dim) if want_sums else 0, dtype=torch.float32)
+    if tokens == 1:
+        _one_token(d_out, stats, d_qkv, sums)
+    elif qkv.numel():
+        launches = bwd_launches(
+            last_contiguous(d_out), last_contiguous(qkv), out, stats, scale, bias, d_qkv,
+            d_bias if want_bias and not vanishes else None, sums if want_sums else None, configs,
+        )  # fmt: skip
+        with on_device(qkv):
+            for kernel, grid, arguments in launches:
+                kernel[grid](**arguments)
+    return d_qkv, d_bias, sums
+
+
+def _one_token(d_out: Tensor, stats: Tensor, d_qkv: Tensor, sums: Tensor) -> None:
+    """p is 1 and d_s is 0, where the kernels would leave rounding errors; all 0 where the one logit is -inf."""
+    empty = (stats[:, :, 0].mT == float("inf")).unsqueeze(-1)
+    d_qkv[:, :, :2] = 0
+    d_qkv[:, :, 2] = d_out.reshape(d_qkv[:, :, 2].shape).masked_fill(empty, 0)
+    if sums.numel():
+        sums.copy_(d_qkv.flatten(1))
+
+
+def bwd_launches(
+    d_out: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, scale: float, bias: Tensor | None, d_qkv: Tensor,
+    d_bias: Tensor | None, sums: Tensor | None, configs: Sequence[AttentionConfig],
+) -> list[tuple[Any, tuple[int], dict[str, Any]]]:  # fmt: skip
+    """(kernel, grid, arguments) of each launch, in order."""
+    align = alignment(qkv, d_out)
+    shared = {
+        "d_out_ptr": d_out, "stats_ptr": stats, "delta_ptr": torch.empty_like(stats[:, :, 0]),
+        "stride_d_out_batch": d_out.stride(0) // align, "stride_d_out_row": d_out.stride(1) // align,
+    }  # fmt: skip
+    written = {
+        **shared, "d_qkv_ptr": d_qkv, "sums_ptr": sums, "slots": 0 if sums is None else sums.shape[0] // qkv.shape[0],
+    }  # fmt: skip
+    grid, arguments = common_launch(qkv, bias, scale, configs[0], align)
+    launches = [(_attention_dq_kernel, grid, {**arguments, **written, "out_ptr": out})]
+    grid, arguments = common_launch(qkv, bias, scale, configs[1], align)
+    launches.append((_attention_dkv_kernel, grid, {**arguments, **written}))
+    if d_bias is not None:
+        launches.append(dbias_launch(qkv, bias, scale, d_bias, configs[2], align, shared))
+    return launches
