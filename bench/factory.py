@@ -1,0 +1,39 @@
+"""A user's own model by ``PATH:FACTORY``: a function that makes it, in a .py file or a module."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .providers import load_file
+
+
+def make_model(spec: str) -> tuple[nn.Module, tuple[Any, ...]]:
+    """(model, inputs): what the factory returns, a module alone or with a tuple of its example inputs.
+
+    Args:
+        spec: "folder/file.py:make_model" or "package.module:make_model"; called without arguments.
+
+    Raises:
+        ValueError: no such file, module or function, or it fails; names ``spec``.
+        TypeError: it returns something else.
+    """
+    path, _, name = spec.rpartition(":")
+    if not path or not name:
+        raise ValueError(f"a factory must look like PATH:FACTORY, such as my_model.py:make, got {spec!r}")
+    try:
+        module = load_file(Path(path).resolve()) if path.endswith(".py") else importlib.import_module(path)
+        factory = getattr(module, name)
+    except Exception as error:  # whatever a user's file raises
+        raise ValueError(f"{spec} cannot be loaded: {type(error).__name__}: {error}") from error
+    try:
+        made = factory()
+    except Exception as error:
+        raise ValueError(f"{spec} failed: {type(error).__name__}: {error}") from error
+    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, ())
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{spec} must return a torch.nn.Module, or one and its inputs, got {type(made).__name__}")
+    return model, (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)

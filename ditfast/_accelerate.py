@@ -1,0 +1,209 @@
+"""``ditfast.accelerate(model)``: the fused forwards in a model of another codebase, in place, this instance only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import registered
+from .adapters._adapter import Adapter
+from .adapters._check import disagreement, fingerprint
+from .adapters._swap import accelerated_by, swap, unswap
+from .model import DiT
+
+Status = Literal["accelerated", "already", "skipped"]
+M = TypeVar("M", bound=nn.Module)
+
+_COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One module of a kind that an adapter knows.
+
+    Attributes:
+        module: its path in the model, "" for the model itself.
+        kind: its class, as it was.
+        adapter: the adapter's name.
+        status: "accelerated" by this call, "already" before it, or "skipped".
+        reason: why it was skipped; else "".
+    """
+
+    module: str
+    kind: str
+    adapter: str
+    status: Status
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was matched and what was not; ``str`` is a table."""
+
+    entries: tuple[Entry, ...]
+
+    @property
+    def accelerated(self) -> tuple[Entry, ...]:
+        """What runs a fused forward now."""
+        return tuple(entry for entry in self.entries if entry.status != "skipped")
+
+    @property
+    def skipped(self) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self.entries if entry.status == "skipped")
+
+    def __str__(self) -> str:
+        rows = [("module", "class", "adapter", "status", "reason")]
+        for entry in self.entries:
+            rows.append((entry.module or "(the model)", entry.kind, entry.adapter, entry.status, entry.reason))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in rows]
+        lines.append(f"{len(self.accelerated)} accelerated, {len(self.skipped)} skipped")
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def accelerate(model: nn.Module, *, check: bool = True, strict: bool = False) -> Report:
+    """Gives the modules that an adapter matches a fused forward, in place.
+
+    A matched module's class becomes a subclass with another forward: parameters, state-dict keys, hooks, isinstance,
+    copies and pickles stay what they were. Where the fused forward does not apply to a call (a mask, a live dropout),
+    the module's own runs.
+
+    Args:
+        model: any module; blocks are found wherever they stand in it.
+        check: runs one small random forward of the old and the new module of each kind on its device, with parameters
+            drawn anew in a copy, and skips what disagrees.
+        strict: raises where a module of a kind that was matched is skipped.
+
+    Returns:
+        What was matched, and what was skipped and why.
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: nothing matched; it is sharded already; or ``strict`` and something was skipped. The model is then
+            as it was.
+    """
+    _check_model(model)
+    entries: list[Entry] = []
+    matched: list[tuple[nn.Module, Adapter]] = []
+    verdicts: dict[Any, str | None] = {}
+    for path, module in model.named_modules():
+        before = accelerated_by(module)
+        adapter = _adapter_of(module, before)
+        if adapter is None:
+            continue
+        kind = type(module).__name__
+        if before is not None:
+            entries.append(Entry(path, kind, adapter.name, "already"))
+            continue
+        reason = adapter.refuses(module) or _unfit(module)
+        if reason is None and check:
+            key = (adapter.name, fingerprint(module))
+            if key not in verdicts:
+                verdicts[key] = disagreement(module, adapter)
+            reason = verdicts[key]
+        if reason is None:
+            matched.append((module, adapter))
+        entries.append(Entry(path, kind, adapter.name, "skipped" if reason else "accelerated", reason or ""))
+    report = Report(tuple(entries))
+    if not report.accelerated:
+        found = f":\n{report}" if entries else ""
+        raise ValueError(f"model ({type(model).__name__}) has nothing that ditfast can accelerate{found}")
+    if strict and report.skipped:
+        raise ValueError(f"strict=True, and {len(report.skipped)} modules of a matched kind were skipped:\n{report}")
+    done: list[nn.Module] = []
+    try:
+        for module, adapter in matched:
+            swap(module, adapter.mixin)
+            done.append(module)
+    except BaseException:
+        for module in done:
+            unswap(module)
+        raise
+    return report
+
+
+def restore(model: nn.Module) -> int:
+    """Gives every accelerated module of a model its own forward back; returns how many there were.
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: an accelerated module was given another class since (sharding does so); nothing is changed then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for path, module in model.named_modules():
+        if any(accelerated_by(base) for base in type(module).__mro__[1:]):
+            raise ValueError(
+                f"{path or 'the model'} was given the class {type(module).__name__} after ditfast.accelerate: "
+                "call ditfast.restore before fully_shard"
+            )
+    return sum(map(unswap, list(model.modules())))
+
+
+@contextmanager
+def accelerated(model: M, *, check: bool = True, strict: bool = False) -> Iterator[M]:
+    """``with accelerated(model):`` accelerates within the block; what was accelerated before it stays so.
+
+    Raises:
+        TypeError, ValueError: as :func:`accelerate`.
+    """
+    report = accelerate(model, check=check, strict=strict)
+    mine = [model.get_submodule(entry.module) for entry in report.entries if entry.status == "accelerated"]
+    try:
+        yield model
+    finally:
+        for module in mine:
+            unswap(module)
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, DiT):
+        raise ValueError(f"model ({type(model).__name__}) is ditfast's own, and fast as it is")
+    for path, module in model.named_modules():
+        # by name: fully_shard gives a module a subclass of FSDPModule
+        if any(base.__name__ in ("FSDPModule", "FullyShardedDataParallel") for base in type(module).__mro__):
+            raise ValueError(
+                f"model is sharded already ({path or 'the model'} is {type(module).__name__}): "
+                "call ditfast.accelerate before fully_shard"
+            )
+    for name, parameter in model.named_parameters():
+        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
+            raise ValueError(f"model is sharded already ({name} is a DTensor): call ditfast.accelerate before sharding")
+
+
+def _adapter_of(module: nn.Module, before: tuple[type[nn.Module], type[nn.Module]] | None) -> Adapter | None:
+    """The adapter that accelerated it, or the first that recognises it."""
+    if before is not None:
+        return next((adapter for adapter in registered() if adapter.mixin is before[0]), None)
+    return next((adapter for adapter in registered() if adapter.recognises(module)), None)
+
+
+def _unfit(module: nn.Module) -> str | None:
+    """Why a module is not accelerated whatever its kind, or None."""
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance (offloading does so)"
+    tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
+    if not any(tensor.is_floating_point() for tensor in tensors):
+        return "it has no floating-point parameters"
+    if any(tensor.is_meta for tensor in tensors):
+        return "it has parameters on meta: load its weights first"
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1:
+        return f"its tensors are on several devices: {', '.join(sorted(map(str, devices)))}"
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype not in _COMPUTED:
+            return f"{name} is stored as {str(parameter.dtype).removeprefix('torch.')}, in which nothing is computed"
+        try:
+            finite = not parameter.is_floating_point() or bool(torch.isfinite(parameter).all())
+        except Exception as error:  # whatever a tensor of another kind (quantised) says to it
+            return f"{name} ({type(parameter.data).__name__}) cannot be read: {' '.join(str(error).split())}"
+        if not finite:
+            return f"{name} holds values that are not finite"
+    return None

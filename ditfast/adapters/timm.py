@@ -1,0 +1,124 @@
+"""timm's Attention and Mlp, and the many modules written after them: recognised by names and roles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._model_blocks import GeluMlp, PackedAttention, is_plain
+from ._adapter import Adapter, has_hooks, is_quiet, may_be_silent, tokens, unknown_parts
+
+_ATTENTION = ("qkv", "proj")
+_MLP = ("fc1", "act", "fc2")
+
+
+class FastAttention(PackedAttention):
+    """proj(self_attention(qkv(x))); with a mask, a live dropout or normalised queries and keys the module's own."""
+
+    scale: float
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        x, *others = (*args, *kwargs.values(), None)  # the module's own names may be others
+        unknown = any(value is not None for value in others)
+        if unknown or not isinstance(x, Tensor) or x.ndim != 3 or not self.fuses():
+            return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
+        return self.fused(x)
+
+    def fuses(self) -> bool:
+        return is_quiet(self, *_ATTENTION)
+
+    def softmax_scale(self) -> float | None:
+        scale = getattr(self, "scale", None)
+        return float(scale) if isinstance(scale, (int, float)) else None
+
+
+class TimmAttention(Adapter):
+    """timm's ``Attention``, of old and current versions, and hand-written ones with its names.
+
+    qkv and proj are called as modules, whatever they are: wrapped ones (LoRA) are honoured.
+    """
+
+    name = "timm attention"
+    mixin = FastAttention
+
+    def recognises(self, module: nn.Module) -> bool:
+        return _has_children(module, *_ATTENTION) and hasattr(module, "num_heads")
+
+    def refuses(self, module: nn.Module) -> str | None:
+        heads: Any = module.num_heads
+        if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
+            return f"num_heads must be a positive int, got {heads!r}"
+        for name in ("q_norm", "k_norm"):
+            norm = module._modules.get(name)
+            if norm is not None and has_hooks(norm):
+                return f"{name} has hooks, which the fused forward would skip"
+            if norm is not None and not may_be_silent(norm):
+                return f"{name} is {type(norm).__name__}: normalised queries and keys are no longer packed"
+        packed, width = _features(module.qkv, "out"), _features(module.qkv, "in")
+        if packed is None or width is None:
+            return f"qkv ({type(module.qkv).__name__}) does not tell its in_features and out_features"
+        if packed % (3 * heads):
+            return f"qkv must give three equal parts of {heads} heads, got {packed} features"
+        return unknown_parts(module, *_ATTENTION)
+
+    def inputs(self, module: nn.Module, generator: torch.Generator) -> tuple[Any, ...]:
+        return (tokens(_features(module.qkv, "in") or 0, generator),)
+
+
+class FastMlp(GeluMlp):
+    """fc2(gelu_tanh(fc1(x))); with a live dropout or replaced Linears the module's own forward."""
+
+    act: nn.Module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        given = (*args, *kwargs.values())
+        if len(given) != 1 or not self.fuses():
+            return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
+        return self.fused(given[0])
+
+    def fuses(self) -> bool:
+        heard = not is_plain(self.act, type(self.act))
+        return is_quiet(self, *_MLP) and is_tanh_gelu(self.act) and not heard and super().fuses()
+
+
+class TimmMlp(Adapter):
+    """timm's ``Mlp`` with the tanh GELU of the official release."""
+
+    name = "timm mlp"
+    mixin = FastMlp
+
+    def recognises(self, module: nn.Module) -> bool:
+        return _has_children(module, "fc1", "fc2")
+
+    def refuses(self, module: nn.Module) -> str | None:
+        activation = module._modules.get("act")
+        if activation is not None and has_hooks(activation):
+            return "act has hooks, which the fused forward would skip"
+        if not is_tanh_gelu(activation):
+            found = "none" if activation is None else f"{activation!r}"
+            return f"its activation is {found}, the fused one GELU(approximate='tanh')"
+        for name in ("fc1", "fc2"):
+            if type(module._modules[name]) is not nn.Linear:
+                kind = type(module._modules[name])
+                return f"{name} is {kind.__module__}.{kind.__name__}, the fused forward reads an nn.Linear's weight"
+        return unknown_parts(module, *_MLP)
+
+    def inputs(self, module: nn.Module, generator: torch.Generator) -> tuple[Any, ...]:
+        return (tokens(_features(module.fc1, "in") or 0, generator),)
+
+
+def is_tanh_gelu(module: object) -> bool:
+    """Whether it is one, and nobody listens."""
+    return isinstance(module, nn.GELU) and module.approximate == "tanh" and not has_hooks(module)
+
+
+def _has_children(module: nn.Module, *names: str) -> bool:
+    return all(isinstance(module._modules.get(name), nn.Module) for name in names)
+
+
+def _features(linear: Any, side: str) -> int | None:
+    """in_features or out_features of a Linear or what wraps it."""
+    value = getattr(linear, f"{side}_features", None)
+    return value if isinstance(value, int) else None
