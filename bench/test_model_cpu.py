@@ -72,7 +72,7 @@ def test_modulation_cache(timed: Timed, size: str, what: str) -> None:
     model = DiT(config).eval()
     randomize_(model)
     model(*random_batch(config, 1))
-    cache = model._modulation_cache
+    cache = model._modulation_cache.made
     assert cache is not None
     parameters = cache.state.parameters
     weights, biases = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from .adapters import registered
-from .adapters._adapter import Adapter
+from .adapters._adapter import Adapter, Level
 from .adapters._check import disagreement, fingerprint
 from .adapters._swap import accelerated_by, swap, unswap
 from .model import DiT
@@ -66,7 +66,7 @@ class Report:
         return "\n".join(line.rstrip() for line in lines)
 
 
-def accelerate(model: nn.Module, *, check: bool = True, strict: bool = False) -> Report:
+def accelerate(model: nn.Module, *, level: Level = "block", check: bool = True, strict: bool = False) -> Report:
     """Gives the modules that an adapter matches a fused forward, in place.
 
     A matched module's class becomes a subclass with another forward: parameters, state-dict keys, hooks, isinstance,
@@ -75,6 +75,8 @@ def accelerate(model: nn.Module, *, check: bool = True, strict: bool = False) ->
 
     Args:
         model: any module; blocks are found wherever they stand in it.
+        level: "block", or "model" for one GEMM of all adaLN Linears too, in inference, in models of the official shape
+            (``blocks`` and a ``final_layer``); it keeps a copy of their weights, a third of XL/2's.
         check: runs one small random forward of the old and the new module of each kind on its device, with parameters
             drawn anew in a copy, and skips what disagrees.
         strict: raises where a module of a kind that was matched is skipped.
@@ -84,16 +86,18 @@ def accelerate(model: nn.Module, *, check: bool = True, strict: bool = False) ->
 
     Raises:
         TypeError: model is no module.
-        ValueError: nothing matched; it is sharded already; or ``strict`` and something was skipped. The model is then
-            as it was.
+        ValueError: nothing matched, with ``level="model"`` no whole model; it is sharded already; or ``strict`` and
+            something was skipped. The model is then as it was.
     """
+    if level not in get_args(Level):
+        raise ValueError(f"level must be one of {', '.join(get_args(Level))}, got {level!r}")
     _check_model(model)
     entries: list[Entry] = []
     matched: list[tuple[nn.Module, Adapter]] = []
     verdicts: dict[Any, str | None] = {}
     for path, module in model.named_modules():
         before = accelerated_by(module)
-        adapter = _adapter_of(module, before)
+        adapter = _adapter_of(module, before, level)
         if adapter is None:
             continue
         kind = type(module).__name__
@@ -113,6 +117,10 @@ def accelerate(model: nn.Module, *, check: bool = True, strict: bool = False) ->
     if not report.accelerated:
         found = f":\n{report}" if entries else ""
         raise ValueError(f"model ({type(model).__name__}) has nothing that ditfast can accelerate{found}")
+    whole = {adapter.name for adapter in registered() if adapter.level == "model"}
+    if level == "model" and not any(entry.adapter in whole for entry in report.accelerated):
+        names = ", ".join(sorted(whole))
+        raise ValueError(f'level="model", and no whole model ({names}) could be accelerated:\n{report}')
     if strict and report.skipped:
         raise ValueError(f"strict=True, and {len(report.skipped)} modules of a matched kind were skipped:\n{report}")
     done: list[nn.Module] = []
@@ -146,13 +154,15 @@ def restore(model: nn.Module) -> int:
 
 
 @contextmanager
-def accelerated(model: M, *, check: bool = True, strict: bool = False) -> Iterator[M]:
+def accelerated(
+    model: M, *, level: Level = "block", check: bool = True, strict: bool = False
+) -> Iterator[M]:
     """``with accelerated(model):`` accelerates within the block; what was accelerated before it stays so.
 
     Raises:
         TypeError, ValueError: as :func:`accelerate`.
     """
-    report = accelerate(model, check=check, strict=strict)
+    report = accelerate(model, level=level, check=check, strict=strict)
     mine = [model.get_submodule(entry.module) for entry in report.entries if entry.status == "accelerated"]
     try:
         yield model
@@ -178,11 +188,14 @@ def _check_model(model: Any) -> None:
             raise ValueError(f"model is sharded already ({name} is a DTensor): call ditfast.accelerate before sharding")
 
 
-def _adapter_of(module: nn.Module, before: tuple[type[nn.Module], type[nn.Module]] | None) -> Adapter | None:
-    """The adapter that accelerated it, or the first that recognises it."""
+def _adapter_of(
+    module: nn.Module, before: tuple[type[nn.Module], type[nn.Module]] | None, level: Level
+) -> Adapter | None:
+    """The adapter that accelerated it, or the first of those asked at this level that recognises it."""
     if before is not None:
         return next((adapter for adapter in registered() if adapter.mixin is before[0]), None)
-    return next((adapter for adapter in registered() if adapter.recognises(module)), None)
+    asked = (adapter for adapter in registered() if adapter.level in ("block", level))
+    return next((adapter for adapter in asked if adapter.recognises(module)), None)
 
 
 def _unfit(module: nn.Module) -> str | None:

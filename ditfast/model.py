@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ._model_blocks import FUSED, FusedLabelEmbedder, Pending, is_plain, is_plain_modulation
 from ._model_cache import ModulationCache
 from .config import DiTConfig
-from .ops._backend import autocast_dtype
 from .reference import dit as reference
 from .reference.ops import unpatchify
 
@@ -37,7 +36,7 @@ class DiT(reference.DiT):
     """
 
     def __init__(self, config: DiTConfig) -> None:
-        self._modulation_cache: ModulationCache | None = None
+        self._modulation_cache = ModulationCache()
         super().__init__(config)
         self.fused = config.conditioning in ("adaln", "adaln_zero")
         if self.fused:
@@ -82,7 +81,7 @@ class DiT(reference.DiT):
 
     def reset_cache(self) -> None:
         """Drops the concatenated adaLN weights; the next inference call makes them anew."""
-        self._modulation_cache = None
+        self._modulation_cache.reset()
 
     def extra_repr(self) -> str:
         how = "fused forward" if self.fused else "no fused forward for this design: runs the reference's code"
@@ -95,50 +94,18 @@ class DiT(reference.DiT):
         adaLN weight in each step and its gradient back, which costs more than the launches it saves. The same
         holds where the copy could not be checked again (inside a compiled or captured graph).
         """
-        apart = (None,) * (len(self.blocks) + 1)
+        layers = (*self.blocks, self.final_layer)
+        apart = (None,) * len(layers)
         if torch.compiler.is_compiling():
             return apart
         if torch.is_grad_enabled() and (c.requires_grad or any(p.requires_grad for p in self.parameters())):
             self.reset_cache()  # somebody may be about to write through .data
             return apart
-        if c.is_cuda and torch.cuda.is_current_stream_capturing():
-            return apart
         if not activated:
             return apart
-        linears = [cast(nn.Sequential, layer.adaLN_modulation)[1] for layer in (*self.blocks, self.final_layer)]
-        if not all(is_plain(linear) for linear in linears):
-            return apart
-        weights = [cast(nn.Parameter, linear.weight) for linear in linears]
-        biases = [cast(nn.Parameter, linear.bias) for linear in linears]
-        if any(type(p) is not nn.Parameter or p.is_inference() for p in (*weights, *biases)):
-            return apart
-        cache = self._cached_modulation(weights, biases, c.device.type)
-        c = c.to(cache.weight.dtype)
-        if c.device.type == "cpu":
-            # MKL takes few rows against a tall weight two to four times faster this way round, and two columns
-            # three times faster than one, which goes to its matrix-vector product
-            columns = (c if len(c) != 1 else torch.cat([c, c])).t()
-            product = torch.addmm(cache.bias.unsqueeze(1), cache.weight, columns)
-            modulations = product[:, : len(c)].t().contiguous()
-        else:
-            modulations = F.linear(c, cache.weight, cache.bias)
-        return tuple(modulations.split_with_sizes([weight.shape[0] for weight in weights], dim=1))
-
-    def _cached_modulation(
-        self, weights: list[nn.Parameter], biases: list[nn.Parameter], device_type: str
-    ) -> ModulationCache:
-        dtype = weights[0].dtype
-        if dtype != torch.float64:  # which autocast leaves alone
-            dtype = autocast_dtype(device_type) or dtype
-        cache = self._modulation_cache
-        if cache is None or not cache.is_fresh([*weights, *biases], dtype):
-            self.reset_cache()  # frees the old copy before the new one is made
-            cache = self._modulation_cache = ModulationCache.build(weights, biases, dtype)
-        return cache
+        linears = [cast(nn.Linear, cast(nn.Sequential, layer.adaLN_modulation)[1]) for layer in layers]
+        return self._modulation_cache.modulations(linears, c) or apart
 
     def _apply(self, *args: Any, **kwargs: Any) -> DiT:
         self.reset_cache()
         return cast(DiT, super()._apply(*args, **kwargs))  # type: ignore[no-untyped-call]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_modulation_cache": None}

@@ -4,6 +4,7 @@ from ._adapter import Adapter, register_adapter, registered
 from .diffusers import DiffusersBlock, DiffusersFeedForward
 from .diffusers_model import DiffusersTransformer
 from .official import OfficialBlock, OfficialFinalLayer
+from .official_model import OfficialModel
 from .timm import TimmAttention, TimmMlp
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "DiffusersTransformer",
     "OfficialBlock",
     "OfficialFinalLayer",
+    "OfficialModel",
     "TimmAttention",
     "TimmMlp",
     "register_adapter",
@@ -25,6 +27,7 @@ for _known in (
     TimmMlp(),
     OfficialBlock(),
     OfficialFinalLayer(),
+    OfficialModel(),
     DiffusersFeedForward(),
     DiffusersBlock(),
     DiffusersTransformer(),

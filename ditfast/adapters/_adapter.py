@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .._model_blocks import is_plain
+
+Level = Literal["block", "model"]
 
 
 class Adapter(ABC):
@@ -18,10 +20,12 @@ class Adapter(ABC):
         name: of the adapter, in reports.
         mixin: a class with another ``forward``. A matched module's class becomes a subclass of (mixin, its own class):
             ``super().forward`` is the module's own, to be called where the fused one does not apply.
+        level: "block", or "model" where it is for whole models and asked by ``accelerate(model, level="model")`` only.
     """
 
     name: str
     mixin: type[nn.Module]
+    level: Level = "block"
 
     @abstractmethod
     def recognises(self, module: nn.Module) -> bool:

@@ -27,6 +27,9 @@ class FastTransformer(nn.Module):
         forget(self)
         yield from super().named_modules(*args, **kwargs)
 
+    def unswapped(self) -> None:
+        forget(self)
+
     def train(self, mode: bool = True) -> Any:
         forget(self)
         return super().train(mode)

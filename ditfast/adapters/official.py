@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import ops
 from .._model_blocks import AdaLNForward, Pending, add_and_norm, promoted
 from ._adapter import Adapter, is_plain_norm, is_quiet, plain_norm, tokens, unknown_parts
+from ._shared_modulation import modulation
 
 _BLOCK = ("norm1", "attn", "norm2", "mlp", "adaLN_modulation")
 _FINAL = ("norm_final", "linear", "adaLN_modulation")
@@ -29,7 +30,8 @@ class FastBlock(AdaLNForward):
         given = (*args, *kwargs.values())  # the module's own names may be others
         if not _are_tokens_and_condition(*given) or not self._applies():
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
-        x, branch, gate, _, _ = self.fused(given[0], None, None, None, given[1], False, None)
+        x, c = given
+        x, branch, gate, _, _ = self.fused(x, None, None, None, c, False, modulation(self, c))
         assert branch is not None and gate is not None
         return ops.gated_residual(*promoted(x, branch, gate))
 
@@ -52,7 +54,7 @@ class OfficialBlock(Adapter):
 
     def inputs(self, module: nn.Module, generator: torch.Generator) -> tuple[Any, ...]:
         x = tokens(_width(module.norm1), generator)
-        return x, torch.randn(len(x), _linear(module).in_features, generator=generator)
+        return x, torch.randn(len(x), modulation_linear(module).in_features, generator=generator)
 
 
 class FastFinalLayer(nn.Module):
@@ -67,7 +69,8 @@ class FastFinalLayer(nn.Module):
         if not (_are_tokens_and_condition(*given) and is_plain_norm(self.norm_final) and is_quiet(self, *_FINAL)):
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
         x, c = given
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+        both = modulation(self, c)
+        shift, scale = (self.adaLN_modulation(c) if both is None else both).chunk(2, dim=-1)
         _, h = add_and_norm(x, Pending(), shift, scale, self.norm_final.eps)
         out: Tensor = self.linear(h)
         return out
@@ -88,7 +91,7 @@ class OfficialFinalLayer(Adapter):
 
     def inputs(self, module: nn.Module, generator: torch.Generator) -> tuple[Any, ...]:
         x = tokens(_width(module.norm_final), generator)
-        return x, torch.randn(len(x), _linear(module).in_features, generator=generator)
+        return x, torch.randn(len(x), modulation_linear(module).in_features, generator=generator)
 
 
 def _are_tokens_and_condition(*given: Any) -> bool:
@@ -109,7 +112,8 @@ def modulation_reason(module: nn.Module, width: int, parts: int) -> str | None:
     return None if found == parts * width else f"adaLN_modulation must give {parts} x {width} features, got {found}"
 
 
-def _linear(module: nn.Module) -> Any:
+def modulation_linear(module: nn.Module) -> Any:
+    """The Linear that gives a block its modulation."""
     layers: Any = module.adaLN_modulation
     return layers[-1]
 
