@@ -102,7 +102,12 @@ class ModulationCache:
         self.made = None
 
     def modulations(self, linears: list[nn.Linear], c: Tensor) -> tuple[Tensor, ...] | None:
-        """Linear(c) for all the Linears by one GEMM, without gradients; c (B, D) -> (B, N) each.
+        """:meth:`modulation` in the Linears' parts."""
+        whole = self.modulation(linears, c)
+        return None if whole is None else whole.split_with_sizes([linear.out_features for linear in linears], dim=1)
+
+    def modulation(self, linears: list[nn.Linear], c: Tensor) -> Tensor | None:
+        """Linear(c) of all the Linears side by side by one GEMM, without gradients; c (B, D) -> (B, N).
 
         None where the copy could not be checked again (inside a compiled or captured graph), or where the Linears
         are not what they were built as, of one dtype and on c's device.
@@ -124,10 +129,8 @@ class ModulationCache:
             # three times faster than one, which goes to its matrix-vector product
             columns = (c if len(c) != 1 else torch.cat([c, c])).t()
             product = torch.addmm(both.bias.unsqueeze(1), both.weight, columns)
-            result = product[:, : len(c)].t().contiguous()
-        else:
-            result = F.linear(c, both.weight, both.bias)
-        return tuple(result.split_with_sizes([weight.shape[0] for weight in weights], dim=1))
+            return product[:, : len(c)].t().contiguous()
+        return F.linear(c, both.weight, both.bias)
 
     def _fresh(self, weights: list[nn.Parameter], biases: list[nn.Parameter], device_type: str) -> _Concatenated:
         dtype = weights[0].dtype

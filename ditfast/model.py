@@ -8,6 +8,7 @@ per block keep working.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -48,15 +49,76 @@ class DiT(reference.DiT):
         if not self.fused:
             return super().forward(x, t, y)
         self._check_inputs(x, t, y)
-        # all adaLN Linears read the same SiLU(c), as long as nobody changed what stands around them
-        activated = all(is_plain_modulation(layer.adaLN_modulation) for layer in (*self.blocks, self.final_layer))
+        activated = self._activates()
         x, c = self._tokens(x), self._conditioning(t, y, activated)
+        return self._denoised(x, c, activated, self._modulations(c, activated))
+
+    def modulation(self, t: Tensor, y: Tensor) -> Tensor:
+        """All that the blocks and the final layer are told of timesteps and labels, without gradients.
+
+        Args:
+            t: timesteps (B,), int or float.
+            y: labels (B,), int32 or int64.
+
+        Returns:
+            (B, N): the modulation of each block, then of the final layer; N is the rows of all adaLN Linears.
+
+        Raises:
+            ValueError: a design without adaLN.
+        """
+        self._check_modulated()
+        with torch.no_grad():
+            activated = self._activates()
+            c = self._conditioning(t, y, activated)
+            layers = (*self.blocks, self.final_layer)
+            kept = self._modulation_cache.made
+            linears = [cast(nn.Linear, cast(nn.Sequential, layer.adaLN_modulation)[-1]) for layer in layers]
+            found = self._modulation_cache.modulation(linears, c) if activated else None
+            if kept is None:
+                self.reset_cache()  # which a table's reader needs no more
+            if found is not None:
+                return found
+            own = [cast(nn.Sequential, layer.adaLN_modulation) for layer in layers]
+            return torch.cat([modulation[-1](c) if activated else modulation(c) for modulation in own], dim=1)
+
+    def forward_modulated(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """:meth:`forward` with what :meth:`modulation` gave for its t and y: no adaLN weight is read.
+
+        Args:
+            x: latents (B, C, height, width) of ``config.latent_size``, any floating dtype.
+            modulation: (B, N), any row stride.
+
+        Returns:
+            (B, C_out, height, width) in the model's dtype.
+
+        Raises:
+            ValueError: a design without adaLN, or a shape that does not fit.
+        """
+        self._check_modulated()
+        rows = [layer.adaLN_modulation[-1].out_features for layer in (*self.blocks, self.final_layer)]
+        shape = (self.config.in_channels, *self.config.latent_hw)
+        if x.ndim != 4 or x.shape[1:] != shape:
+            raise ValueError(f"x must have shape (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
+        if modulation.shape != (len(x), sum(rows)):
+            raise ValueError(f"modulation must have shape ({len(x)}, {sum(rows)}), got {tuple(modulation.shape)}")
+        return self._denoised(self._tokens(x), modulation, True, modulation.split_with_sizes(rows, dim=1))
+
+    def _check_modulated(self) -> None:
+        if not self.fused:
+            raise ValueError(f"only adaLN designs are modulated, this model is {self.config.conditioning}")
+
+    def _activates(self) -> bool:
+        """Whether all adaLN Linears read the same SiLU(c): nobody changed what stands around them."""
+        return all(is_plain_modulation(layer.adaLN_modulation) for layer in (*self.blocks, self.final_layer))
+
+    def _denoised(self, x: Tensor, c: Tensor, activated: bool, modulations: Sequence[Tensor | None]) -> Tensor:
+        """Tokens x (B, T, D) through the blocks and the final layer, to (B, C_out, height, width)."""
         pending = Pending()
-        *modulations, last = self._modulations(c, activated)
+        *given, last = modulations
         # whose branches nobody sees between: no hooks, wrappers, sharding or forward of their own
         private = [torch.is_grad_enabled() and is_plain(layer, kind) for layer, kind in self._fused_layers()]
         hands_over = [here and there for here, there in zip(private[:-1], private[1:], strict=True)]
-        for block, modulation, over in zip(self.blocks, modulations, hands_over, strict=True):
+        for block, modulation, over in zip(self.blocks, given, hands_over, strict=True):
             x, *rest, c = block(x, *pending, c, activated, modulation, *([True] if over else []))
             pending = Pending(*rest)
         x = self.final_layer(x, *pending, c, activated, last)

@@ -1,0 +1,170 @@
+"""The sampling loop: one model evaluation after another with everything known in advance computed in advance.
+
+For ditfast's adaLN models the loop runs on a schedule table (:mod:`.table`) and, on a GPU, as a captured CUDA graph
+(:mod:`.graphs`); any other model is called plainly. The results are the plain loop's within rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .._model_blocks import is_plain
+from ..model import DiT
+from .graphs import StepGraphs
+from .guidance import Guidance
+from .samplers import Sampler
+from .table import ScheduleTable
+
+_LOOK = 25  # steps between looks whether latents are finite: each waits for the GPU
+
+
+class _Plan(NamedTuple):
+    """What does not change during a run, with or without guidance."""
+
+    labels: Tensor  # (2N,), the null class for the second half, or (N,) without guidance
+    rows: Tensor | None  # where they stand in the table
+    table: ScheduleTable | None
+    graphs: StepGraphs | None
+
+
+class Engine:
+    """Samples latents of a class-conditional model.
+
+    Args:
+        model: ``model(x, t, y)``, in eval mode: (B, C, h, w), (B,), (B,) -> (B, C or 2C, h, w).
+        sampler: the solver and its timesteps.
+        guidance: classifier-free guidance, as one batch of 2N; None for none.
+        table_mib: the most that the schedule table may take, in MiB; 0 for no table.
+        graphs: whether steps are captured as CUDA graphs where they can be.
+        null_class: the label of the unconditional half; by default the model's config says it.
+        labels: of all runs to come: where a table of them fits as a whole, it is made once.
+
+    Raises:
+        ValueError: guidance of a model without a null class; a negative table_mib.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sampler: Sampler,
+        guidance: Guidance | None = None,
+        *,
+        table_mib: float = 2048,
+        graphs: bool = True,
+        null_class: int | None = None,
+        labels: Iterable[int] = (),
+    ) -> None:
+        config: Any = getattr(model, "config", None)
+        self.model, self.sampler, self.guidance = model, sampler, guidance
+        if not table_mib >= 0:
+            raise ValueError(f"table_mib must be 0 or more, got {table_mib}")
+        self.table_mib = table_mib
+        self.null_class = getattr(config, "null_class", None) if null_class is None else null_class
+        self.num_classes: int | None = getattr(config, "num_classes", None)
+        if guidance is not None and self.null_class is None:
+            raise ValueError("guidance needs a null class, and the model's config has none: give null_class")
+        self.table: ScheduleTable | None = None
+        self._all_labels = frozenset(labels)
+        self.graphs = StepGraphs(model) if graphs else None
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        noise: Tensor,
+        labels: Sequence[int],
+        generators: Sequence[torch.Generator] | None = None,
+        on_step: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Latents from noise.
+
+        Args:
+            noise: standard normal (N, C, h, w) on the model's device, fp32 or fp64: what the solver computes in.
+            labels: N labels in [0, num_classes).
+            generators: one an image, for the noise of ancestral samplers; by default torch's own.
+            on_step: called with the number of steps done, after each.
+
+        Returns:
+            (N, C, h, w), in noise's dtype.
+
+        Raises:
+            ValueError: a label out of range, a model in training mode, a table that does not fit, or latents that
+                are not finite, naming the step and the image.
+        """
+        self._check(noise, labels)
+        timesteps = self.sampler.timesteps.to(noise.device)
+        scales = [1.0 if self.guidance is None else self.guidance.scale_at(t) for t in timesteps.tolist()]
+        plans = {guided: self._plan(labels, guided, noise.device) for guided in {scale != 1 for scale in scales}}
+        factor = noise.new_ones(1)  # where a captured step reads it
+        x = self.sampler.start(noise)
+        broken = torch.full((len(labels),), -1, device=x.device)
+        for i, scale in enumerate(scales):
+            given = self.sampler.model_input(x, i)
+            output = self._evaluate(plans[scale != 1], given, i, timesteps, factor.fill_(scale))
+            x = self.sampler.step(x, output.to(x.dtype), i, generators)
+            broken = torch.where((broken < 0) & ~x.isfinite().flatten(1).all(1), i, broken)
+            if (i + 1) % _LOOK == 0 or i + 1 == len(scales):
+                _stop_at_first(broken, len(scales))
+            if on_step is not None:
+                on_step(i + 1)
+        return x
+
+    def _check(self, noise: Tensor, labels: Sequence[int]) -> None:
+        if self.model.training:
+            raise ValueError("model is in training mode, in which labels are dropped at random: call model.eval()")
+        if noise.ndim != 4 or len(noise) != len(labels) or not labels:
+            raise ValueError(f"noise must have shape ({len(labels)}, C, h, w), got {tuple(noise.shape)}")
+        for label in labels:
+            if self.num_classes is not None and not 0 <= label < self.num_classes:
+                raise ValueError(f"labels must be in 0..{self.num_classes - 1}, got {label}")
+
+    def _plan(self, labels: Sequence[int], guided: bool, device: torch.device) -> _Plan:
+        null = [] if self.null_class is None or not guided else [self.null_class] * len(labels)
+        given = [*labels, *null]
+        table = self._table_for(given)
+        graphs = self.graphs if self.graphs is not None and self.graphs.look() else None
+        rows = None if table is None else table.rows(given)
+        return _Plan(torch.tensor(given, device=device), rows, table, graphs)
+
+    def _table_for(self, labels: list[int]) -> ScheduleTable | None:
+        """The table that holds the labels, made where there is none yet; None for a model that has no use for it."""
+        model, timesteps = self.model, self.sampler.timesteps
+        if not self.table_mib or not isinstance(model, DiT) or not model.fused or not is_plain(model, DiT):
+            return None
+        if self.table is None or not self.table.holds(model, timesteps, labels):
+            self.table = None  # freed before the next is made
+            null = set() if self.guidance is None or self.null_class is None else {self.null_class}
+            whole = ScheduleTable(model, timesteps, sorted(self._all_labels | {*labels} | null), float("inf"))
+            if whole.mib > self.table_mib:
+                whole = ScheduleTable(model, timesteps, sorted({*labels} | null), self.table_mib)
+            self.table = whole
+        return self.table
+
+    def _evaluate(self, plan: _Plan, x: Tensor, i: int, timesteps: Tensor, factor: Tensor) -> Tensor:
+        """The model's output (N, C or 2C, h, w) at evaluation i, after guidance."""
+        guided = len(plan.labels) > len(x)
+        if plan.table is not None and plan.rows is not None:
+            given: tuple[Tensor, ...] = (plan.table.at(i, plan.rows),)
+        else:
+            given = (timesteps[i].expand(len(plan.labels)), plan.labels)
+
+        def step(x: Tensor, factor: Tensor, *given: Tensor) -> Tensor:
+            both = torch.cat([x, x]) if guided else x
+            model: Any = self.model
+            output: Tensor = model.forward_modulated(both, *given) if len(given) == 1 else model(both, *given)
+            return self.guidance(output, factor) if guided and self.guidance is not None else output
+
+        if plan.graphs is None:
+            return step(x, factor, *given)
+        return plan.graphs.run((guided, self.guidance), step, x, factor, *given)
+
+
+def _stop_at_first(broken: Tensor, steps: int) -> None:
+    """Raises where a latent was found not to be finite."""
+    found = broken.tolist()
+    if max(found, default=-1) >= 0:
+        step, image = min((step, image) for image, step in enumerate(found) if step >= 0)
+        raise ValueError(f"latents are not finite from step {step + 1} of {steps} on, image {image} of the batch")

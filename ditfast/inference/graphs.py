@@ -1,0 +1,92 @@
+"""CUDA graphs of a function of static shapes: captured once, replayed with new values in its inputs' buffers."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..ops._backend import autocast_dtype, current_backend
+
+_WARM_UP = 3  # calls before a capture: libraries choose and allocate in their first ones
+
+
+class _Captured(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Tensor, ...]
+    output: Tensor
+
+
+class StepGraphs:
+    """The captured steps of a model, one for each key and shapes, the least recently used dropped beyond ``limit``.
+
+    Weights are read where they lie: writing them in place (``load_state_dict``) is seen by a replay. Where they have
+    moved, everything is captured anew.
+    """
+
+    def __init__(self, model: nn.Module, limit: int = 4) -> None:
+        self._model = model
+        self._limit = limit
+        self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
+        self._addresses: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self._captured)
+
+    def look(self) -> bool:
+        """Before a run: drops what was captured of other weights; whether the model can be captured as it is."""
+        addresses = tuple(tensor.data_ptr() for tensor in (*self._model.parameters(), *self._model.buffers()))
+        if addresses != self._addresses:
+            self._captured.clear()
+            self._addresses = addresses
+        return self.unavailable() is None
+
+    def unavailable(self) -> str | None:
+        """Why its steps run without graphs, or None."""
+        devices = {parameter.device.type for parameter in self._model.parameters()}
+        if devices != {"cuda"}:
+            return f"the model is on {', '.join(sorted(devices)) or 'no device'}"
+        if autocast_dtype("cuda") is not None:
+            return "autocast keeps casts of the weights, which a replay would not make anew"
+        if _has_any_global_hook() or any(_has_hooks(module) for module in self._model.modules()):
+            return "the model has hooks, which a replay would not call"
+        return None
+
+    def run(self, key: Hashable, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """``function(*inputs)`` by the graph of ``key`` and the inputs' shapes; a tensor of its own."""
+        shapes = tuple((tuple(value.shape), value.dtype, value.device) for value in inputs)
+        full = (key, shapes, current_backend(), self._model.training)
+        if full not in self._captured:
+            while len(self._captured) >= self._limit:
+                self._captured.popitem(last=False)
+            self._captured[full] = _capture(function, inputs)
+        self._captured.move_to_end(full)
+        graph, buffers, output = self._captured[full]
+        for buffer, value in zip(buffers, inputs, strict=True):
+            buffer.copy_(value)
+        graph.replay()
+        return output.clone()  # the next replay writes it
+
+
+def _capture(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> _Captured:
+    buffers = tuple(value.clone() for value in inputs)
+    device = inputs[0].device
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                function(*buffers)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = function(*buffers)
+    return _Captured(graph, buffers, output)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
