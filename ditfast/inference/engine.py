@@ -155,7 +155,7 @@ class Engine:
             both = torch.cat([x, x]) if guided else x
             model: Any = self.model
             output: Tensor = model.forward_modulated(both, *given) if len(given) == 1 else model(both, *given)
-            return self.guidance(output, factor) if guided and self.guidance is not None else output
+            return self.guidance.apply(output, factor, x.shape[1]) if guided and self.guidance is not None else output
 
         if plan.graphs is None:
             return step(x, factor, *given)

@@ -40,10 +40,11 @@ class StepGraphs:
     def look(self) -> bool:
         """Before a run: drops what was captured of other weights; whether the model can be captured as it is."""
         addresses = tuple(tensor.data_ptr() for tensor in (*self._model.parameters(), *self._model.buffers()))
-        if addresses != self._addresses:
+        available = self.unavailable() is None
+        if addresses != self._addresses or not available:
             self._captured.clear()
             self._addresses = addresses
-        return self.unavailable() is None
+        return available
 
     def unavailable(self) -> str | None:
         """Why its steps run without graphs, or None."""

@@ -36,7 +36,7 @@ class ScheduleTable:
             raise ValueError(f"a schedule table is of adaLN designs, this model is {model.config.conditioning}")
         weights = [layer.adaLN_modulation[-1].weight for layer in (*model.blocks, model.final_layer)]
         self.labels = {label: row for row, label in enumerate(labels)}
-        self.step_mib = len(self.labels) * sum(len(w) for w in weights) * weights[0].element_size() / _MIB
+        self.step_mib: float = len(self.labels) * sum(len(w) for w in weights) * weights[0].element_size() / _MIB
         self.chunk = int(min(len(timesteps), budget_mib / self.step_mib))
         if self.chunk < 1:
             raise ValueError(
@@ -52,7 +52,7 @@ class ScheduleTable:
 
     @property
     def mib(self) -> float:
-        """The memory it takes, in MiB."""
+        """The memory it takes at most, in MiB."""
         return self.chunk * self.step_mib
 
     def holds(self, model: DiT, timesteps: Tensor, labels: Sequence[int]) -> bool:
