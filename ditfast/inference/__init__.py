@@ -1,0 +1,5 @@
+"""Inference: samplers."""
+
+from .samplers import SAMPLERS, Sampler
+
+__all__ = ["SAMPLERS", "Sampler"]
