@@ -1,5 +1,6 @@
-"""Inference: samplers."""
+"""Inference: samplers and guidance."""
 
+from .guidance import Guidance
 from .samplers import SAMPLERS, Sampler
 
-__all__ = ["SAMPLERS", "Sampler"]
+__all__ = ["SAMPLERS", "Guidance", "Sampler"]

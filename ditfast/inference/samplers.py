@@ -54,7 +54,7 @@ class Sampler:
     Attributes:
         timesteps: what the model is given at each evaluation, (evaluations,): int64, or fp32 for flows. heun
             has two evaluations a step, the others one.
-        span: the model's t at pure noise and at clean data, for guidance that depends on the step.
+        span: the model's t at pure noise and at clean data, for :class:`ditfast.inference.Guidance`.
 
     Raises:
         ValueError: an argument out of its range, naming it.
