@@ -121,7 +121,7 @@ def sample_table(results: Results, cases: Sequence[SampleCase] = ()) -> Renderab
 
     from .machine import device_label
     from .render import closing_notes, line, plain_table, speedup, tick
-    from .text import STATUS, digits
+    from .text import STATUS, digits, model_name
 
     ascii_only = Console().options.ascii_only
     table = plain_table()
@@ -139,7 +139,7 @@ def sample_table(results: Results, cases: Sequence[SampleCase] = ()) -> Renderab
             error = "-" if row.error is None else f"{row.error:.1e}"
             rates = (digits(seconds), digits(row.images_per_s), digits(step))
             cells = (*rates, error, tick(row.parity, ascii_only), speedup(row))
-        names = (row.model, str(row.batch)) if first else ("", "")
+        names = (model_name(row), str(row.batch)) if first else ("", "")
         table.add_row(*names, escape(row.provider), *cells, end_section=last)
     how = results.settings
     title = f"ditfast bench sample: {how.get('steps')} steps of {how.get('sampler')}, guidance {how.get('cfg_scale')}"
@@ -149,7 +149,7 @@ def sample_table(results: Results, cases: Sequence[SampleCase] = ()) -> Renderab
     noises = [row.noise for row in shown if row.noise is not None]
     if noises:
         lines.append(f"Noise: up to {max(noises):.1%}, by the reference timed twice; less than that is a tie.")
-    lines += [f"{row.model}, batch {row.batch}, {row.provider}: {row.note}" for row in shown if row.note]
+    lines += [f"{model_name(row)}, batch {row.batch}, {row.provider}: {row.note}" for row in shown if row.note]
     absent = {row.provider: row.note for row in results.rows if row.status == "unavailable"}
     lines += [f"Not measured: {name}: {reason}" for name, reason in absent.items()]
     lines += _traced(cases) + closing_notes(results)
