@@ -76,6 +76,9 @@ def linear_gated_residual(
         gate: (B, D) in x's dtype; any row stride.
         residual: (B, T, D); x's dtype, or fp32 beside bf16 and fp16.
 
+    DTensors run the Linear and the gate one after the other: where x and weight are sharded along K, the product is a
+    partial sum, and reduced in between.
+
     Returns:
         (B, T, D) in residual's dtype.
 
