@@ -73,7 +73,7 @@ OTHERS = [
     ("gated_residual_layer_norm_modulate", _ADALN[0], {"shape": _UNEVEN}),
     ("gated_residual_layer_norm_modulate", _ADALN[2], {"shape": _UNEVEN}),
     ("linear_gelu", f"x1 {_ROWS.format(1)}", {"shape": _UNEVEN}),
-    ("linear_gelu", "xr weight0 bias0", {"shape": Shape(4, 2, 24, ratio=1)}),  # 12 columns a rank
+    ("linear_gelu", "xr weight0 bias0 > output0r", {"shape": Shape(4, 2, 24, ratio=1)}),  # not 12 columns a rank
     ("self_attention", "qkv0 > output00 d_qkv0", {"shape": _UNEVEN}),
     ("self_attention+bias", "qkv0 biasr > output00 d_qkv0 d_biasp", {"shape": _UNEVEN}),
     ("layer_norm_modulate", "x0 shift0 scale0", {"shape": Shape(1, 7, 16)}),

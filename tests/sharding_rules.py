@@ -89,6 +89,9 @@ def _refusals(mesh):
         "shift must have shape (3, 16), got (3, 8)": lambda: ops.layer_norm_modulate(
             replicated(x), replicated(vector[:, :8]), replicated(vector)
         ),
+        "bias must be a DTensor of qkv's mesh": lambda: ops.self_attention(
+            replicated(x[..., :12]), 2, bias=torch.zeros(6, 6), backend="sdpa"
+        ),
         "no partials beside DTensors": lambda: torch.ops.ditfast.adaln_backward.default(
             None, replicated(x), replicated(x), None, None, replicated(vector), replicated(vector),
             replicated(x[..., 0]), replicated(x[..., 0]), True, False, False, True, False, True, [replicated(x[:1])],

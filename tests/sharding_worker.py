@@ -78,11 +78,10 @@ def examined(
 
 def operators(mesh, backend):
     """Each layout: on the kernels results and gradients lie where they should, so nothing was gathered for them."""
-    layouts = [(name, layout) for name, several in LAYOUTS.items() for layout in several]
+    cases = [(name, layout, {}) for name, several in LAYOUTS.items() for layout in several] + OTHERS
     if backend == "auto":  # the formulas, which torch shards as it likes
-        layouts = [(name, layout.partition(" > ")[0]) for name, layout in layouts]
-    failures = [examined(name, layout, mesh, backend) for name, layout in layouts]
-    return [*failures, *(examined(name, layout, mesh, backend, **case) for name, layout, case in OTHERS)]
+        cases = [(name, layout.partition(" > ")[0], case) for name, layout, case in cases]
+    return [examined(name, layout, mesh, backend, **case) for name, layout, case in cases]
 
 
 def compiled(mesh):

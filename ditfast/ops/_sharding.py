@@ -119,9 +119,9 @@ def _if(wanted: bool, placement: Placement) -> Placement:
 
 
 def _rows(*matrices: Any) -> list[Placement]:
-    """How the rows of matrices may be sharded: any way will do that is everybody's.
+    """How the rows of matrices may be sharded: any way that is all of theirs.
 
-    (B, T, D) sharded along T has rows that lie with strides once it is flattened.
+    The rows of (B, T, D) that is sharded along T lie with strides once it is flattened.
     """
     found: list[Any] = [placement for matrix in matrices for placement in matrix.placements]
     strided = [p for p in found if type(p).__name__ == "_StridedShard" and p.dim == 0]
@@ -129,7 +129,7 @@ def _rows(*matrices: Any) -> list[Placement]:
 
 
 def _bias_rows(want_bias: bool, *matrices: Any) -> list[Placement]:
-    """How rows may lie whose partial sums are wanted or not: their number is no multiple of a part's."""
+    """As above, whole where partial sums are wanted: how many the parts make is not how many the whole makes."""
     return [R] if want_bias else [R, *_rows(*matrices)]
 
 
@@ -168,7 +168,7 @@ def _expanded(layouts: list[Layout], op_schema: OpSchema) -> OpStrategy:
     meshes = list(dict.fromkeys(spec.mesh for spec in specs))
     if len(meshes) > 1:
         raise ValueError(f"{op_schema.op} takes DTensors of one mesh, got {meshes}")
-    # nothing is sharded that was not: a sum that is replicated at less cost in parts would leave a batch in odd ones
+    # nothing is sharded that was not: it costs least to reduce a sum in parts, and a batch of 3 would lie as 2 and 1
     lists: list[list[Placement | None]] = [
         [*outs, *ins]
         for outs, ins in layouts
@@ -211,7 +211,12 @@ def by_samples(function: Callable[..., Tensor], x: Any, bias: Any = None) -> DTe
     """A function of each sample on its own, run on local tensors: x (B, ...) -> (B, ...), along the batch as x lies.
 
     bias: of four axes, the first 1 or B, where the function takes one beside x.
+
+    Raises:
+        ValueError: bias is no DTensor of x's mesh.
     """
+    if bias is not None and getattr(bias, "device_mesh", None) != x.device_mesh:
+        raise ValueError(f"bias must be a DTensor of qkv's mesh {x.device_mesh}, got {type(bias).__name__}")
     placements = [placement if placement == BATCH else R for placement in x.placements]
     arguments = [x.redistribute(placements=placements).to_local(grad_placements=placements)]
     if bias is not None:
