@@ -182,6 +182,8 @@ def _adapter_of(module: nn.Module, before: tuple[type[nn.Module], type[nn.Module
     """The adapter that accelerated it, or the first that recognises it."""
     if before is not None:
         return next((adapter for adapter in registered() if adapter.mixin is before[0]), None)
+    if isinstance(module, torch.jit.ScriptModule):
+        return None  # its forward is no method of its class
     return next((adapter for adapter in registered() if adapter.recognises(module)), None)
 
 
