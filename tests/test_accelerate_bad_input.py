@@ -227,3 +227,19 @@ def test_the_check_counts_calls_of_hooked_modules(monkeypatch):
     report = ditfast.accelerate(model)
     assert [entry.module for entry in report.accelerated] == ["0"]
     assert reasons(report) == {"1": "fc1 has hooks, which the fused forward would skip"}
+
+
+def test_parts_in_torchscript_are_passed_over():
+    """Their forward is no method of their class."""
+    slow = randomised(Model(depth=1)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is on its way out
+        slow.blocks[0].attn = torch.jit.trace(slow.blocks[0].attn, torch.randn(3, 16, 48))
+        scripted = torch.jit.script(Mlp(16, 32))
+    fast = copy.deepcopy(slow)
+    report = ditfast.accelerate(fast)
+    assert [entry.module for entry in report.accelerated] == ["blocks.0.mlp", "final_layer"]
+    assert reasons(report)["blocks.0"].startswith("it could not be checked: ")  # a trace has no other parameters
+    assert_same_outputs(fast, slow)
+    with pytest.raises(ValueError, match="nothing that ditfast can accelerate"):
+        ditfast.accelerate(scripted)

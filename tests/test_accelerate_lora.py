@@ -1,4 +1,7 @@
-"""Accelerated models whose parts are others: LoRA, layers replaced before or after, odd heads, calls by other names."""
+"""Accelerated models whose parts are others: LoRA, layers replaced before or after, odd heads, calls by other names.
+
+peft's own LoRA is in test_accelerate_peft.py.
+"""
 
 import copy
 
@@ -105,21 +108,6 @@ def test_what_lora_leaves_accelerated():
     report = ditfast.accelerate(changed)
     assert [entry.module for entry in report.skipped] == ["blocks.0.mlp"]
     assert report.skipped[0].reason.endswith("Lora, the fused forward reads an nn.Linear's weight")
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-def test_lora_of_peft(dora, when):
-    peft = pytest.importorskip("peft", reason="needs the package peft")
-    targets = ["qkv", "proj", "fc1", "fc2", "adaLN_modulation.1"]
-    config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, use_dora=dora)
-    fast, slow = pair(**{when: lambda model: peft.inject_adapter_in_model(config, model)})
-    slow.load_state_dict(fast.state_dict())
-    for autocast in (None, torch.bfloat16):
-        found, _ = assert_trained_alike(fast, slow, autocast=autocast)
-        slow.load_state_dict(fast.state_dict())
-        learned = [name for name in found if name.startswith("gradient 0")]
-        assert len(learned) == (2 + dora) * (4 * 2 + 3) and all("lora" in name for name in learned)
 
 
 @pytest.mark.kernels

@@ -111,6 +111,9 @@ class TimmMlp(Adapter):
             if type(module._modules[name]) is not nn.Linear:
                 kind = type(module._modules[name])
                 return f"{name} is {kind.__module__}.{kind.__name__}, the fused forward reads an nn.Linear's weight"
+        given, taken = _features(module.fc1, "out"), _features(module.fc2, "in")
+        if given != taken:
+            return f"fc1 gives {given} features and fc2 takes {taken}, as in a gated MLP"
         return unknown_parts(module, *_MLP)
 
     def inputs(self, module: nn.Module, generator: torch.Generator) -> tuple[Any, ...]:
