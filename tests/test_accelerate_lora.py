@@ -201,6 +201,31 @@ def test_calls_with_other_names_and_one_condition_for_all():
         attention()
 
 
+class Masked(Block):
+    """With a further argument, handed on in every call."""
+
+    def forward(self, x, c, mask=None, rope=None):
+        x = super().forward(x, c)
+        return x if mask is None else x * mask
+
+
+def test_further_arguments_that_are_none(monkeypatch):
+    slow = randomised(Masked(48, 2))
+    fast = copy.deepcopy(slow)
+    ditfast.accelerate(fast, strict=True)
+    own, calls = Masked.forward, []
+
+    def forward(self, *args, **kwargs):
+        calls.append(type(self))
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(Masked, "forward", forward)
+    x, c, mask = torch.randn(3, 9, 48), torch.randn(3, 48), torch.randn(3, 9, 1)
+    for args, kwargs in [((x, c, None), {}), ((x,), {"mask": None, "c": c, "rope": None}), ((x, c, mask), {})]:
+        assert_same(fast(*args, **kwargs), slow(*args, **kwargs))
+    assert calls == [Masked, Masked, type(fast), Masked]
+
+
 def test_a_condition_for_all_samples_reaches_the_final_layer():
     fast, slow = pair()
     oracle = copy.deepcopy(slow).double()
