@@ -27,6 +27,8 @@ $(STAMP): pyproject.toml constraints.txt setup.py
 	"$(BIN)/python" -m pip install --quiet -c constraints.txt pip setuptools wheel
 	@# setuptools warns of folders named like the package; here they are the package
 	PYTHONWARNINGS=ignore "$(BIN)/python" -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[dev]"
+	@# for tests/timm_parts.py, which says why without its requirements
+	"$(BIN)/python" -m pip install --quiet --no-deps -c constraints.txt timm
 	@touch "$(STAMP)"
 
 bench: env
