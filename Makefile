@@ -38,8 +38,9 @@ bench: env
 readme: env
 	"$(BIN)/ditfast" bench readme README.md bench/results/*.json
 
+# waiting threads sleep: tests start processes that would otherwise spin beside each other
 test: lint
-	"$(BIN)/python" -m pytest -q --durations=12
+	OMP_WAIT_POLICY=PASSIVE "$(BIN)/python" -m pytest -q --durations=12
 
 lint: env
 	"$(BIN)/python" -m ruff check .
