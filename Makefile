@@ -27,6 +27,8 @@ $(STAMP): pyproject.toml constraints.txt setup.py
 	"$(BIN)/python" -m pip install --quiet -c constraints.txt pip setuptools wheel
 	@# setuptools warns of folders named like the package; here they are the package
 	PYTHONWARNINGS=ignore "$(BIN)/python" -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[dev]"
+	@# for tests/timm_parts.py, which says why without its requirements
+	"$(BIN)/python" -m pip install --quiet --no-deps -c constraints.txt timm
 	@touch "$(STAMP)"
 
 bench: env
@@ -36,8 +38,9 @@ bench: env
 readme: env
 	"$(BIN)/ditfast" bench readme README.md bench/results/*.json
 
+# waiting threads sleep: tests start processes that would otherwise spin beside each other
 test: lint
-	"$(BIN)/python" -m pytest -q --durations=12
+	OMP_WAIT_POLICY=PASSIVE "$(BIN)/python" -m pytest -q --durations=12
 
 lint: env
 	"$(BIN)/python" -m ruff check .

@@ -194,6 +194,8 @@ def _adapter_of(
     """The adapter that accelerated it, or the first of those asked at this level that recognises it."""
     if before is not None:
         return next((adapter for adapter in registered() if adapter.mixin is before[0]), None)
+    if isinstance(module, torch.jit.ScriptModule):
+        return None  # its forward is no method of its class
     asked = (adapter for adapter in registered() if adapter.level in ("block", level))
     return next((adapter for adapter in asked if adapter.recognises(module)), None)
 

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from ecosystem_helpers import assert_same
 from foreign_models import Mlp, Model, inputs, randomised
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -80,8 +81,7 @@ def reasons(report):
 
 
 def assert_same_outputs(fast, slow):
-    """To the bit but for another order of the same sums, which the rule grants elsewhere."""
-    assert torch.equal(fast(*inputs()), slow(*inputs()))
+    assert_same(fast(*inputs()), slow(*inputs()))
 
 
 @pytest.mark.parametrize("path", ["attn.qkv", "mlp.fc1", "adaLN_modulation.1"])
@@ -112,8 +112,7 @@ def test_dynamically_quantised_linears():
     assert set(skipped) == {"blocks.0", "blocks.0.attn", "blocks.0.mlp"}
     assert skipped["blocks.0.mlp"] == f"fc1 is {kind}, {FC1}"
     assert skipped["blocks.0.attn"].startswith("its own forward could not be checked: RuntimeError: expected scalar")
-    assert torch.equal(fast.blocks[0](torch.ones(2, 9, 48), torch.ones(2, 48)),
-                       slow.blocks[0](torch.ones(2, 9, 48), torch.ones(2, 48)))  # fmt: skip
+    assert_same(*(model.blocks[0](torch.ones(2, 9, 48), torch.ones(2, 48)) for model in (fast, slow)))
     everything = quantised(randomised(Model()).eval(), {nn.Linear})
     with pytest.raises(ValueError, match="nothing that ditfast can accelerate(.|\n)*no floating-point parameters"):
         ditfast.accelerate(everything)
@@ -138,7 +137,7 @@ def test_weights_that_are_another_kind_of_tensor(path):
     ditfast.accelerate(late)
     assert_same_outputs(of_another_kind(late), slow)
     torch.compiler.reset()
-    assert torch.equal(torch.compile(late, backend="eager")(*inputs()), slow(*inputs()))
+    assert_same_outputs(torch.compile(late, backend="eager"), slow)
 
 
 @pytest.mark.kernels
@@ -151,7 +150,7 @@ def test_weights_of_another_kind_are_not_given_to_the_kernels():
     for model in (late, torch.compile(late, backend="eager")):
         with ditfast.ops.use_backend("triton"):
             found = model(*inputs())
-        assert torch.equal(found, slow(*inputs()))
+        assert_same(found, slow(*inputs()))
 
 
 def test_parametrised_and_pruned_linears():
@@ -228,3 +227,19 @@ def test_the_check_counts_calls_of_hooked_modules(monkeypatch):
     report = ditfast.accelerate(model)
     assert [entry.module for entry in report.accelerated] == ["0"]
     assert reasons(report) == {"1": "fc1 has hooks, which the fused forward would skip"}
+
+
+def test_parts_in_torchscript_are_passed_over():
+    """Their forward is no method of their class."""
+    slow = randomised(Model(depth=1)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is on its way out
+        slow.blocks[0].attn = torch.jit.trace(slow.blocks[0].attn, torch.randn(3, 16, 48))
+        scripted = torch.jit.script(Mlp(16, 32))
+    fast = copy.deepcopy(slow)
+    report = ditfast.accelerate(fast)
+    assert [entry.module for entry in report.accelerated] == ["blocks.0.mlp", "final_layer"]
+    assert reasons(report)["blocks.0"].startswith("it could not be checked: ")  # a trace has no other parameters
+    assert_same_outputs(fast, slow)
+    with pytest.raises(ValueError, match="nothing that ditfast can accelerate"):
+        ditfast.accelerate(scripted)

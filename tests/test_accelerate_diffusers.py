@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+from ecosystem_helpers import assert_same
 from torch import nn
 
 import ditfast
@@ -111,7 +112,7 @@ def test_live_dropouts_are_honoured():
     assert len(ditfast.accelerate(fast).accelerated) == ALL
     assert_parity(fast, slow)  # silent in evaluation
     fast.train(), slow.train()
-    assert torch.equal(run(fast), run(slow))
+    assert_same(run(fast), run(slow))
     fast.eval()
     assert not torch.allclose(run(fast), run(slow))
 
@@ -125,7 +126,7 @@ def test_labels_are_dropped_block_by_block_in_training():
             block.norm1.emb.class_embedder.dropout_prob = 0.5
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
-            assert torch.equal(run(fast), run(slow))
+            assert_same(run(fast), run(slow))
 
 
 BLOCK = {"timestep": torch.tensor([3, 500, 999]), "class_labels": torch.tensor([0, 7, 10])}
@@ -159,11 +160,11 @@ def test_arguments_of_a_block(given, monkeypatch):
     x = torch.randn(3, 9, 72)
     given = {**BLOCK, **given}
     actual, wanted = fast(x, **given), block(x, **given)
-    assert torch.equal(actual, wanted)
+    assert_same(actual, wanted)
     fused = not any(len(given[name]) for name in given if name not in BLOCK)
     assert calls == ([type(block)] if fused else [type(fast), type(block)])
     positional = [given.get(name) for name in list(inspect.signature(own).parameters)[2:]]
-    assert torch.equal(fast(x, *positional), wanted)
+    assert_same(fast(x, *positional), wanted)
 
 
 def test_gligen_is_not_dropped():

@@ -11,6 +11,7 @@ from ecosystem_helpers import (
     ALL,
     KERNELS,
     assert_judged,
+    assert_same,
     assert_trained_alike,
     assert_trained_alike_by_kernels,
     pair,
@@ -42,7 +43,8 @@ def test_deterministic_algorithms():
         runs = [assert_trained_alike(*pair())[0] for _ in range(2)]
     finally:
         torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+    for name in runs[0]:
+        assert_same(runs[0][name], runs[1][name])
 
 
 def test_ema():

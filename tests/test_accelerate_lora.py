@@ -1,4 +1,7 @@
-"""Accelerated models whose parts are others: LoRA, layers replaced before or after, odd heads, calls by other names."""
+"""Accelerated models whose parts are others: LoRA, layers replaced before or after, odd heads, calls by other names.
+
+peft's own LoRA is in test_accelerate_peft.py.
+"""
 
 import copy
 
@@ -7,6 +10,7 @@ import torch
 from ecosystem_helpers import (
     KERNELS,
     assert_judged,
+    assert_same,
     assert_trained_alike,
     assert_trained_alike_by_kernels,
     pair,
@@ -106,21 +110,6 @@ def test_what_lora_leaves_accelerated():
     assert report.skipped[0].reason.endswith("Lora, the fused forward reads an nn.Linear's weight")
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-def test_lora_of_peft(dora, when):
-    peft = pytest.importorskip("peft", reason="needs the package peft")
-    targets = ["qkv", "proj", "fc1", "fc2", "adaLN_modulation.1"]
-    config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, use_dora=dora)
-    fast, slow = pair(**{when: lambda model: peft.inject_adapter_in_model(config, model)})
-    slow.load_state_dict(fast.state_dict())
-    for autocast in (None, torch.bfloat16):
-        found, _ = assert_trained_alike(fast, slow, autocast=autocast)
-        slow.load_state_dict(fast.state_dict())
-        learned = [name for name in found if name.startswith("gradient 0")]
-        assert len(learned) == (2 + dora) * (4 * 2 + 3) and all("lora" in name for name in learned)
-
-
 @pytest.mark.kernels
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("path", ["attn.qkv", "mlp.fc2"])
@@ -178,7 +167,7 @@ def test_parts_replaced_after_accelerate():
     for model in (fast, slow):
         torch.manual_seed(0)
         results.append(model(*inputs()))
-    assert torch.equal(*results)
+    assert_same(*results)
 
 
 # --- calls
@@ -207,9 +196,34 @@ def test_calls_with_other_names_and_one_condition_for_all():
     attention = randomised(Attention(48, 2))
     expected = attention(x)
     ditfast.accelerate(attention)
-    assert torch.equal(attention(x=x), expected)
+    assert_same(attention(x=x), expected)
     with pytest.raises(TypeError, match="missing 1 required positional argument"):
         attention()
+
+
+class Masked(Block):
+    """With a further argument, handed on in every call."""
+
+    def forward(self, x, c, mask=None, rope=None):
+        x = super().forward(x, c)
+        return x if mask is None else x * mask
+
+
+def test_further_arguments_that_are_none(monkeypatch):
+    slow = randomised(Masked(48, 2))
+    fast = copy.deepcopy(slow)
+    ditfast.accelerate(fast, strict=True)
+    own, calls = Masked.forward, []
+
+    def forward(self, *args, **kwargs):
+        calls.append(type(self))
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(Masked, "forward", forward)
+    x, c, mask = torch.randn(3, 9, 48), torch.randn(3, 48), torch.randn(3, 9, 1)
+    for args, kwargs in [((x, c, None), {}), ((x,), {"mask": None, "c": c, "rope": None}), ((x, c, mask), {})]:
+        assert_same(fast(*args, **kwargs), slow(*args, **kwargs))
+    assert calls == [Masked, Masked, type(fast), Masked]
 
 
 def test_a_condition_for_all_samples_reaches_the_final_layer():

@@ -291,9 +291,11 @@ def test_the_face_waits_for_triton_and_dynamo() -> None:
     script = (
         "import sys, torch, ditfast; "
         "[getattr(ditfast, name) for name in ditfast.__all__ if name != 'DiTPipeline']; "  # diffusers' by name
-        "print([name for name in ('triton', 'torch._dynamo', 'diffusers') if name in sys.modules])"
+        "print([name for name in ('triton', 'torch._dynamo', 'torch.distributed.tensor', 'diffusers') "
+        "if name in sys.modules])"
     )
-    # torch._dynamo takes a second to import, and imports triton; both can wait for a first compile or launch
+    # torch._dynamo takes a second to import, and imports triton; both can wait for a first compile or launch, and
+    # DTensors for the first of them
     assert _fresh(script) == "[]"
 
 

@@ -27,7 +27,8 @@ class FastBlock(AdaLNForward):
     modulations = 6
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        given = (*args, *kwargs.values())  # the module's own names may be others
+        # the module's own names may be others; what is left at None says nothing
+        given = [value for value in (*args, *kwargs.values()) if value is not None]
         if not _are_tokens_and_condition(*given) or not self._applies():
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
         x, c = given

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from ._adapter import Adapter, has_hooks, is_quiet, may_be_silent, tokens, unkno
 
 _ATTENTION = ("qkv", "proj")
 _MLP = ("fc1", "act", "fc2")
+# by which an attention is given the rotations of its queries and keys
+_ROTATIONS = ("rope", "rotary", "freqs")
 
 
 class FastAttention(PackedAttention):
@@ -20,7 +23,9 @@ class FastAttention(PackedAttention):
     scale: float
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        x, *others = (*args, *kwargs.values(), None)  # the module's own names may be others
+        # timm's blocks hand is_causal=False on; the module's own names of the rest may be others
+        named = [value for name, value in kwargs.items() if name != "is_causal" or value is not False]
+        x, *others = (*args, *named, None)
         unknown = any(value is not None for value in others)
         if unknown or not isinstance(x, Tensor) or x.ndim != 3 or not self.fuses():
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
@@ -61,6 +66,9 @@ class TimmAttention(Adapter):
             return f"qkv ({type(module.qkv).__name__}) does not tell its in_features and out_features"
         if packed % (3 * heads):
             return f"qkv must give three equal parts of {heads} heads, got {packed} features"
+        for name in inspect.signature(type(module).forward).parameters:
+            if any(rotation in name for rotation in _ROTATIONS):
+                return f"its forward takes {name}: rotated queries and keys are no longer packed"
         return unknown_parts(module, *_ATTENTION)
 
     def inputs(self, module: nn.Module, generator: torch.Generator) -> tuple[Any, ...]:
@@ -97,21 +105,27 @@ class TimmMlp(Adapter):
         if activation is not None and has_hooks(activation):
             return "act has hooks, which the fused forward would skip"
         if not is_tanh_gelu(activation):
-            found = "none" if activation is None else f"{activation!r}"
+            found = "none" if activation is None else " ".join(repr(activation).split())
             return f"its activation is {found}, the fused one GELU(approximate='tanh')"
         for name in ("fc1", "fc2"):
             if type(module._modules[name]) is not nn.Linear:
                 kind = type(module._modules[name])
                 return f"{name} is {kind.__module__}.{kind.__name__}, the fused forward reads an nn.Linear's weight"
+        given, taken = _features(module.fc1, "out"), _features(module.fc2, "in")
+        if given != taken:
+            return f"fc1 gives {given} features and fc2 takes {taken}, as in a gated MLP"
         return unknown_parts(module, *_MLP)
 
     def inputs(self, module: nn.Module, generator: torch.Generator) -> tuple[Any, ...]:
         return (tokens(_features(module.fc1, "in") or 0, generator),)
 
 
-def is_tanh_gelu(module: object) -> bool:
-    """Whether it is one, and nobody listens."""
-    return isinstance(module, nn.GELU) and module.approximate == "tanh" and not has_hooks(module)
+def is_tanh_gelu(module: Any) -> bool:
+    """Whether it is one (torch's or timm's ``GELUTanh``, not a subclass that may do more), and nobody listens."""
+    kind = type(module)
+    if kind is not nn.GELU:
+        return kind.__name__ == "GELUTanh" and kind.__module__.startswith("timm.") and not has_hooks(module)
+    return module.approximate == "tanh" and not has_hooks(module)
 
 
 def _has_children(module: nn.Module, *names: str) -> bool:

@@ -1,4 +1,7 @@
-"""The fused operators: validated, differentiable, out of place; their formulas are ``ditfast.reference.ops``."""
+"""The fused operators: validated, differentiable, out of place; their formulas are ``ditfast.reference.ops``.
+
+Each takes DTensors of one mesh in the place of tensors, all or none: see ``ditfast/ops/_sharding.py`` for the layouts.
+"""
 
 from ._backend import available_backends, current_backend, interpreter_unavailable, use_backend
 from .adaln import gated_residual, gated_residual_layer_norm_modulate, layer_norm_modulate

@@ -16,6 +16,8 @@ from ._attention_backends import AttentionBackend, machine_reason
 
 Backend = Literal["auto", "triton", "torch"]
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 MAX_WIDTH = 8192  # elements of a row: a row kernel keeps one in registers
 
 _backend: ContextVar[Backend] = ContextVar("ditfast_backend", default="auto")
@@ -59,6 +61,25 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
+def sharded(x: Tensor) -> bool:
+    """Whether a tensor is a DTensor; torch has the operators' sharding rules from then on."""
+    if type(x) in _PLAIN or type(x).__name__ != "DTensor":  # by name: importing it takes half a second
+        return False
+    _register_sharding_rules()
+    return True
+
+
+@lru_cache(maxsize=1)
+def _registered() -> None:
+    from . import _sharding
+
+    _sharding.register()
+
+
+def _register_sharding_rules() -> None:
+    _registered()  # Dynamo looks through a cache's wrapper and misses the mark below
+
+
 def takes_triton(operator: str, x: Tensor, width: int) -> bool:
     """Whether an operator runs its Triton kernel for a tensor like x with rows of ``width`` elements.
 
@@ -71,6 +92,7 @@ def takes_triton(operator: str, x: Tensor, width: int) -> bool:
     backend = current_backend()
     if backend == "torch" or (backend == "auto" and x.device.type != "cuda"):
         return False
+    sharded(x)  # whose rules torch needs before a kernel's operator is called
     reason = triton_reason(x, width)
     if reason is not None and backend == "triton":
         raise RuntimeError(f"{operator} cannot run its Triton kernel: {reason}")
@@ -126,6 +148,7 @@ def interpreter_unavailable() -> str | None:
     return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before the process starts"
 
 
+_register_sharding_rules._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _gpu_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 interpreter_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 

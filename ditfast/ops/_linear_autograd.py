@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ._backend import sharded
 from ._linear_library import summed
 
 Gradients = tuple[Tensor | None, ...]
@@ -20,6 +21,13 @@ Gradients = tuple[Tensor | None, ...]
 def weight_gradient(d_y: Tensor, x: Tensor, wanted: bool) -> Tensor | None:
     """d_y^T x, of a Linear."""
     return d_y.t() @ x if wanted else None
+
+
+def bias_gradient(d_y: Tensor, partial: Tensor, wanted: bool) -> Tensor | None:
+    """The sum over d_y's rows, of a Linear; from ``partial`` unless d_y is a DTensor."""
+    if not wanted:
+        return None
+    return d_y.sum(0) if sharded(d_y) else summed(partial, d_y.dtype)
 
 
 class _LinearGelu(torch.autograd.Function):
@@ -44,8 +52,9 @@ class _LinearGelu(torch.autograd.Function):
             return (None,) * 4
         x, weight, pre = ctx.saved_tensors
         want_x, want_weight, want_bias, _ = ctx.needs_input_grad
-        d_pre, partial = torch.ops.ditfast.gelu_backward.default(d_act, pre, want_bias)
-        d_bias = summed(partial, pre.dtype) if want_bias else None
+        # a shard's partial sums are of another number than the whole's: what is sharded is summed afterwards
+        d_pre, partial = torch.ops.ditfast.gelu_backward.default(d_act, pre, want_bias and not sharded(d_act))
+        d_bias = bias_gradient(d_pre, partial, want_bias)
         return d_pre @ weight if want_x else None, weight_gradient(d_pre, x, want_weight), d_bias, None
 
 
@@ -74,11 +83,12 @@ class _GeluMlp(torch.autograd.Function):
             return (None,) * 6
         x, w1, w2, pre = ctx.saved_tensors
         want_x, want_w1, want_b1, want_w2, want_b2, _ = ctx.needs_input_grad
-        d_pre, act, partial = torch.ops.ditfast.linear_gelu_backward.default(d_y, w2, pre, want_b1, ctx.demanded)
+        sums = want_b1 and not sharded(d_y)
+        d_pre, act, partial = torch.ops.ditfast.linear_gelu_backward.default(d_y, w2, pre, sums, ctx.demanded)
         return (
             d_pre @ w1 if want_x else None,
             weight_gradient(d_pre, x, want_w1),
-            summed(partial, pre.dtype) if want_b1 else None,
+            bias_gradient(d_pre, partial, want_b1),
             weight_gradient(d_y, act, want_w2),
             d_y.sum(0) if want_b2 else None,
             None,

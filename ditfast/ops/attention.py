@@ -11,7 +11,7 @@ from . import _check
 from ._attention_backends import AttentionBackend, library_reason, run
 from ._attention_choice import MAX_HEAD_DIM, Case, choose
 from ._attention_library import attention
-from ._backend import current_backend, takes_triton, triton_reason
+from ._backend import current_backend, sharded, takes_triton, triton_reason
 from .linear import working_dtype
 
 
@@ -55,6 +55,7 @@ def self_attention(
         bias = _checked_bias(bias, qkv, num_heads, dtype)
     qkv = qkv.to(dtype)
     head_dim = qkv.shape[2] // (3 * num_heads)
+    in_shards = sharded(qkv)
     if backend is None:
         chosen = attention_backend(qkv, qkv.shape[1], head_dim, bias)
         if chosen != "triton" and not qkv.numel():
@@ -62,13 +63,27 @@ def self_attention(
     elif backend not in get_args(AttentionBackend):
         raise ValueError(f"backend must be None or one of {', '.join(get_args(AttentionBackend))}, got {backend!r}")
     else:
-        reason = _unavailable(backend, qkv, num_heads, bias)
+        asked_later = in_shards and backend != "triton"
+        reason = None if asked_later else _unavailable(backend, qkv, num_heads, bias)
         if reason is not None:
             raise ValueError(f'backend "{backend}" cannot run: {reason}')
         chosen = backend
     if chosen == "triton":
         return attention(qkv, bias, num_heads, max(head_dim, 1) ** -0.5 if scale is None else float(scale))
+    if in_shards:  # of which the libraries know nothing, and torch has no rule for its own backward on a CPU
+        return _by_samples(qkv, num_heads, scale, bias, backend)
     return run(chosen, qkv, num_heads, scale, bias, alone=backend is not None)
+
+
+def _by_samples(
+    qkv: Tensor, num_heads: int, scale: float | None, bias: Tensor | None, backend: AttentionBackend | None
+) -> Tensor:
+    from ._sharding import by_samples
+
+    def attend(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self_attention(qkv, num_heads, scale, bias, backend)
+
+    return by_samples(attend, qkv, bias)
 
 
 def attention_backend(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..reference import ops as formulas
 from . import _check
-from ._backend import takes_triton
+from ._backend import sharded, takes_triton
 from ._library import library, register
 
 library.define("timestep_embedding(Tensor t, int dim, float freq_shift, ScalarType dtype) -> Tensor")
@@ -50,6 +51,14 @@ def timestep_embedding(t: Tensor, dim: int, freq_shift: float = 0.0, dtype: torc
         raise TypeError(f"dtype must be floating, got {dtype}")
     if _takes_kernel("timestep_embedding", t, 1) and dtype != torch.float64:
         return cast(Tensor, torch.ops.ditfast.timestep_embedding.default(t, dim, float(freq_shift), dtype))
+    if sharded(t):  # the frequencies are no DTensor
+        from ._sharding import by_samples
+
+        return by_samples(partial(_timestep_formula, dim=dim, freq_shift=freq_shift, dtype=dtype), t)
+    return _timestep_formula(t, dim, freq_shift, dtype)
+
+
+def _timestep_formula(t: Tensor, dim: int, freq_shift: float, dtype: torch.dtype) -> Tensor:
     return formulas.timestep_embedding(t, dim, freq_shift, dtype).to(dtype)
 
 

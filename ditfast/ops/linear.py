@@ -8,11 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import ops as formulas
 from . import _check, _linear_autograd
-from ._backend import autocast_dtype, current_backend, takes_triton
+from ._backend import autocast_dtype, current_backend, sharded, takes_triton
+from .adaln import gated_residual
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -74,6 +76,9 @@ def linear_gated_residual(
         gate: (B, D) in x's dtype; any row stride.
         residual: (B, T, D); x's dtype, or fp32 beside bf16 and fp16.
 
+    DTensors run the Linear and the gate one after the other: where x and weight are sharded along K, the product is a
+    partial sum, and reduced in between.
+
     Returns:
         (B, T, D) in residual's dtype.
 
@@ -94,6 +99,8 @@ def linear_gated_residual(
     x, weight, bias = autocast(x, weight, bias)
     if gate.dtype != x.dtype or residual.dtype not in (x.dtype, torch.float32):
         return formulas.linear_gated_residual(x, weight, bias, gate, residual)  # autocast promotes as it goes
+    if sharded(x):  # what a row-parallel Linear gives is a partial sum, and reduced before the gate
+        return gated_residual(residual, F.linear(x, weight, bias), gate)
     rows = x.reshape(-1, x.shape[-1])
     return _linear_autograd.linear_gated_residual(rows, weight, bias, gate, residual, _demanded())
 
