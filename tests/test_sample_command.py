@@ -23,6 +23,7 @@ from sample_helpers import (
     files,
     image_options,
     latent_options,
+    make_checkpoint,
     refused,
     sample,
     sampled,
@@ -91,6 +92,24 @@ def test_pngs_and_a_grid(place: Path, images: dict[str, Any], tmp_path: Path) ->
     again = sampled(**options)
     assert again.stdout == result.stdout and "complete already" in again.stderr
     assert files(out) == before
+
+
+def test_many_images_make_no_grid(images: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "GRID_LIMIT", 3)
+    assert sampled(**images, num=4, out=tmp_path).stdout == f"{tmp_path}\n"
+    assert sorted(files(tmp_path)) == [*(f"{image:06d}.png" for image in range(4)), "settings.json"]
+
+
+def test_imagenets_names(images: dict[str, Any], tmp_path: Path) -> None:
+    config = ditfast.DiTConfig(**{**CONFIG.to_dict(), "num_classes": 1000})
+    options = {**images, "checkpoint": make_checkpoint(tmp_path / "thousand.safetensors", config)}
+    sampled(**options, class_names="golden retriever, otter", npz=tmp_path / "x.npz")
+    assert arrays(tmp_path / "x.npz")[1].tolist() == [207, 360]
+    line = refused(**options, class_names="goldn retriever", npz=tmp_path / "y.npz")
+    assert "unknown class name 'goldn retriever' in ImageNet; the nearest: golden retriever (207)" in line
+    assert "'crane' is ambiguous in ImageNet: 134 (crane) and 517 (crane)" in refused(
+        **options, class_names="crane", npz=tmp_path / "y.npz"
+    )
 
 
 def test_npz_for_the_evaluation_suite(place: Path, images: dict[str, Any], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 SCALING = 0.18215  # what DiT's latents were multiplied by; the autoencoder's config says the same
-_COPIES = 4  # of the largest activation: what a residual block at full size holds at once, and the convolution's own
+_COPIES = 4  # of the largest activation: a residual block at full size holds three, a convolution's own memory beside
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 
