@@ -26,7 +26,7 @@ def campaign(
     budget: Annotated[str, typer.Option(help="Wall-clock time, e.g. 9m; run again, it goes on.")] = "9m",
     device: options.Device = None,
 ) -> None:
-    """Everything in order of value within a budget: verify, GPU tests, models, ops, memory, scaling; then the goals.
+    """Everything in order of value within a budget: verify, GPU tests, models, ops, sampling, the rest; the goals.
 
     Every row is saved as it comes. Interrupted or out of time, it keeps what it has; run again with the same --out,
     it goes on with what is missing. Ends with the goals: met, missed by how much, or not measured.
@@ -87,6 +87,7 @@ def make_steps(device: torch.device) -> list[Step]:
             _suite("ops", "ops", "--model", "DiT-S/8", "--batch", "1", *small),
             _suite("memory", "memory", "--model", "DiT-S/8", "--batch", "1", "--mode", "train", *ours, *on),
             _suite("scaling", "scaling", "--batch", "1", "--batch", "2", *ours, *small),
+            _suite("sample", "sample", "--batch", "1", "--steps", "2", *ours, *small),
         ]
     forward, train = ("--mode", "forward"), ("--mode", "train")
     xl2, s2 = ("--model", "DiT-XL/2"), ("--model", "DiT-S/2")
@@ -105,6 +106,7 @@ def make_steps(device: torch.device) -> list[Step]:
         _suite("ops-attention", "ops", "--operator", "self_attention", *on, share=0.2),
         _gpu_tests(),
         _tune(on),
+        _suite("sample-xl2", "sample", *xl2, "--batch", "1", "--batch", "8", "--steps", "50", *small_size, share=0.4),
         _suite("models-s2-train", "models", *s2, *train, "--batch", "256", *few, *small_size),
         _suite("memory", "memory", *xl2, *s2, *train, "--batch", "32", "--no-search", *ours, *on, share=0.3),
         _suite("models-xl2-forward", "models", *xl2, *forward, "--batch", "256", "--batch", "1", *small_size),
@@ -115,6 +117,7 @@ def make_steps(device: torch.device) -> list[Step]:
         _suite("models-cfg", "models", *every, "--mode", "cfg", "--batch", "32", *small_size),
         _suite("models-checkpoint", "models", *every, "--mode", "train-checkpoint", "--batch", "32", *small_size),
         _suite("memory-forward", "memory", *every, *forward, *train, *on),
+        _suite("sample", "sample", "--batch", "64", *on),
         _suite("models-all", "models", *on),
     ]
 

@@ -10,6 +10,7 @@ from .memory_command import memory
 from .models_command import bench
 from .ops_command import ops
 from .report_command import readme, report
+from .sample_command import sample
 from .scaling_command import scaling
 
 app = typer.Typer(help="Measure DiT models and operators: fair to rivals, each row with a parity tick.")
@@ -17,6 +18,7 @@ app = typer.Typer(help="Measure DiT models and operators: fair to rivals, each r
 app.callback(invoke_without_command=True)(bench)
 app.command("models")(bench)
 app.command("ops")(ops)
+app.command("sample")(sample)
 app.command("memory")(memory)
 app.command("scaling")(scaling)
 app.command("cost")(cost)

@@ -180,7 +180,7 @@ class _Operators(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         name = func._schema.name.split("::")[-1]
-        if _is_free(func, name):
+        if is_free(func):
             return out
         for index in (*_ROWS.get(name, ()), *_CONTIGUOUS.get(name, ())):
             if isinstance(args[index], Tensor) and not _is_taken(name, args[index]):
@@ -228,7 +228,9 @@ def _is_taken(name: str, item: Tensor) -> bool:
     return item.is_contiguous()
 
 
-def _is_free(func: Any, name: str) -> bool:
+def is_free(func: Any) -> bool:
+    """Whether an operator is a view or an allocation."""
+    name = func._schema.name.split("::")[-1]
     returned = func._schema.returns
     views = bool(returned) and all(item.alias_info is not None and not item.alias_info.is_write for item in returned)
     return views or name in _FREE

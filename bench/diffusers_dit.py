@@ -49,8 +49,8 @@ class DiffusersDiT(nn.Module):
         return ops.guide(self(torch.cat([half, half]), t, y), cfg_scale, guided_channels)
 
 
-def build(work: Workload, transform: Transform | None = None) -> Variant:
-    """The provider's ``build``."""
+def wrap(work: Workload) -> DiffusersDiT:
+    """diffusers' model with the workload's weights, in eval mode."""
     from diffusers import DiTTransformer2DModel  # type: ignore[import-not-found, unused-ignore]
 
     case = work.case
@@ -61,7 +61,12 @@ def build(work: Workload, transform: Transform | None = None) -> Variant:
     model = nn.Module.to(model, case.dtype).eval()
     tensors = diffusers_format.tensors_to_diffusers(work.model.state_dict(), case.config.depth)
     model.load_state_dict(tensors, strict=True)
-    wrapped = DiffusersDiT(model, case.config.null_class)
+    return DiffusersDiT(model, case.config.null_class)
+
+
+def build(work: Workload, transform: Transform | None = None) -> Variant:
+    """The provider's ``build``."""
+    case, wrapped = work.case, wrap(work)
     if case.training:
         # the embedders' weights are repeated in every block, and so are parts of their gradients
         return training_variant(wrapped, case.mode, transform=transform, comparable=False)

@@ -15,9 +15,9 @@ from ditfast.config import DiTConfig
 
 from .cases import Mode, is_training
 from .ceilings import Ceilings
-from .rows import ModelRow, OpRow, OwnRow
+from .rows import ModelRow, OpRow, OwnRow, SampleRow
 
-Timed = TypeVar("Timed", ModelRow, OpRow, OwnRow)
+Timed = TypeVar("Timed", ModelRow, OpRow, OwnRow, SampleRow)
 
 
 @lru_cache(maxsize=64)

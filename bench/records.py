@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args, get_type_hints
 from .ceilings import Ceilings
 from .files import write_json
 from .parsing import parse
-from .rows import CostRow, MemoryRow, ModelRow, OpRow, ScalingRow, VerifyRow
+from .rows import CostRow, MemoryRow, ModelRow, OpRow, SampleRow, ScalingRow, VerifyRow
 
-Suite = Literal["models", "ops", "scaling", "memory", "cost", "verify"]
+Suite = Literal["models", "ops", "scaling", "memory", "cost", "verify", "sample"]
 SUITES: tuple[Suite, ...] = get_args(Suite)
 
 ROW_TYPES: dict[Suite, type[Any]] = {
@@ -22,6 +22,7 @@ ROW_TYPES: dict[Suite, type[Any]] = {
     "memory": MemoryRow,
     "cost": CostRow,
     "verify": VerifyRow,
+    "sample": SampleRow,
 }
 
 _HUGE = 1 << 63

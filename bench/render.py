@@ -15,7 +15,7 @@ from .compare import Comparison, timed
 from .machine import device_label
 from .metrics import is_tie
 from .records import Results
-from .rows import ModelRow, OpRow, OwnRow
+from .rows import ModelRow, OpRow, OwnRow, SampleRow
 from .text import STATUS, digits, model_name, size
 
 _MAX_WIDTH = 400
@@ -118,7 +118,7 @@ def tick(parity: bool | None, ascii_only: bool) -> str:
     return f"[red]{'NO' if ascii_only else '✗'}[/]"
 
 
-def speedup(row: ModelRow | OpRow | OwnRow) -> str:
+def speedup(row: ModelRow | OpRow | OwnRow | SampleRow) -> str:
     """The speed-up cell, which says where it is a tie."""
     if row.speedup is None:
         return ""

@@ -182,6 +182,57 @@ class OwnRow:
 
 
 @dataclass(frozen=True)
+class SampleRow:
+    """One provider's whole sampling trajectories, guided, latents only (``ditfast bench sample``).
+
+    Attributes:
+        model, conditioning, latent_size: the model.
+        batch: images; a step evaluates 2 * batch samples.
+        sampler, steps: the solver and its steps.
+        cfg_scale: of the guidance, on the first three channels.
+        provider: a plain loop ("reference", "reference-compile", "diffusers"), or ditfast's engine: "ditfast" with
+            schedule table and CUDA graphs, or with less.
+        ms: of a trajectory, from noise on the device to latents.
+        error, bound, parity, parity_samples: of the final latents against the reference's loop in fp64.
+        status, note, dtype, images_per_s, noise, speedup, rival: as in :class:`ModelRow`.
+    """
+
+    model: str
+    conditioning: str
+    latent_size: tuple[int, int]
+    batch: int
+    dtype: str
+    sampler: str
+    steps: int
+    cfg_scale: float
+    provider: str
+    status: Status
+    note: str = ""
+    ms: Spread | None = None
+    images_per_s: float | None = None
+    error: float | None = None
+    bound: float | None = None
+    parity: bool | None = None
+    parity_samples: int | None = None
+    noise: float | None = None
+    speedup: float | None = None
+    rival: str | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        return is_ours(self.provider)
+
+    @property
+    def case(self) -> tuple[object, ...]:
+        how = (self.sampler, self.steps, self.cfg_scale)
+        return (self.model, self.conditioning, self.latent_size, self.batch, self.dtype, *how)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (*self.case, self.provider)
+
+
+@dataclass(frozen=True)
 class ScalingRow:
     """A model row as a point of a curve (``ditfast bench scaling``): ``value`` tokens, images or width."""
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .adapters import register_adapter
     from .checkpoint import load_checkpoint, save_checkpoint
     from .config import MODELS, DiTConfig
+    from .inference.pipeline import DiTPipeline
     from .model import DiT
 
 __version__ = "0.1.0.dev0"
@@ -19,6 +20,7 @@ __all__ = [
     "MODELS",
     "DiT",
     "DiTConfig",
+    "DiTPipeline",
     "__version__",
     "accelerate",
     "accelerated",
@@ -34,6 +36,7 @@ __all__ = [
 _LAZY = {
     "DiT": "model",
     "DiTConfig": "config",
+    "DiTPipeline": "inference.pipeline",
     "MODELS": "config",
     "accelerate": "_accelerate",
     "accelerated": "_accelerate",

@@ -137,6 +137,16 @@ class DiT(reference.DiT):
         c = t_emb + self.y_embedder(y)
         return F.silu(c) if activated else cast(Tensor, c)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.pos_embed.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' dtype, which is the output's."""
+        return self.pos_embed.dtype
+
     def train(self, mode: bool = True) -> DiT:
         self.reset_cache()
         return super().train(mode)

@@ -10,16 +10,18 @@ import results_helpers as made
 from results_helpers import model_row, report_of, results, spread
 
 from ditfast.bench.report.markdown import escape, link, markdown
+from ditfast.bench.report.page import page
 from ditfast.bench.report.tables import (
     Table,
     cost_tables,
     memory_tables,
     model_tables,
     op_tables,
+    sample_tables,
     scaling_tables,
     verify_tables,
 )
-from ditfast.bench.rows import CostRow, MemoryRow, OpRow, Saving, ScalingRow, VerifyRow
+from ditfast.bench.rows import CostRow, MemoryRow, OpRow, SampleRow, Saving, ScalingRow, VerifyRow
 from ditfast.bench.timing import Spread
 
 FULL = replace(
@@ -78,6 +80,26 @@ def test_a_row_of_models_and_a_point() -> None:
     assert cells(table) == ["DiT-XL/2", "256", "ditfast", *FULL_CELLS]
     [table] = scaling_tables(machine_of("scaling", [ScalingRow("batch", 1024, FULL)]))
     assert cells(table) == ["batch", "1,024", "DiT-XL/2", "256", "forward, bf16", "ditfast", *FULL_CELLS]
+
+
+def test_rows_of_sampling() -> None:
+    case = ("DiT-XL/2", "adaln_zero", (64, 64), 8, "bf16", "ddpm", 250, 1.5)
+    row = SampleRow(
+        *(*case, "ditfast", "ok", "a note", Spread(4000.0, 3900.0, 4200.0, 5, 1), 2.0, 1e-3, 2e-3, True, 2, 0.01),
+        speedup=1.5,
+        rival="diffusers",
+    )
+    lost = SampleRow(*case, "diffusers", "oom", "no room")
+    machine = machine_of("sample", [row, lost])
+    [table] = sample_tables(machine)
+    assert len(table.columns) == len(table.rows[0]) == len(table.rows[1])
+    assert [cell.text for cell in table.rows[0]] == [
+        *("DiT-XL/2 512 px", "8", "bf16", "ddpm", "250", "1.5", "ditfast"),
+        *("2.00", "4,000", "3,900 to 4,200", "1.0e-03", "2.0e-03", "✓", "1.50x over diffusers", "a note"),
+    ]
+    assert [cell.text for cell in table.rows[1]][7:] == ["out of memory", "-", "-", "-", "-", "-", "", "no room"]
+    report = report_of(results("sample", [row, lost]))
+    assert "| ditfast | 2.00 | 4,000 |" in markdown(report) and "1.50x over diffusers" in page(report, [], [])
 
 
 def test_rows_of_operators_and_memory() -> None:

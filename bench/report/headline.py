@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..metrics import is_tie
-from ..rows import ModelRow, OpRow
+from ..rows import ModelRow, OpRow, SampleRow
 from ..text import STATUS, digits, factor, model_order, percent
 
 _COMPILED = ("compile", "autotune", "overhead")
@@ -90,11 +90,11 @@ def headlines(rows: Iterable[ModelRow]) -> list[Headline]:
     ]
 
 
-def noise(row: ModelRow | OpRow) -> float:
+def noise(row: ModelRow | OpRow | SampleRow) -> float:
     return row.noise or 0.0
 
 
-def speedup_text(row: ModelRow | OpRow) -> str:
+def speedup_text(row: ModelRow | OpRow | SampleRow) -> str:
     """Such as "1.15x over reference-compile" or "1.01x, a tie over eager"; empty without a parity tick or a rival."""
     if row.speedup is None or row.parity is not True:
         return ""

@@ -13,7 +13,7 @@ from .conditions import limits_text
 from .data import Machine, Report
 from .headline import COLUMNS, headlines, speedup_text
 from .suites import curves, largest_ops, points_text
-from .tables import Table, cost_tables, memory_tables, verify_tables
+from .tables import Table, cost_tables, memory_tables, sample_tables, verify_tables
 
 _BEST = (
     "Best over best: the fastest ditfast with a parity tick over the fastest rival of the same run; "
@@ -31,7 +31,8 @@ def markdown(report: Report) -> str:
     for machine in report.machines:
         blocks += _heading(machine)
         blocks += _models(machine) + _operators(machine) + _scaling(machine)
-        blocks += [from_table(table) for table in [*memory_tables(machine), *verify_tables(machine)]]
+        tables = [*sample_tables(machine), *memory_tables(machine), *verify_tables(machine)]
+        blocks += map(from_table, tables)
     for machine in report.computed:
         blocks += _heading(machine)
         for table in [*cost_tables(machine), *memory_tables(machine)]:

@@ -21,6 +21,7 @@ from .tables import (
     memory_tables,
     model_tables,
     op_tables,
+    sample_tables,
     scaling_tables,
     verify_tables,
 )
@@ -85,6 +86,7 @@ def _machine(anchor: str, machine: Machine, plots: Sequence[Plot], report: Repor
     groups = (
         ("models", "Models", model_tables(machine)),
         ("ops", "Operators", op_tables(machine)),
+        ("sample", "Sampling", sample_tables(machine)),
         ("scaling", "Scaling", scaling_tables(machine)),
         ("memory", "Memory", memory_tables(machine)),
         ("verify", "Numerics", verify_tables(machine)),

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ..cost_command import CAPTION, SAVINGS_CAPTION
 from ..metrics import is_tie
-from ..rows import CostRow, MemoryRow, ModelRow, OpRow, ScalingRow, VerifyRow
+from ..rows import CostRow, MemoryRow, ModelRow, OpRow, SampleRow, ScalingRow, VerifyRow
 from ..text import STATUS, cost_mode_name, digits, mode_name, model_name, percent, size, tick
 from .data import Machine
 from .headline import noise, speedup_text
@@ -91,6 +91,22 @@ def scaling_tables(machine: Machine) -> list[Table]:
         found.append([*map(Cell, cells), Cell(row.provider), *_model_cells(row)])
     text = ("axis", "model", "mode", "provider", "parity", "note")
     return [Table(f"Scaling on {machine.label}", columns_of(columns, text), found)] if found else []
+
+
+def sample_tables(machine: Machine) -> list[Table]:
+    rows: list[SampleRow] = machine.rows("sample")
+    case = ("model", "batch", "dtype", "sampler", "steps", "guidance", "provider")
+    columns = (*case, "images/s", "ms", "quartiles", "error", "bound", "parity", "speed-up", "note")
+    found = []
+    for row in rows:
+        names = [model_name(row), str(row.batch), row.dtype, row.sampler, str(row.steps), f"{row.cfg_scale:g}"]
+        numbers = [_status(row, digits(row.images_per_s)), *_times(row)]
+        errors = [Cell(_science(row.error)), Cell(_science(row.bound))]
+        cells = [*map(Cell, [*names, row.provider]), *numbers, *errors]
+        found.append([*cells, _tick(row), _speedup(row), Cell(row.note, "quiet")])
+    text = ("model", "dtype", "sampler", "provider", "parity", "speed-up", "note")
+    title = f"Sampling trajectories, latents only, on {machine.label}"
+    return [Table(title, columns_of(columns, text), found)] if found else []
 
 
 def memory_tables(machine: Machine) -> list[Table]:
@@ -180,26 +196,26 @@ def _op_cells(row: OpRow) -> list[Cell]:
     return [*map(Cell, names), *times, _tick(row), _speedup(row), Cell(row.timed), Cell(row.note, "quiet")]
 
 
-def _times(row: ModelRow | OpRow) -> list[Cell]:
+def _times(row: ModelRow | OpRow | SampleRow) -> list[Cell]:
     if row.ms is None:
         return blank(2)
     return [Cell(digits(row.ms.median)), Cell(f"{digits(row.ms.p25)} to {digits(row.ms.p75)}")]
 
 
-def _status(row: ModelRow | OpRow | MemoryRow, text: str = "") -> Cell:
+def _status(row: ModelRow | OpRow | SampleRow | MemoryRow, text: str = "") -> Cell:
     """``text``, or the peak; where it did not run, that."""
     if row.status != "ok":
         return Cell(STATUS[row.status], "quiet" if row.status == "unavailable" else "bad")
     return Cell(size(row.peak_bytes) if isinstance(row, MemoryRow) else text)
 
 
-def _tick(row: ModelRow | OpRow) -> Cell:
+def _tick(row: ModelRow | OpRow | SampleRow) -> Cell:
     if row.ms is None:
         return Cell("-")
     return Cell(tick(row.parity), "good" if row.parity else "bad" if row.is_ours else "quiet")
 
 
-def _speedup(row: ModelRow | OpRow) -> Cell:
+def _speedup(row: ModelRow | OpRow | SampleRow) -> Cell:
     text = speedup_text(row)
     if not text or row.speedup is None:
         return Cell("")

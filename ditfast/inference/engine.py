@@ -7,7 +7,7 @@ For ditfast's adaLN models the loop runs on a schedule table (:mod:`.table`) and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,21 @@ from .._model_blocks import is_plain
 from ..model import DiT
 from .graphs import StepGraphs
 from .guidance import Guidance
-from .samplers import Sampler
 from .table import ScheduleTable
 
 _LOOK = 25  # steps between looks whether latents are finite: each waits for the GPU
+
+
+class Steps(Protocol):
+    """What the engine asks of a sampler; :class:`.samplers.Sampler` says what each is."""
+
+    timesteps: Tensor
+
+    def start(self, noise: Tensor) -> Tensor: ...
+    def model_input(self, x: Tensor, i: int) -> Tensor: ...
+    def step(
+        self, x: Tensor, output: Tensor, i: int, generators: Sequence[torch.Generator] | None = None
+    ) -> Tensor: ...
 
 
 class _Plan(NamedTuple):
@@ -50,7 +61,7 @@ class Engine:
     def __init__(
         self,
         model: nn.Module,
-        sampler: Sampler,
+        sampler: Steps,
         guidance: Guidance | None = None,
         *,
         table_mib: float = 2048,

@@ -41,7 +41,8 @@ class Sampler:
 
     The solver computes in fp32, or fp64 where x is fp64, whatever the dtype of the model's output, and on x's device.
     Its coefficients are fp64 scalars on the host, so that no step waits for a GPU, with one exception: noise drawn by
-    CPU generators (ddpm, ddim with eta) is copied over in each step.
+    CPU generators (ddpm, ddim with eta) is copied over in each step. Noise is drawn in x's dtype: in fp64 it is other
+    noise than in fp32.
 
     Args:
         name: one of ``SAMPLERS``.

@@ -1,0 +1,147 @@
+"""ditfast bench sample: trajectories beside each other, judged by their latents; what the table saves, traced."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ditfast import DiTConfig
+from ditfast.bench import sample_bench
+from ditfast.bench.records import Results
+from ditfast.bench.sample_bench import PROVIDERS, SampleCase, rows, unavailable
+from ditfast.bench.sample_cost import step_costs
+from ditfast.cli import app
+
+CPU = torch.device("cpu")
+TINY = DiTConfig(depth=2, hidden_size=64, num_heads=2, latent_size=8, num_classes=10)
+
+
+def case(**changes):
+    return SampleCase(
+        **{
+            "config": TINY,
+            "batch": 3,
+            "dtype": torch.float32,
+            "sampler": "ddpm",
+            "steps": 4,
+            "cfg_scale": 3.0,
+            **changes,
+        }
+    )
+
+
+@pytest.mark.compiler
+def test_every_provider_is_judged_and_timed():
+    found = {row.provider: row for row in rows(case(), PROVIDERS, CPU, 0.02)}
+    assert set(found) == set(PROVIDERS)
+    ran = ["reference", "reference-compile", "diffusers", "ditfast-plain", "ditfast"]
+    for name in ran:
+        row = found[name]
+        assert row.status == "ok" and row.ms.median > 0 and row.parity_samples == 2, row
+        assert 0 < row.error < 1e-4, row  # an error that says something
+        assert row.images_per_s == pytest.approx(3 / row.ms.median * 1e3)
+    assert found["reference"].parity and found["ditfast"].parity and found["ditfast-plain"].parity
+    assert (
+        found["ditfast"].rival in ("reference", "reference-compile", "diffusers")
+        and found["ditfast"].speedup > 0
+    )
+    assert found["reference"].speedup is None
+    assert {name for name, row in found.items() if row.status == "unavailable"} == {
+        "ditfast-table",
+        "ditfast-graph",
+    }
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "heun"])
+def test_other_samplers(sampler):
+    found = rows(case(sampler=sampler, batch=1), ["reference", "ditfast"], CPU, 0.02)
+    assert all(row.parity for row in found) and all(row.parity_samples == 1 for row in found)
+
+
+def test_wrong_latents_earn_no_speed_up(monkeypatch):
+    build = sample_bench.build
+
+    def wrong(name, *arguments):
+        run = build(name, *arguments)
+        return run if name == "reference" else lambda *given: run(*given) * 1.001
+
+    monkeypatch.setattr(sample_bench, "build", wrong)
+    reference, ours = rows(case(), ["reference", "ditfast"], CPU, 0.02)
+    assert reference.parity and ours.parity is False and ours.speedup is None and ours.ms is not None
+
+
+def test_a_provider_that_fails_has_a_row(monkeypatch):
+    build = sample_bench.build
+
+    def failing(name, *arguments):
+        if name == "ditfast":
+            raise RuntimeError("no such luck")
+        return build(name, *arguments)
+
+    monkeypatch.setattr(sample_bench, "build", failing)
+    reference, ours = rows(case(), ["reference", "ditfast"], CPU, 0.02)
+    assert reference.status == "ok"
+    assert (ours.status, ours.note, ours.ms) == ("error", "RuntimeError: no such luck", None)
+
+
+def test_on_a_gpu_everything_runs():
+    gpu = torch.device("cuda")
+    ours = [name for name in PROVIDERS if name.startswith("ditfast")]
+    assert [unavailable(name, case(), gpu) for name in ours] == [None] * 4
+
+
+def test_the_table_leaves_a_third_of_the_weights_unread():
+    config = DiTConfig.named("DiT-XL/2")
+    for batch in (1, 64):
+        plain, table = step_costs(config, batch, torch.bfloat16)
+        # counted by hand: the plain step reads everything but the label table
+        adaln = (28 * 6 + 2) * 1152 * (1152 + 1)
+        embedder = 1152 * (256 + 1) + 1152 * (1152 + 1)
+        everything = 675_129_632 - 1001 * 1152
+        assert plain.weight_bytes == 2 * everything
+        assert table.weight_bytes == 2 * (everything - adaln - embedder)
+        assert table.weight_bytes <= 0.7 * plain.weight_bytes
+        assert table.launches < plain.launches
+        gathered = 2 * (2 * batch) * 2 * (28 * 6 + 2) * 1152  # read and written
+        assert table.bytes < plain.bytes - 2 * adaln + gathered
+    with pytest.raises(ValueError, match="only adaLN designs are modulated"):
+        step_costs(DiTConfig(conditioning="in_context"), 1, torch.bfloat16)
+
+
+def command(*arguments):
+    return CliRunner().invoke(app, ["bench", "sample", "--device", "cpu", *arguments])
+
+
+def test_the_command(tmp_path, quick_limits):
+    path = tmp_path / "sample.json"
+    few = ("--providers", "reference,ditfast", "--seconds", "0.01", "--json", str(path))
+    result = command("--model", "DiT-S/8", "--batch", "1", "--steps", "2", *few)
+    assert result.exit_code == 0, result.output
+    assert (
+        "2 steps of ddpm, guidance 4.0" in result.output
+        and "the table reads 66% of the weights" in result.output
+    )
+    loaded = Results.load(path, "sample")
+    assert loaded.complete and [row.provider for row in loaded.rows] == ["reference", "ditfast"]
+    assert all(row.parity and row.steps == 2 and row.latent_size == (32, 32) for row in loaded.rows)
+    before = json.loads(path.read_text())["rows"]
+    result = command("--model", "DiT-S/8", "--batch", "1", "--steps", "2", *few, "--continue")
+    assert result.exit_code == 0 and "measured before" in result.output
+    assert json.loads(path.read_text())["rows"] == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--steps", "1001"), "steps must be an integer in 2..1000 for 'ddpm', got 1001"),
+        (("--cfg-scale", "1"), "--cfg-scale must be above 1, got 1"),
+        (("--providers", "reference,ditfst"), "ditfast"),
+        (("--model", "DiT-XL/3"), "got 'DiT-XL/3'; did you mean 'DiT-XL/8'"),
+        (("--continue",), "--continue needs --json FILE"),
+        (("--seconds", "-1"), "--seconds must be above 0"),
+    ],
+)
+def test_bad_input(arguments, message):
+    result = command(*arguments)
+    assert result.exit_code == 2 and message in result.output, result.output

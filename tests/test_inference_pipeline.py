@@ -1,0 +1,137 @@
+"""ditfast.DiTPipeline beside diffusers' own: the same folder, the same call, the same images."""
+
+import json
+
+import diffusers
+import pytest
+import torch
+from diffusers_models import transformer
+
+import ditfast
+from ditfast.bench.parity import judge
+from ditfast.reference import ops
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny random pipeline as diffusers writes it; its null class is 1000, whatever the model's."""
+    root = tmp_path_factory.mktemp("pipeline")
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+    )
+    model = transformer(num_embeds_ada_norm=1000, norm_eps=1e-5)
+    with torch.no_grad():
+        model.proj_out_2.weight.mul_(0.3)
+    diffusers.DiTPipeline(model, vae.eval(), diffusers.DDIMScheduler()).save_pretrained(root)
+    index = root / "model_index.json"
+    names = {"id2label": {"1": "goldfish, Carassius auratus", "207": "golden retriever"}}
+    index.write_text(json.dumps(json.loads(index.read_text()) | names))  # as the released folders have it
+    return root
+
+
+def run(pipe, **options):
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    torch.manual_seed(4)  # where a scheduler draws noise
+    options = {"num_inference_steps": 5, "output_type": "np", "generator": generator, **options}
+    return torch.from_numpy(pipe([1, 207], **options).images)
+
+
+def sinusoid(t, dim, downscale_freq_shift, **_):
+    return ops.timestep_embedding(t.double(), dim, downscale_freq_shift, torch.float64)
+
+
+# not Euler's and its kin, which scale the model's input: diffusers' DiTPipeline steps from the scaled one
+@pytest.mark.parametrize("scheduler", [None, "DPMSolverMultistepScheduler", "DDPMScheduler", "UniPCMultistepScheduler"])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_the_same_images(folder, scheduler, scale, monkeypatch):
+    drawn = []
+    draw = diffusers.utils.torch_utils.randn_tensor
+
+    def recorded(*args, **options):
+        """What the first run drew, for the others in their precision."""
+        if run_of["number"] == 0:
+            drawn.append(draw(*args, **options))
+            return drawn[-1]
+        value = drawn[run_of["draws"]]
+        run_of["draws"] += 1
+        return value.to(options["dtype"])
+
+    run_of = {"number": 0, "draws": 0}
+    modules = ["ditfast.inference.pipeline", "diffusers.pipelines.dit.pipeline_dit"]
+    modules += ["diffusers.schedulers.scheduling_ddpm"]
+    ours = ditfast.DiTPipeline.from_pretrained(folder)
+    theirs = diffusers.DiTPipeline.from_pretrained(folder)
+    pipes = [theirs, ours, diffusers.DiTPipeline.from_pretrained(folder).to(torch.float64)]
+    for module in modules:
+        monkeypatch.setattr(f"{module}.randn_tensor", recorded)
+    found = []
+    for number, pipe in enumerate(pipes):
+        run_of.update(number=number, draws=0)
+        if number == 2:  # its own sinusoid is fp32 whatever the model
+            monkeypatch.setattr("diffusers.models.embeddings.get_timestep_embedding", sinusoid)
+        if scheduler is not None:
+            pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+        found.append(run(pipe, guidance_scale=scale))
+    verdict = judge("model", found[1], found[0], found[2], torch.float32)
+    assert verdict.ok, verdict
+    assert found[0].std() > 0.01
+
+
+def test_the_same_seed_gives_the_same_noise(folder):
+    theirs, ours = diffusers.DiTPipeline.from_pretrained(folder), ditfast.DiTPipeline.from_pretrained(folder)
+    for name in ("DDIMScheduler", "DDPMScheduler"):
+        for pipe in (theirs, ours):
+            pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+        torch.testing.assert_close(run(ours), run(theirs), rtol=1e-3, atol=1e-4)
+        seeds = [torch.Generator().manual_seed(i) for i in range(2)]
+        again = [torch.Generator().manual_seed(i) for i in range(2)]
+        torch.testing.assert_close(run(ours, generator=seeds), run(theirs, generator=again), rtol=1e-3, atol=1e-4)
+
+
+def test_the_table_serves_again(folder, monkeypatch):
+    pipe, rows = ditfast.DiTPipeline.from_pretrained(folder), []
+    made = ditfast.DiT.modulation
+    monkeypatch.setattr(ditfast.DiT, "modulation", lambda model, t, y: rows.append(len(t)) or made(model, t, y))
+    first = run(pipe)
+    torch.testing.assert_close(run(pipe), first)
+    assert rows == [3 * 5]
+    run(pipe, num_inference_steps=4)
+    assert rows == [3 * 5, 3 * 4]
+
+
+def test_names_outputs_and_dtype(folder):
+    pipe = ditfast.DiTPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    assert pipe.get_label_ids(["golden retriever", "Carassius auratus"]) == [207, 1]
+    assert pipe.transformer.pos_embed.dtype == pipe.vae.dtype == torch.bfloat16
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe([1, 207], num_inference_steps=2).images
+    assert [image.size for image in images] == [(16, 16)] * 2
+    (tensor,) = pipe([1], num_inference_steps=2, output_type="pt", return_dict=False)
+    assert tensor.shape == (1, 3, 16, 16) and tensor.dtype == torch.bfloat16
+    assert tensor.min() >= 0 and tensor.max() <= 1
+
+
+def test_saved_and_read_by_both(folder, tmp_path):
+    pipe = ditfast.DiTPipeline.from_pretrained(folder)
+    pipe.save_pretrained(tmp_path / "copy")
+    expected = run(pipe)
+    torch.testing.assert_close(run(ditfast.DiTPipeline.from_pretrained(tmp_path / "copy")), expected)
+    theirs = diffusers.DiTPipeline.from_pretrained(tmp_path / "copy")
+    torch.testing.assert_close(run(theirs), expected, rtol=1e-3, atol=1e-4)
+    assert theirs.labels == pipe.labels
+
+
+def test_bad_input(folder, tmp_path):
+    with pytest.raises(ValueError, match="folder must be a diffusers pipeline's, with a model_index.json"):
+        ditfast.DiTPipeline.from_pretrained(tmp_path)
+    theirs = diffusers.DiTPipeline.from_pretrained(folder)
+    with pytest.raises(TypeError, match="transformer must be a ditfast.DiT, got DiTTransformer2DModel"):
+        ditfast.DiTPipeline(theirs.transformer, theirs.vae, theirs.scheduler)
+    with pytest.raises(ValueError, match=r"labels must be in 0..999, got 1000"):
+        ditfast.DiTPipeline.from_pretrained(folder)([1000], num_inference_steps=2)
