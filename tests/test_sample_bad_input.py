@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from sample_helpers import (
 
 import ditfast
 from ditfast.inference import folder as folder_module
+from ditfast.inference import request as request_module
 from ditfast.inference.engine import Engine
 from ditfast.inference.plan import Plan
 
@@ -141,6 +143,11 @@ def test_an_unwritable_folder(images: dict[str, Any], tmp_path: Path, monkeypatc
         closed.mkdir(mode=0o500)
         assert "Permission denied" in refused(**images, num=2, out=closed)
         assert "Permission denied" in refused(**images, num=2, npz=closed / "x.npz")
+    if Path("/proc/self").exists():  # not even by root
+        assert "error: /proc/ditfast: " in refused(**images, num=2, out="/proc/ditfast")
+        assert "error: /proc/settings.json: " in refused(**images, num=2, out="/proc")
+        assert "error: /proc/x.npz: " in refused(**images, num=2, npz="/proc/x.npz")
+        assert "error: /proc/x.npz: " in refused(**images, num=2, npz="/proc/x.npz", out=tmp_path / "work")
     assert not computed
 
 
@@ -215,6 +222,18 @@ def test_guidance_needs_a_null_class(latents: dict[str, Any], tmp_path: Path) ->
     options = {**latents, "checkpoint": checkpoint, "num": 2, "npz": tmp_path / "x.npz"}
     assert "guidance needs a null class" in refused("--latents", **options)
     sampled("--latents", **options, cfg_scale=1)
+
+
+def test_without_diffusers(latents: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    line = refused("--latents", **latents, num=2, out=tmp_path / "out")
+    assert "the samplers need the package diffusers (pip install diffusers)" in line
+
+
+def test_without_pillow(images: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_module, "version_of", lambda package: None)
+    line = refused(**images, num=2, out=tmp_path / "out")
+    assert "PNGs need the package pillow (pip install pillow); --npz FILE needs none" in line
 
 
 def test_memory_that_runs_out(images: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

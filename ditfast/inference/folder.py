@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,8 +94,9 @@ class RunFolder:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self.npz is not None and not os.access(self.npz.absolute().parent, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            if self.npz is not None:
+                with tempfile.TemporaryFile(dir=self.npz.absolute().parent):
+                    pass
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.npz or self.folder)) from None
         self._take_lock()

@@ -75,7 +75,7 @@ def load_array(path: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Arra
 
 
 def save_png(image: Array, path: Path, text: dict[str, str] | None = None) -> None:
-    """(H, W, 3) or (H, W, 1) uint8; ``text`` goes into the file's metadata."""
+    """(H, W, 3) uint8; ``text`` goes into the file's metadata."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
@@ -83,7 +83,7 @@ def save_png(image: Array, path: Path, text: dict[str, str] | None = None) -> No
     for key, value in (text or {}).items():
         info.add_itxt(key, value)
     with written(path) as file:
-        Image.fromarray(image if image.shape[2] > 1 else image[..., 0]).save(file, "PNG", pnginfo=info)
+        Image.fromarray(image).save(file, "PNG", pnginfo=info)
 
 
 def load_png(path: Path) -> Array:
