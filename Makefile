@@ -1,6 +1,7 @@
 # make bench   measure this machine: reference beside ditfast, each row with a parity tick
 # make test    lint, types, tests
 # make readme  the README's table, rendered from bench/results
+# make sample  a grid of images of a tiny random model, on a CPU in seconds
 # Both make the environment first, once; VENV=..., PYTHON=... and BENCH="--model DiT-B/4" are honoured.
 
 VENV ?= .venv
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ditfast-env
 BENCH ?=
 
-.PHONY: env bench readme test lint kernels-oldest clean
+.PHONY: env bench readme sample test lint kernels-oldest clean
 .DEFAULT_GOAL := env
 
 env: $(STAMP)
@@ -37,6 +38,9 @@ bench: env
 # the README's table from the committed results
 readme: env
 	"$(BIN)/ditfast" bench readme README.md bench/results/*.json
+
+sample: env
+	"$(BIN)/python" examples/sample_tiny.py
 
 # waiting threads sleep: tests start processes that would otherwise spin beside each other
 test: lint

@@ -38,6 +38,7 @@ setup(
     package_dir={"ditfast": "ditfast", **{f"ditfast.{room}": room for room in MAPPED}},
     package_data={
         "ditfast": ["py.typed"],
+        "ditfast.inference": ["imagenet.txt"],
         "ditfast.kernels": ["README.md", "configs/*.json"],
         "ditfast.bench": ["*.json", "results/*.json"],
     },

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from . import __version__
+from ._cli_sample import sample
 from .bench.command import app as bench_app
 from .bench.tune_command import tune
 
@@ -163,6 +164,7 @@ def _parse_size(text: str) -> int | tuple[int, int]:
     return sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1])
 
 
+app.command("sample")(sample)
 app.add_typer(bench_app, name="bench")
 app.command("tune")(tune)
 

@@ -119,7 +119,7 @@ def test_the_tests_of_bench_are_in_the_sdist_and_in_no_wheel(built: Built, sourc
 
 def test_the_wheel_holds_data_license_and_type_marker(built: Built) -> None:
     names = _names(built.wheel)
-    assert "ditfast/py.typed" in names
+    assert {"ditfast/py.typed", "ditfast/inference/imagenet.txt"} <= names
     assert {f"ditfast/{name}" for name in STAND_IN_DATA} <= names
     (license_name,) = (name for name in names if name.endswith(".dist-info/licenses/LICENSE"))
     with zipfile.ZipFile(built.wheel) as wheel:

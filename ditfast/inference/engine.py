@@ -21,6 +21,19 @@ from .table import ScheduleTable
 _LOOK = 25  # steps between looks whether latents are finite: each waits for the GPU
 
 
+class NotFinite(ValueError):
+    """Latents that are not finite.
+
+    Attributes:
+        step: the first evaluation after which they were found so, counted from 0, of ``steps``.
+        image: the first image of the batch for which they were.
+    """
+
+    def __init__(self, step: int, steps: int, image: int) -> None:
+        super().__init__(f"latents are not finite from step {step + 1} of {steps} on, image {image} of the batch")
+        self.step, self.steps, self.image = step, steps, image
+
+
 class Steps(Protocol):
     """What the engine asks of a sampler; :class:`.samplers.Sampler` says what each is."""
 
@@ -102,8 +115,8 @@ class Engine:
             (N, C, h, w), in noise's dtype.
 
         Raises:
-            ValueError: a label out of range, a model in training mode, a table that does not fit, or latents that
-                are not finite, naming the step and the image.
+            NotFinite: latents that are not finite, a ValueError that names the step and the image.
+            ValueError: a label out of range, a model in training mode, a table that does not fit.
         """
         self._check(noise, labels)
         timesteps = self.sampler.timesteps.to(noise.device)
@@ -145,13 +158,15 @@ class Engine:
         model, timesteps = self.model, self.sampler.timesteps
         if not self.table_mib or not isinstance(model, DiT) or not model.fused or not is_plain(model, DiT):
             return None
-        if self.table is None or not self.table.holds(model, timesteps, labels):
+        null = set() if self.guidance is None or self.null_class is None else {self.null_class}
+        own, everyone = {*labels} | null, self._all_labels | {*labels} | null
+        # not another batch's table that happens to hold the labels: results would depend on what ran before
+        kept = self.table is not None and set(self.table.labels) in (own, everyone)
+        if self.table is None or not kept or not self.table.holds(model, timesteps, labels):
             self.table = None  # freed before the next is made
-            null = set() if self.guidance is None or self.null_class is None else {self.null_class}
-            whole = ScheduleTable(model, timesteps, sorted(self._all_labels | {*labels} | null), float("inf"))
-            if whole.mib > self.table_mib:
-                whole = ScheduleTable(model, timesteps, sorted({*labels} | null), self.table_mib)
-            self.table = whole
+            whole = ScheduleTable(model, timesteps, sorted(everyone), float("inf"))
+            fits = whole.mib <= self.table_mib
+            self.table = whole if fits else ScheduleTable(model, timesteps, sorted(own), self.table_mib)
         return self.table
 
     def _evaluate(self, plan: _Plan, x: Tensor, i: int, timesteps: Tensor, factor: Tensor) -> Tensor:
@@ -178,4 +193,4 @@ def _stop_at_first(broken: Tensor, steps: int) -> None:
     found = broken.tolist()
     if max(found, default=-1) >= 0:
         step, image = min((step, image) for image, step in enumerate(found) if step >= 0)
-        raise ValueError(f"latents are not finite from step {step + 1} of {steps} on, image {image} of the batch")
+        raise NotFinite(step, steps, image)
