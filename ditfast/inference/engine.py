@@ -16,7 +16,7 @@ from .._model_blocks import is_plain
 from ..model import DiT
 from .graphs import StepGraphs
 from .guidance import Guidance
-from .table import ScheduleTable
+from .table import ScheduleTable, label_mib
 
 _LOOK = 25  # steps between looks whether latents are finite: each waits for the GPU
 
@@ -159,14 +159,13 @@ class Engine:
         if not self.table_mib or not isinstance(model, DiT) or not model.fused or not is_plain(model, DiT):
             return None
         null = set() if self.guidance is None or self.null_class is None else {self.null_class}
-        own, everyone = {*labels} | null, self._all_labels | {*labels} | null
-        # not another batch's table that happens to hold the labels: results would depend on what ran before
-        kept = self.table is not None and set(self.table.labels) in (own, everyone)
-        if self.table is None or not kept or not self.table.holds(model, timesteps, labels):
+        everyone = self._all_labels | {*labels} | null
+        fits = len(everyone) * len(timesteps) * label_mib(model) <= self.table_mib
+        wanted = everyone if fits else {*labels} | null
+        # not an earlier batch's that happens to hold the labels: results would depend on what ran before
+        if self.table is None or {*self.table.labels} != wanted or not self.table.holds(model, timesteps, labels):
             self.table = None  # freed before the next is made
-            whole = ScheduleTable(model, timesteps, sorted(everyone), float("inf"))
-            fits = whole.mib <= self.table_mib
-            self.table = whole if fits else ScheduleTable(model, timesteps, sorted(own), self.table_mib)
+            self.table = ScheduleTable(model, timesteps, sorted(wanted), self.table_mib)
         return self.table
 
     def _evaluate(self, plan: _Plan, x: Tensor, i: int, timesteps: Tensor, factor: Tensor) -> Tensor:

@@ -34,9 +34,8 @@ class ScheduleTable:
     def __init__(self, model: DiT, timesteps: Tensor, labels: Sequence[int], budget_mib: float) -> None:
         if not model.fused:
             raise ValueError(f"a schedule table is of adaLN designs, this model is {model.config.conditioning}")
-        weights = [layer.adaLN_modulation[-1].weight for layer in (*model.blocks, model.final_layer)]
         self.labels = {label: row for row, label in enumerate(labels)}
-        self.step_mib: float = len(self.labels) * sum(len(w) for w in weights) * weights[0].element_size() / _MIB
+        self.step_mib = len(self.labels) * label_mib(model)
         self.chunk = int(min(len(timesteps), budget_mib / self.step_mib))
         if self.chunk < 1:
             raise ValueError(
@@ -44,8 +43,8 @@ class ScheduleTable:
                 f"{self.step_mib:.1f} MiB a step, got {budget_mib:g}"
             )
         self._model = model
-        self._timesteps = timesteps.to(weights[0].device)
-        self._labels = torch.tensor(list(self.labels), device=weights[0].device)
+        self._timesteps = timesteps.to(model.device)
+        self._labels = torch.tensor(list(self.labels), device=model.device)
         self._state = ParameterState.of(_read(model))
         self._first = 0
         self._made: Tensor | None = None
@@ -77,6 +76,12 @@ class ScheduleTable:
             made = self._model.modulation(t.repeat_interleave(len(self._labels)), self._labels.repeat(len(t)))
             self._made = made.view(len(t), len(self._labels), -1)
         return self._made[step - self._first].index_select(0, rows)
+
+
+def label_mib(model: DiT) -> float:
+    """What one label takes a step, in MiB."""
+    weights = [layer.adaLN_modulation[-1].weight for layer in (*model.blocks, model.final_layer)]
+    return float(sum(len(weight) for weight in weights) * weights[0].element_size() / _MIB)
 
 
 def _read(model: DiT) -> list[nn.Parameter]:
