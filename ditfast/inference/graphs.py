@@ -12,6 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops._backend import autocast_dtype, current_backend
 
+_DEVICE = "cuda"
 _WARM_UP = 3  # calls before a capture: libraries choose and allocate in their first ones
 
 
@@ -49,9 +50,9 @@ class StepGraphs:
     def unavailable(self) -> str | None:
         """Why its steps run without graphs, or None."""
         devices = {parameter.device.type for parameter in self._model.parameters()}
-        if devices != {"cuda"}:
+        if devices != {_DEVICE}:
             return f"the model is on {', '.join(sorted(devices)) or 'no device'}"
-        if autocast_dtype("cuda") is not None:
+        if autocast_dtype(_DEVICE) is not None:
             return "autocast keeps casts of the weights, which a replay would not make anew"
         if _has_any_global_hook() or any(_has_hooks(module) for module in self._model.modules()):
             return "the model has hooks, which a replay would not call"

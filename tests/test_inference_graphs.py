@@ -1,0 +1,123 @@
+"""The engine's captured steps, rehearsed without a GPU: a stand-in replays the captured function on its buffers.
+
+What a capture fixes (the function, Python values in it, addresses) is fixed here too, so whatever a replay would miss
+is missed by these tests' graphs.
+"""
+
+import pytest
+import torch
+from test_inference_engine import LABELS, assert_parity, loaded, models, noise, replaced, stepped, written
+
+from ditfast.inference import Engine, Guidance, Sampler, graphs
+
+
+class Recorded:
+    def __init__(self, function, buffers, output):
+        self.function, self.buffers, self.output = function, buffers, output
+
+    def replay(self):
+        self.output.copy_(self.function(*self.buffers))
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """The batch sizes of the captures, as they come."""
+    made = []
+
+    def capture(function, inputs):
+        made.append(len(inputs[0]))
+        buffers = tuple(value.clone() for value in inputs)
+        output = function(*buffers)
+        return graphs._Captured(Recorded(function, buffers, output), buffers, output)
+
+    monkeypatch.setattr(graphs, "_capture", capture)
+    monkeypatch.setattr(graphs, "_DEVICE", "cpu")
+    return made
+
+
+@pytest.mark.parametrize("design", ["adaln_zero", "in_context"])
+def test_a_step_is_captured_once(design, captures):
+    fast, slow = models(conditioning=design)
+    engine = Engine(fast, Sampler("ddpm", 5), Guidance(3.0))
+    for labels in (LABELS, [1, 1, 4]):
+        assert_parity(engine, slow, engine.guidance, labels)
+    assert captures == [3] and len(engine.graphs) == 1
+
+
+def test_steps_with_and_without_guidance(captures):
+    fast, slow = models()
+    engine = Engine(fast, Sampler("ddim", 6), Guidance(4.0, interval=(200.0, 700.0)))
+    assert_parity(engine, slow, engine.guidance)
+    assert captures == [3, 3]  # a batch of 2N and one of N
+
+
+def test_a_changed_scale_is_read(captures):
+    fast, slow = models()
+    engine = Engine(fast, Sampler("ddim", 6), Guidance(4.0, power=2.0))  # another in every step
+    assert_parity(engine, slow, engine.guidance)
+    assert captures == [3]
+    for guidance in (Guidance(1.5), Guidance(1.5, channels="all"), None):
+        engine.guidance = guidance
+        assert_parity(engine, slow, guidance)
+
+
+def test_the_cache_is_bounded(captures):
+    fast, slow = models()
+    engine = Engine(fast, Sampler("ddim", 2), Guidance(2.0))
+    for count in (1, 2, 3, 4, 5, 1, 5):
+        assert_parity(engine, slow, engine.guidance, [3] * count)
+        assert len(engine.graphs) <= 4
+    assert captures == [1, 2, 3, 4, 5, 1]
+
+
+@pytest.mark.parametrize("change", [loaded, written, stepped])
+def test_weights_written_in_place_need_no_capture(change, captures):
+    fast, slow = models()
+    engine = Engine(fast, Sampler("ddim", 3), Guidance(2.0))
+    engine(noise(), LABELS)
+    for model in (fast, slow):
+        change(model)
+    assert_parity(engine, slow, engine.guidance)
+    assert captures == [3]
+
+
+def test_weights_that_moved_do(captures):
+    fast, slow = models()
+    engine = Engine(fast, Sampler("ddim", 3), Guidance(2.0))
+    engine(noise(), LABELS)
+    for model in (fast, slow):
+        replaced(model)
+        linear = model.blocks[0].mlp.fc1
+        linear.weight = torch.nn.Parameter(linear.weight.detach() * 1.5)
+    assert_parity(engine, slow, engine.guidance)
+    assert captures == [3, 3] and len(engine.graphs) == 1
+
+
+def test_a_model_with_hooks_is_called(captures):
+    fast, slow = models()
+    engine = Engine(fast, Sampler("ddim", 3), Guidance(2.0))
+    engine(noise(), LABELS)
+    heard = []
+    fast.blocks[0].register_forward_hook(lambda *_: heard.append(1))
+    assert_parity(engine, slow, engine.guidance)
+    assert captures == [3] and len(heard) == 3 and len(engine.graphs) == 0
+    assert engine.graphs.unavailable() == "the model has hooks, which a replay would not call"
+
+
+def test_the_output_outlives_the_next_replay(captures):
+    fast, _ = models()
+    engine = Engine(fast, Sampler("ddim", 2), graphs=True)
+    run = engine.graphs.run
+    assert engine.graphs.look()
+    first = run("key", lambda x: 2 * x, torch.ones(2))
+    second = run("key", lambda x: 3 * x, torch.full((2,), 5.0))  # the captured function runs, not this one
+    assert first.tolist() == [2, 2] and second.tolist() == [10, 10]
+
+
+def test_autocast_is_not_captured(captures):
+    fast, _ = models()
+    engine = Engine(fast, Sampler("ddim", 2), Guidance(2.0))
+    with torch.autocast("cpu", torch.bfloat16):
+        engine(noise(), LABELS)
+        assert engine.graphs.unavailable().startswith("autocast keeps casts of the weights")
+    assert captures == []
