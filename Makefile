@@ -28,8 +28,8 @@ $(STAMP): pyproject.toml constraints.txt setup.py
 	"$(BIN)/python" -m pip install --quiet -c constraints.txt pip setuptools wheel
 	@# setuptools warns of folders named like the package; here they are the package
 	PYTHONWARNINGS=ignore "$(BIN)/python" -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[dev]"
-	@# for tests/timm_parts.py, which says why without its requirements
-	"$(BIN)/python" -m pip install --quiet --no-deps -c constraints.txt timm
+	@# tests/torchvision_stand_in.py says why without their requirements
+	"$(BIN)/python" -m pip install --quiet --no-deps -c constraints.txt timm torch-fidelity
 	@touch "$(STAMP)"
 
 bench: env

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from . import __version__
+from ._cli_evaluate import evaluate
 from ._cli_sample import sample
 from .bench.command import app as bench_app
 from .bench.tune_command import tune
@@ -167,6 +168,7 @@ def _parse_size(text: str) -> int | tuple[int, int]:
 app.command("sample")(sample)
 app.add_typer(bench_app, name="bench")
 app.command("tune")(tune)
+app.command("evaluate")(evaluate)
 
 
 @app.command()

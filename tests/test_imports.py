@@ -42,7 +42,7 @@ RULES = {
     "checkpoint": Rule(_CORE, ("torch", "numpy", "safetensors")),
     "adapters": Rule(_CORE, ("torch",), ("diffusers",)),
     "accelerate": Rule((*_CORE, "adapters"), ("torch",)),
-    "inference": Rule(_PRODUCT, ("torch", "numpy"), ("diffusers", "rich", "PIL")),
+    "inference": Rule(_PRODUCT, ("torch", "numpy"), ("diffusers", "rich", "PIL", "torch_fidelity")),
     "training": Rule(_PRODUCT, ("torch", "numpy"), ("rich",)),
     "bench": Rule(
         ("face", "kernels", *_PRODUCT, "inference", "training"),

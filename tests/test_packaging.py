@@ -137,7 +137,7 @@ def test_the_metadata_states_the_dependencies(built: Built) -> None:
         "torch>=2.9", 'triton>=3.6; platform_system == "Linux"', "numpy", "safetensors", "typer", "rich",
     ]  # fmt: skip
     extras = {value for field, value in fields if field == "Provides-Extra"}
-    assert extras == {"flash", "diffusers", "bench", "train", "dev"}
+    assert extras == {"flash", "diffusers", "bench", "evaluate", "train", "dev"}
     assert ("Requires-Python", ">=3.10") in fields
     assert ("License-Expression", "Apache-2.0") in fields
 

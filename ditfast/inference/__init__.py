@@ -1,8 +1,9 @@
-"""Inference: samplers, guidance, and the engine that runs them on a schedule table and CUDA graphs."""
+"""Inference: samplers, guidance, the engine that runs them on a schedule table and CUDA graphs; metrics of samples."""
 
 from .engine import Engine
+from .evaluate import Evaluation, evaluate
 from .guidance import Guidance
 from .samplers import SAMPLERS, Sampler
 from .table import ScheduleTable
 
-__all__ = ["SAMPLERS", "Engine", "Guidance", "Sampler", "ScheduleTable"]
+__all__ = ["SAMPLERS", "Engine", "Evaluation", "Guidance", "Sampler", "ScheduleTable", "evaluate"]
