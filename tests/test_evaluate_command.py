@@ -77,7 +77,7 @@ def test_the_inception_network_from_torch_hubs_folder(
     (tmp_path / "hub" / "checkpoints" / FILE).symlink_to(weights)
     samples, reference = (saved(tmp_path / f"{n}.npz", images(5, 16, 16, seed=n)) for n in (1, 2))
     # the eigenvalues of 2,048 features would take half a minute, and the small network's are tested
-    monkeypatch.setattr(sys.modules["ditfast.inference.evaluate"], "frechet", lambda one, _: float(len(one["mu"])))
+    monkeypatch.setattr(sys.modules["ditfast.inference._evaluate"], "frechet", lambda one, _: float(len(one["mu"])))
     result = evaluate(samples, reference, batch_size=3)
     assert list(result.metrics) == ["fid", "sfid", "is", "precision", "recall"]
     assert result.metrics["fid"] == 2048 and result.metrics["sfid"] == 2023
