@@ -1,7 +1,7 @@
 """Inference: samplers, guidance, the engine that runs them on a schedule table and CUDA graphs; metrics of samples."""
 
-from .engine import Engine
 from ._evaluate import Evaluation, evaluate
+from .engine import Engine
 from .guidance import Guidance
 from .samplers import SAMPLERS, Sampler
 from .table import ScheduleTable
