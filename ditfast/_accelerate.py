@@ -123,13 +123,11 @@ def accelerate(model: nn.Module, *, level: Level = "block", check: bool = True, 
         raise ValueError(f'level="model", and no whole model ({names}) could be accelerated:\n{report}')
     if strict and report.skipped:
         raise ValueError(f"strict=True, and {len(report.skipped)} modules of a matched kind were skipped:\n{report}")
-    done: list[nn.Module] = []
     try:
         for module, adapter in matched:
             swap(module, adapter.mixin)
-            done.append(module)
     except BaseException:
-        for module in done:
+        for module, _ in matched:  # also the one that was just being swapped
             unswap(module)
         raise
     return report
@@ -216,7 +214,8 @@ def _unfit(module: nn.Module) -> str | None:
         if parameter.is_floating_point() and parameter.dtype not in _COMPUTED:
             return f"{name} is stored as {str(parameter.dtype).removeprefix('torch.')}, in which nothing is computed"
         try:
-            finite = not parameter.is_floating_point() or bool(torch.isfinite(parameter).all())
+            with torch.no_grad():  # for parameters made in inference mode
+                finite = not parameter.is_floating_point() or bool(torch.isfinite(parameter).all())
         except Exception as error:  # whatever a tensor of another kind (quantised) says to it
             return f"{name} ({type(parameter.data).__name__}) cannot be read: {' '.join(str(error).split())}"
         if not finite:
