@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,23 @@ def test_explain_prints_the_report(file: Path) -> None:
     assert "blocks.0.attn" in result.stdout and "4 accelerated, 0 skipped" in result.stdout
     entries = json.loads(invoke("explain", f"{file}:alone", "--json", "--no-check").stdout)
     assert {entry["status"] for entry in entries} == {"accelerated"} and len(entries) == 4
+
+
+@pytest.mark.parametrize("factory", ["scripts_of_mine/script.py:make", "package_of_mine.module:make"])
+def test_a_file_among_others(factory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It imports its neighbours and from the working directory, as a script or module does."""
+    script = "/" in factory
+    folder = tmp_path / ("scripts_of_mine" if script else "package_of_mine")
+    folder.mkdir()
+    (folder / "neighbour_of_mine.py").write_text(FILE)
+    (tmp_path / "settings_of_mine.py").write_text("")
+    neighbour = "neighbour_of_mine" if script else "package_of_mine.neighbour_of_mine"
+    own = folder / ("script.py" if script else "module.py")
+    own.write_text(f"import settings_of_mine\nfrom {neighbour} import make\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path])
+    result = invoke("explain", factory)
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize(
