@@ -127,8 +127,8 @@ def test_before_and_after(compiler: str | None, monkeypatch: pytest.MonkeyPatch)
 def test_without_parity_there_is_no_speed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     real = before_after.ditfast.accelerate
 
-    def wrongly(model: nn.Module) -> object:
-        report = real(model)
+    def wrongly(model: nn.Module, **options: Any) -> object:
+        report = real(model, **options)
         with torch.no_grad():
             model.blocks[0].mlp.fc2.bias += 0.1  # type: ignore[index, union-attr]
         return report
@@ -146,8 +146,8 @@ def test_the_command(file: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "4 accelerated" in result.stdout and "before-compile" in result.stdout
     for options, message in (
-        (("--batch", 3), "--provider-module takes --dtype (once), --device and --seconds"),
-        (("--dtype", "fp32", "--dtype", "bf16"), "--provider-module takes --dtype (once)"),
+        (("--batch", 3), "--provider-module takes --level, --dtype (once), --device and --seconds"),
+        (("--dtype", "fp32", "--dtype", "bf16"), "--provider-module takes --level, --dtype (once)"),
     ):
         refused = invoke("bench", "--provider-module", f"{file}:make", *options)
         assert refused.exit_code == 2 and message in refused.stderr
