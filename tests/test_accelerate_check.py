@@ -212,6 +212,24 @@ class InPlace(Block):
         return x.copy_(super().forward(x, c))
 
 
+class Remembering(Block):
+    def __init__(self, dim, num_heads):
+        super().__init__(dim, num_heads)
+        self.calls = []
+
+    def forward(self, x, c):
+        self.calls.append(c)
+        return super().forward(x, c)
+
+
+class Visualised(Attention):
+    """Somebody looks at what it has seen."""
+
+    def forward(self, x):
+        self.seen = x
+        return super().forward(x)
+
+
 class Exact(Block):
     """In fp32 whatever the autocast."""
 
@@ -262,6 +280,13 @@ def test_parts_that_checkpoint_themselves(path, kind, part, reentrant):
 
 def test_a_block_that_writes_into_its_input():
     assert reason_for("blocks.0", InPlace(48, 2)) == "its own forward writes into its input, the fused one does not"
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "name"), [("blocks.0", Remembering, "calls"), ("blocks.0.attn", Visualised, "seen")]
+)
+def test_parts_that_keep_something_of_a_call(path, kind, name):
+    assert reason_for(path, kind(48, 2)) == f"its own forward writes {name}, the fused one does not"
 
 
 @pytest.mark.parametrize(("path", "kind"), [("blocks.0", Exact), ("blocks.0.attn", ExactAttention)])

@@ -38,11 +38,15 @@ def fingerprint(module: nn.Module) -> tuple[Any, ...]:
     for name, child in module.named_modules():
         if has_hooks(child):
             parts.append((name, "hooks"))
-        settings = [(key, _setting(value)) for key, value in sorted(vars(child).items()) if key not in _INTERNAL]
-        parts.append((name, type(child), "forward" in child.__dict__, tuple(settings)))
+        parts.append((name, type(child), "forward" in child.__dict__, tuple(sorted(_settings(child).items()))))
     tensors = [*module.named_parameters(), *module.named_buffers()]
     parts += [(name, tuple(x.shape), x.dtype, x.device) for name, x in tensors]
     return tuple(parts)
+
+
+def _settings(module: nn.Module) -> dict[str, tuple[Any, ...]]:
+    """What a module holds beside its parameters, buffers, children and hooks."""
+    return {key: _setting(value) for key, value in vars(module).items() if key not in _INTERNAL}
 
 
 def _setting(value: Any, depth: int = 3) -> tuple[Any, ...]:
@@ -95,6 +99,7 @@ def disagreement(module: nn.Module, adapter: Adapter) -> str | None:
             inputs = [_moved(value, device, dtype) for value in given]
             try:
                 exact = _run(oracle, [_moved(value, device, torch.float64) for value in given], device)
+                before = [_settings(model) for model in (old, new)]
                 yardstick = _run(old, inputs, device, autocast)
             except Exception as error:
                 if autocast:
@@ -106,6 +111,8 @@ def disagreement(module: nn.Module, adapter: Adapter) -> str | None:
                 actual = _run(new, inputs, device, autocast)
             except Exception as error:
                 return f"the fused forward raised: {_said(error)}"
+            if kept := _changes(old, before[0]) - _changes(new, before[1]):
+                return f"its own forward writes {min(kept)}, the fused one does not"
             for name in hooked:
                 if calls[0][name] != calls[1][name]:
                     return f"{name} has hooks, which the fused forward would skip"
@@ -194,6 +201,11 @@ def _seeded(device: torch.device) -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(_SEED)
         yield
+
+
+def _changes(module: nn.Module, before: dict[str, tuple[Any, ...]]) -> set[str]:
+    """What a module holds now that it did not hold before."""
+    return {key for key, value in _settings(module).items() if before.get(key) != value}
 
 
 def _error(values: Sequence[Tensor], oracles: Sequence[Tensor]) -> float:
