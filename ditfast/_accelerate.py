@@ -77,8 +77,8 @@ def accelerate(model: nn.Module, *, level: Level = "block", check: bool = True, 
         model: any module; blocks are found wherever they stand in it.
         level: "block", or "model" for one GEMM of all adaLN Linears too, in inference, in models of the official shape
             (``blocks`` and a ``final_layer``); it keeps a copy of their weights, a third of XL/2's.
-        check: runs one small random forward of the old and the new module of each kind on its device, with parameters
-            drawn anew in a copy, and skips what disagrees.
+        check: runs the old and the new module of each kind on small random inputs on its device, with parameters drawn
+            anew in a copy: in inference, in training with gradients, under autocast. Skips what disagrees.
         strict: raises where a module of a kind that was matched is skipped.
 
     Returns:
