@@ -115,6 +115,12 @@ def written_through_data(model):
         parameter.data.mul_(1.5)
 
 
+def written_by_a_way_through_the_model(model):
+    model.blocks[1].adaLN_modulation[1].weight.data.mul_(2)
+    for parameter in model.final_layer.parameters():
+        parameter.detach().numpy()[:] *= 2
+
+
 def written(model):
     with torch.no_grad():
         model.blocks[1].adaLN_modulation[1].weight.mul_(2)
@@ -134,9 +140,10 @@ def replaced(model):
         lambda model: stepped(model, fused=True),
         written,
         written_through_data,
+        written_by_a_way_through_the_model,
         replaced,
     ],
-    ids=["loaded", "assigned", "stepped", "fused-step", "written", "data", "replaced"],
+    ids=["loaded", "assigned", "stepped", "fused-step", "written", "data", "way", "replaced"],
 )
 def test_the_copy_is_made_anew(change):
     fast, slow = changed(change)
