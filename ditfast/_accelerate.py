@@ -104,7 +104,7 @@ def accelerate(model: nn.Module, *, level: Level = "block", check: bool = True, 
         if before is not None:
             entries.append(Entry(path, kind, adapter.name, "already"))
             continue
-        reason = adapter.refuses(module) or _unfit(module)
+        reason = adapter.refuses(module) or _unfit(module) or _shadowed(module, adapter)
         if reason is None and check:
             key = (adapter.name, fingerprint(module))
             if key not in verdicts:
@@ -220,4 +220,15 @@ def _unfit(module: nn.Module) -> str | None:
             return f"{name} ({type(parameter.data).__name__}) cannot be read: {' '.join(str(error).split())}"
         if not finite:
             return f"{name} holds values that are not finite"
+    return None
+
+
+def _shadowed(module: nn.Module, adapter: Adapter) -> str | None:
+    """What of a module ditfast's own mixins would hide from the module's own forward, or None."""
+    known = set(dir(nn.Module))
+    bases = [base for base in adapter.mixin.__mro__ if base.__module__.startswith("ditfast.")]
+    ours = {name for base in bases for name in vars(base) if not name.startswith("__")} - known
+    for name in sorted(ours):
+        if name in vars(module) or getattr(type(module), name, ours) not in (ours, getattr(adapter.mixin, name)):
+            return f"it has {name}, a name that the fused forward has a use of its own for"
     return None

@@ -35,7 +35,7 @@ def _class(mixin: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]
         "__doc__": original.__doc__,
         "__reduce_ex__": __reduce_ex__,
         "_ditfast": (mixin, original),
-        "_takes": _parameters(original),
+        "_ditfast_takes": _parameters(original),
     }
     # two threads may both make one: the first that is kept counts
     return _CLASSES.setdefault((mixin, original), type(original.__name__, (mixin, original), body))

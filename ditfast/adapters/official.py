@@ -25,10 +25,10 @@ class FastBlock(AdaLNForward):
     """The adaLN-Zero block; with further arguments, a live drop path or changed norms the module's own forward."""
 
     modulations = 6
-    _takes: tuple[str, ...]
+    _ditfast_takes: tuple[str, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        given = _tokens_and_condition(self._takes, args, kwargs)
+        given = _tokens_and_condition(self._ditfast_takes, args, kwargs)
         if given is None or not self._applies():
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
         x, c = given
@@ -64,10 +64,10 @@ class FastFinalLayer(nn.Module):
     norm_final: nn.LayerNorm
     linear: nn.Module
     adaLN_modulation: nn.Sequential
-    _takes: tuple[str, ...]
+    _ditfast_takes: tuple[str, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        given = _tokens_and_condition(self._takes, args, kwargs)
+        given = _tokens_and_condition(self._ditfast_takes, args, kwargs)
         if given is None or not (is_plain_norm(self.norm_final) and is_quiet(self, *_FINAL)):
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
         x, c = given
