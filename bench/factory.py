@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def make_model(spec: str) -> tuple[nn.Module, tuple[Any, ...]]:
     path, _, name = spec.rpartition(":")
     if not path or not name:
         raise ValueError(f"a factory must look like PATH:FACTORY, such as my_model.py:make, got {spec!r}")
+    _find_neighbours(path)
     try:
         module = load_file(Path(path).resolve()) if path.endswith(".py") else importlib.import_module(path)
         factory = getattr(module, name)
@@ -37,3 +39,11 @@ def make_model(spec: str) -> tuple[nn.Module, tuple[Any, ...]]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{spec} must return a torch.nn.Module, or one and its inputs, got {type(made).__name__}")
     return model, (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+
+
+def _find_neighbours(path: str) -> None:
+    """Has a user's file find what lies beside it, and a module itself, as ``python file.py`` and ``python -m`` do."""
+    folder = Path(path).resolve().parent if path.endswith(".py") else Path.cwd()
+    for position, found in ((0, str(folder)), (len(sys.path) + 1, str(Path.cwd()))):
+        if found not in sys.path:
+            sys.path.insert(position, found)

@@ -77,8 +77,8 @@ def accelerate(model: nn.Module, *, level: Level = "block", check: bool = True, 
         model: any module; blocks are found wherever they stand in it.
         level: "block", or "model" for one GEMM of all adaLN Linears too, in inference, in models of the official shape
             (``blocks`` and a ``final_layer``); it keeps a copy of their weights, a third of XL/2's.
-        check: runs one small random forward of the old and the new module of each kind on its device, with parameters
-            drawn anew in a copy, and skips what disagrees.
+        check: runs the old and the new module of each kind on small random inputs on its device, with parameters drawn
+            anew in a copy: in inference, in training with gradients, under autocast. Skips what disagrees.
         strict: raises where a module of a kind that was matched is skipped.
 
     Returns:
@@ -104,7 +104,7 @@ def accelerate(model: nn.Module, *, level: Level = "block", check: bool = True, 
         if before is not None:
             entries.append(Entry(path, kind, adapter.name, "already"))
             continue
-        reason = adapter.refuses(module) or _unfit(module)
+        reason = adapter.refuses(module) or _unfit(module) or _shadowed(module, adapter)
         if reason is None and check:
             key = (adapter.name, fingerprint(module))
             if key not in verdicts:
@@ -123,13 +123,11 @@ def accelerate(model: nn.Module, *, level: Level = "block", check: bool = True, 
         raise ValueError(f'level="model", and no whole model ({names}) could be accelerated:\n{report}')
     if strict and report.skipped:
         raise ValueError(f"strict=True, and {len(report.skipped)} modules of a matched kind were skipped:\n{report}")
-    done: list[nn.Module] = []
     try:
         for module, adapter in matched:
             swap(module, adapter.mixin)
-            done.append(module)
     except BaseException:
-        for module in done:
+        for module, _ in matched:  # also the one that was just being swapped
             unswap(module)
         raise
     return report
@@ -216,9 +214,21 @@ def _unfit(module: nn.Module) -> str | None:
         if parameter.is_floating_point() and parameter.dtype not in _COMPUTED:
             return f"{name} is stored as {str(parameter.dtype).removeprefix('torch.')}, in which nothing is computed"
         try:
-            finite = not parameter.is_floating_point() or bool(torch.isfinite(parameter).all())
+            with torch.no_grad():  # for parameters made in inference mode
+                finite = not parameter.is_floating_point() or bool(torch.isfinite(parameter).all())
         except Exception as error:  # whatever a tensor of another kind (quantised) says to it
             return f"{name} ({type(parameter.data).__name__}) cannot be read: {' '.join(str(error).split())}"
         if not finite:
             return f"{name} holds values that are not finite"
+    return None
+
+
+def _shadowed(module: nn.Module, adapter: Adapter) -> str | None:
+    """What of a module ditfast's own mixins would hide from the module's own forward, or None."""
+    known = set(dir(nn.Module))
+    bases = [base for base in adapter.mixin.__mro__ if base.__module__.startswith("ditfast.")]
+    ours = {name for base in bases for name in vars(base) if not name.startswith("__")} - known
+    for name in sorted(ours):
+        if name in vars(module) or getattr(type(module), name, ours) not in (ours, getattr(adapter.mixin, name)):
+            return f"it has {name}, a name that the fused forward has a use of its own for"
     return None

@@ -212,7 +212,7 @@ class AdaLNForward(nn.Module):
         pending = Pending(branch, gate, bias)
         readable = torch.is_grad_enabled() and self._is_readable(x)
         if modulation is None:
-            modulation, c = self._modulate(c, activated, readable)
+            modulation, c = self._modulation_of(c, activated, readable)
         shift1, scale1, gate1, shift2, scale2, gate2 = self._chunks(modulation)
         norm1, norm2 = (shift1, scale1, self.norm1.eps), (shift2, scale2, self.norm2.eps)
         if not (readable and self._wants_gradient(x, modulation)):
@@ -255,7 +255,7 @@ class AdaLNForward(nn.Module):
         wants = any(tensor.requires_grad for tensor in (x, modulation, *parameters))
         return wants and modulation.dtype == working_dtype(self.attn.qkv.weight)
 
-    def _modulate(self, c: Tensor, activated: bool, readable: bool) -> tuple[Tensor, Tensor]:
+    def _modulation_of(self, c: Tensor, activated: bool, readable: bool) -> tuple[Tensor, Tensor]:
         if not activated:
             return cast(Tensor, self.adaLN_modulation(c)), c
         linear = cast(nn.Linear, self.adaLN_modulation[1])

@@ -39,7 +39,7 @@ def trained(model, given=None, steps=2, call=None, autocast=None, accumulate=1, 
     x, t, y = given or inputs()
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     x = x.to(dtype).requires_grad_(x_learns)
-    target = torch.randn(len(x), 8, 8, 8, generator=torch.Generator().manual_seed(5)).to(dtype)
+    target = torch.randn(len(x), 8, 8, 8, generator=torch.Generator().manual_seed(5)).to(x.device, dtype)
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimiser = torch.optim.SGD(learning.values(), lr=0.05, momentum=0.9) if learning else None
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=autocast is not None)

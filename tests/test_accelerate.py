@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+import threading
 
 import pytest
 import torch
@@ -236,6 +237,26 @@ def test_copies_and_pickles_stay_accelerated():
     assert len(ditfast.accelerate(fast).accelerated) == ALL
 
 
+class Locked(Block):
+    """Tells pickle itself how it is made again."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__(dim, num_heads)
+        self.lock = threading.Lock()
+
+    def __reduce__(self):
+        return Locked, (48, 2), {key: value for key, value in vars(self).items() if key != "lock"}
+
+
+def test_a_way_of_pickling_of_ones_own():
+    block = randomised(Locked(48, 2))
+    ditfast.accelerate(block, strict=True)
+    for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert accelerated_by(other) == accelerated_by(block) and other.lock is not block.lock
+        assert_same(other(torch.ones(2, 3, 48), torch.ones(2, 48)), block(torch.ones(2, 3, 48), torch.ones(2, 48)))
+        assert ditfast.restore(other) == 3 and type(other) is Locked
+
+
 def test_twice_and_back():
     fast, slow = pair()
     types = [type(part) for part in fast.modules()]
@@ -261,16 +282,19 @@ def test_two_models_do_not_influence_each_other():
     assert accelerated_by(fast.blocks[0]) and type(slow.blocks[0]) is Block
 
 
-def test_a_failure_in_the_middle_leaves_the_model_as_it_was(monkeypatch):
+@pytest.mark.parametrize("after", [False, True])
+def test_a_failure_in_the_middle_leaves_the_model_as_it_was(after, monkeypatch):
     model = randomised(Model())
     types = [type(part) for part in model.modules()]
     real, calls = _accelerate.swap, []
 
     def failing(module, mixin):
         calls.append(module)
-        if len(calls) == 4:
+        if len(calls) == 4 and not after:
             raise KeyboardInterrupt
         real(module, mixin)
+        if len(calls) == 4:
+            raise KeyboardInterrupt  # one may come at any moment
 
     monkeypatch.setattr(_accelerate, "swap", failing)
     with pytest.raises(KeyboardInterrupt):

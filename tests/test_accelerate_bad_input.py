@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ecosystem_helpers import assert_same
-from foreign_models import Mlp, Model, inputs, randomised
+from foreign_models import Block, Mlp, Model, inputs, randomised
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -193,6 +193,33 @@ def test_parts_that_were_accelerated_before_are_checked_by_their_own_forwards():
     with ditfast.ops.use_backend("triton"):
         report = ditfast.accelerate(model, check=True)
     assert {entry.status for entry in report.entries} == {"accelerated", "already"}
+
+
+class Helped(Block):
+    """With a helper named like one of the fused forward's, for its own forward, which runs with a further argument."""
+
+    def _chunks(self, modulation):
+        return [part[:, None] for part in modulation.chunk(6, -1)]
+
+    def forward(self, x, c, more=None):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self._chunks(self.adaLN_modulation(c))
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1)
+        x = x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        return x if more is None else x + more
+
+
+def test_helpers_of_the_same_name():
+    slow = randomised(Model(depth=1))
+    slow.blocks[0] = Helped(48, 2)
+    slow.blocks[0].attn.fused = True
+    fast = copy.deepcopy(slow)
+    found = reasons(ditfast.accelerate(fast))
+    assert found == {
+        "blocks.0": "it has _chunks, a name that the fused forward has a use of its own for",
+        "blocks.0.attn": "it has fused, a name that the fused forward has a use of its own for",
+    }
+    x, c = torch.randn(2, 9, 48), torch.randn(2, 48)
+    assert_same(fast.blocks[0](x, c, 1.0), slow.blocks[0](x, c, 1.0))
 
 
 class Hearing(Mlp):

@@ -1,14 +1,19 @@
 """What the check of ditfast.accelerate looks at, and that nobody else notices it."""
 
 import copy
+import enum
+from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
-from foreign_models import Block, Model, inputs, randomised
+from ecosystem_helpers import assert_same
+from foreign_models import Attention, Block, Model, inputs, randomised
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import ditfast
+from ditfast import _accelerate
 from ditfast.adapters import Adapter, _adapter, register_adapter
 
 
@@ -58,6 +63,50 @@ class Configured(Block):
 
     def forward(self, x, c):
         return x + self.activation(x) if self.activation in (torch.relu, F.relu) else super().forward(x, c)
+
+
+class Factor(enum.Enum):
+    ONE = 1
+    TWO = 2
+
+
+@dataclass
+class Config:
+    value: float
+
+
+class Scaled(Block):
+    """By what an object holds that is no plain value itself."""
+
+    def __init__(self, setting):
+        super().__init__(48, 2)
+        self.setting = setting
+
+    def forward(self, x, c):
+        (setting,) = self.setting if isinstance(self.setting, list) else [self.setting]
+        return super().forward(x, c) * (setting if torch.is_tensor(setting) else setting.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [tuple(Factor), (Config(1), Config(2)), ([Config(1)], [Config(2)]), (torch.tensor(1), torch.tensor(2))],
+    ids=["enum", "dataclass", "nested", "tensor"],
+)
+def test_blocks_are_told_apart_by_what_their_settings_hold(settings):
+    model = Model()
+    model.blocks = nn.ModuleList(map(Scaled, settings))
+    report = ditfast.accelerate(randomised(model))
+    assert [entry.module for entry in report.skipped] == ["blocks.1"]
+
+
+def test_settings_that_say_the_same_share_a_verdict(monkeypatch):
+    """Every block has an object of its own: they are checked once for all that."""
+    model = Model(depth=3)
+    model.blocks = nn.ModuleList(Scaled(Config(1)) for _ in range(3))
+    real, asked = _accelerate.disagreement, []
+    monkeypatch.setattr(_accelerate, "disagreement", lambda m, a: asked.append(m) or real(m, a))
+    ditfast.accelerate(randomised(model), strict=True)
+    assert [type(module) for module in asked].count(type(model.blocks[0])) == 1
 
 
 @pytest.mark.parametrize("activations", [(torch.sigmoid, torch.relu), (F.silu, F.relu)])
@@ -114,3 +163,162 @@ def test_parameters_in_a_dtype_for_storage():
     reasons = {entry.module: entry.reason for entry in ditfast.accelerate(model).skipped}
     stored = "is stored as float8_e4m3fn, in which nothing is computed"
     assert reasons == {"blocks.0": f"mlp.fc1.weight {stored}", "blocks.0.mlp": f"fc1.weight {stored}"}
+
+
+# --- what only some calls show
+
+
+class NoGradient(Block):
+    """The same numbers; its condition learns nothing."""
+
+    def forward(self, x, c):
+        return super().forward(x, c.detach())
+
+
+class LessGradient(Block):
+    def forward(self, x, c):
+        out = super().forward(x, c)
+        return out.detach() + 0.5 * (out - out.detach())
+
+
+class Frozen(Attention):
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+
+class Saving(Block):
+    """Keeps none of its activations, as U-ViT's blocks do where they are told to."""
+
+    def __init__(self, dim, num_heads, reentrant):
+        super().__init__(dim, num_heads)
+        self.reentrant = reentrant
+
+    def forward(self, x, c):
+        return checkpoint(super().forward, x, c, use_reentrant=self.reentrant)
+
+
+class SavingAttention(Attention):
+    def __init__(self, dim, num_heads, reentrant):
+        super().__init__(dim, num_heads)
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=self.reentrant)
+
+
+class InPlace(Block):
+    def forward(self, x, c):
+        return x.copy_(super().forward(x, c))
+
+
+class Remembering(Block):
+    def __init__(self, dim, num_heads):
+        super().__init__(dim, num_heads)
+        self.calls = []
+
+    def forward(self, x, c):
+        self.calls.append(c)
+        return super().forward(x, c)
+
+
+class Visualised(Attention):
+    """Somebody looks at what it has seen."""
+
+    def forward(self, x):
+        self.seen = x
+        return super().forward(x)
+
+
+class Exact(Block):
+    """In fp32 whatever the autocast."""
+
+    def forward(self, x, c):
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x, c)
+
+
+class ExactAttention(Attention):
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.to(self.qkv.weight.dtype))
+
+
+def reason_for(path, module, calls=torch.no_grad):
+    """Why a module is skipped; it is then what it was, also in such calls."""
+    slow = Model()
+    slow.set_submodule(path, module)
+    fast = copy.deepcopy(randomised(slow))
+    (entry,) = ditfast.accelerate(fast).skipped
+    assert entry.module == path
+    given = (torch.randn(3, 9, 48), torch.randn(3, 48))[: 1 if path.endswith("attn") else 2]
+    results = []
+    for model in (fast, slow):
+        x = given[0].clone().requires_grad_()
+        with calls():
+            results.append(model.get_submodule(path)(x, *given[1:]))
+    assert_same(*results)
+    return entry.reason
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"), [("blocks.0", NoGradient), ("blocks.0", LessGradient), ("blocks.0.attn", Frozen)]
+)
+def test_gradients_that_are_another_functions(path, kind):
+    assert reason_for(path, kind(48, 2)).startswith("its gradients are another function's: the fused one is off by")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    ("path", "kind", "part"), [("blocks.1", Saving, "adaLN_modulation"), ("blocks.1.attn", SavingAttention, "qkv")]
+)
+def test_parts_that_checkpoint_themselves(path, kind, part, reentrant):
+    """Fused they would keep the activations that they are told not to keep."""
+    found = reason_for(path, kind(48, 2, reentrant), torch.enable_grad)
+    assert found == f"its own forward computes {part} again in the backward (checkpointing), the fused one does not"
+
+
+def test_a_block_that_writes_into_its_input():
+    assert reason_for("blocks.0", InPlace(48, 2)) == "its own forward writes into its input, the fused one does not"
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "name"), [("blocks.0", Remembering, "calls"), ("blocks.0.attn", Visualised, "seen")]
+)
+def test_parts_that_keep_something_of_a_call(path, kind, name):
+    assert reason_for(path, kind(48, 2)) == f"its own forward writes {name}, the fused one does not"
+
+
+@pytest.mark.parametrize(("path", "kind"), [("blocks.0", Exact), ("blocks.0.attn", ExactAttention)])
+def test_parts_that_autocast_is_kept_from(path, kind):
+    assert "under autocast" in reason_for(path, kind(48, 2), lambda: torch.autocast("cpu", torch.bfloat16))
+
+
+# --- where accelerate is called
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_whatever_the_default_device(device):
+    model = randomised(Model())
+    with torch.device(device):
+        ditfast.accelerate(model, strict=True)
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_in_inference_mode(made):
+    slow = randomised(Model())
+    with torch.inference_mode():
+        fast = randomised(Model()) if made else copy.deepcopy(slow)
+        ditfast.accelerate(fast, strict=True)
+        assert_same(fast(*inputs()), slow(*inputs()))
+    ditfast.restore(fast)
+    ditfast.accelerate(fast, strict=True)
+
+
+def test_nobodys_random_numbers_are_drawn(monkeypatch):
+    """torch.manual_seed seeds every GPU: ranks would go on with the same noise."""
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    model, state = randomised(Model()), torch.get_rng_state()
+    ditfast.accelerate(model)
+    assert not seeded and torch.equal(torch.get_rng_state(), state)

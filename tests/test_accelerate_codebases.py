@@ -1,14 +1,18 @@
 """The README's table of codebases: blocks with their structure, written here from the papers, and what is reported."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from ecosystem_helpers import assert_trained_alike
 from foreign_models import Attention, Block, Mlp, Model, modulated, randomised
 from torch import nn
 
 import ditfast
+from ditfast.adapters import _adapter
 
 UNKNOWN = "which the fused forward does not know"
 
@@ -203,3 +207,51 @@ def test_a_row_of_diffusers(name):
     else:
         with pytest.raises(ValueError, match="nothing that ditfast can accelerate"):
             ditfast.accelerate(model)
+
+
+class Rms(nn.Module):
+    def __init__(self, dim, eps=1e-6):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+class RmsBlock(Block):
+    """LightningDiT's norms."""
+
+    def __init__(self, dim, num_heads, eps=1e-6, more=0):
+        super().__init__(dim, num_heads)
+        self.norm1, self.norm2, self.more = Rms(dim), Rms(dim, eps), more
+
+    def forward(self, x, c):
+        return super().forward(x, c) + self.more
+
+
+def fused_rms_block(x, modulation, w1, w2, attn, mlp):
+    shift1, scale1, gate1, shift2, scale2, gate2 = modulation[:, None].chunk(6, -1)
+    x = x + gate1 * attn(F.rms_norm(x, x.shape[-1:], w1, 1e-6) * (1 + scale1) + shift1)
+    return x + gate2 * mlp(F.rms_norm(x, x.shape[-1:], w2, 1e-6) * (1 + scale2) + shift2)
+
+
+def test_the_worked_example_of_an_adapter(monkeypatch):
+    """As it stands in CONTRIBUTING.md: for its own blocks, and in nobody else's way."""
+    monkeypatch.setattr(_adapter, "_ADAPTERS", list(_adapter._ADAPTERS))
+    page = (Path(__file__).resolve().parents[1] / "CONTRIBUTING.md").read_text()
+    (code,) = re.findall(r"```python\n([^`]*register_adapter\(RmsBlockAdapter\(\)\)[^`]*)```", page)
+    exec(code, {"my_fused_block": fused_rms_block, "__name__": __name__})
+    slow = Model(depth=4)
+    slow.blocks = nn.ModuleList([RmsBlock(48, 2), RmsBlock(48, 2, eps=0.1), RmsBlock(48, 2, more=1), Block(48, 2)])
+    fast = copy.deepcopy(randomised(slow))
+    report = ditfast.accelerate(fast)
+    found = {entry.module: (entry.adapter, entry.status) for entry in report.entries if entry.module.count(".") == 1}
+    assert found == {
+        "blocks.0": ("rms block", "accelerated"),
+        "blocks.1": ("rms block", "skipped"),
+        "blocks.2": ("rms block", "skipped"),
+        "blocks.3": ("official block", "accelerated"),
+    }
+    different, further = (entry.reason for entry in report.skipped)
+    assert different == "its norms have different eps" and "another function in inference" in further
+    assert_trained_alike(fast, slow)

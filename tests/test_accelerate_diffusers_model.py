@@ -125,6 +125,7 @@ def of_a_block(path, change):
     [
         of_a_block("timestep_embedder.linear_1", lambda linear: nudge(linear.weight)),
         of_a_block("class_embedder.embedding_table", lambda table: nudge(table.weight)),
+        of_a_block("class_embedder.embedding_table", lambda table: table.weight.data.mul_(2)),
         of_a_block("class_embedder", lambda labels: setattr(labels, "embedding_table", nn.Embedding(11, 72))),
         of_a_block("timestep_embedder", lambda mlp: setattr(mlp, "act", nn.GELU())),
         of_a_block("time_proj", lambda sinusoid: setattr(sinusoid, "downscale_freq_shift", 0)),

@@ -15,7 +15,7 @@ from ecosystem_helpers import (
     assert_trained_alike_by_kernels,
     pair,
 )
-from foreign_models import Attention, Block, DropPath, Model, inputs, randomised
+from foreign_models import Attention, Block, DropPath, FinalLayer, Model, inputs, randomised
 from torch import nn
 
 import ditfast
@@ -224,6 +224,27 @@ def test_further_arguments_that_are_none(monkeypatch):
     for args, kwargs in [((x, c, None), {}), ((x,), {"mask": None, "c": c, "rope": None}), ((x, c, mask), {})]:
         assert_same(fast(*args, **kwargs), slow(*args, **kwargs))
     assert calls == [Masked, Masked, type(fast), Masked]
+
+
+class Either(Block):
+    """Conditioned by one of two, or both."""
+
+    def forward(self, x, c=None, e=None):
+        return super().forward(x, 2 * e if c is None else c if e is None else c + 2 * e)
+
+
+class Headed(FinalLayer):
+    def forward(self, x, c=None, e=None):
+        return super().forward(x, -e if c is None else c)
+
+
+def test_another_condition_is_not_taken_for_the_condition():
+    for slow in (randomised(Either(48, 2)), randomised(Headed(48, 8))):
+        fast = copy.deepcopy(slow)
+        ditfast.accelerate(fast, strict=True)
+        x, c = torch.randn(3, 9, 48), torch.randn(3, 48)
+        for args, kwargs in [((x,), {"e": c}), ((x, None, c), {}), ((x, c), {"e": None}), ((x,), {"c": c})]:
+            assert_same(fast(*args, **kwargs), slow(*args, **kwargs))
 
 
 def test_a_condition_for_all_samples_reaches_the_final_layer():

@@ -115,6 +115,12 @@ def written_through_data(model):
         parameter.data.mul_(1.5)
 
 
+def written_by_a_way_through_the_model(model):
+    model.blocks[1].adaLN_modulation[1].weight.data.mul_(2)
+    for parameter in model.final_layer.parameters():
+        parameter.detach().numpy()[:] *= 2
+
+
 def written(model):
     with torch.no_grad():
         model.blocks[1].adaLN_modulation[1].weight.mul_(2)
@@ -134,9 +140,10 @@ def replaced(model):
         lambda model: stepped(model, fused=True),
         written,
         written_through_data,
+        written_by_a_way_through_the_model,
         replaced,
     ],
-    ids=["loaded", "assigned", "stepped", "fused-step", "written", "data", "replaced"],
+    ids=["loaded", "assigned", "stepped", "fused-step", "written", "data", "way", "replaced"],
 )
 def test_the_copy_is_made_anew(change):
     fast, slow = changed(change)
@@ -336,3 +343,29 @@ def test_conditions_of_several_widths_are_refused():
     with pytest.raises(ValueError, match="its adaLN Linears take conditions of several widths: 24, 48"):
         ditfast.accelerate(model, level="model")
     assert type(model) is Model
+
+
+class Encoded(Model):
+    """With a block beside the others, whose condition has another width."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = Block(48, 2)
+        self.encoder.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(20, 6 * 48))
+
+    def forward(self, x, t, y):
+        handle = self.blocks[0].register_forward_pre_hook(
+            lambda _, given: (self.encoder(given[0], given[1][:, :20]), given[1])
+        )
+        try:
+            return super().forward(x, t, y)
+        finally:
+            handle.remove()
+
+
+def test_an_accelerated_block_elsewhere_in_the_model():
+    slow = randomised(Encoded())
+    fast = copy.deepcopy(slow)
+    ditfast.accelerate(fast, level="model", strict=True)
+    with torch.no_grad():
+        assert_same(fast, slow)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,23 @@ def test_explain_prints_the_report(file: Path) -> None:
     assert {entry["status"] for entry in entries} == {"accelerated"} and len(entries) == 4
 
 
+@pytest.mark.parametrize("factory", ["scripts_of_mine/script.py:make", "package_of_mine.module:make"])
+def test_a_file_among_others(factory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It imports its neighbours and from the working directory, as a script or module does."""
+    script = "/" in factory
+    folder = tmp_path / ("scripts_of_mine" if script else "package_of_mine")
+    folder.mkdir()
+    (folder / "neighbour_of_mine.py").write_text(FILE)
+    (tmp_path / "settings_of_mine.py").write_text("")
+    neighbour = "neighbour_of_mine" if script else "package_of_mine.neighbour_of_mine"
+    own = folder / ("script.py" if script else "module.py")
+    own.write_text(f"import settings_of_mine\nfrom {neighbour} import make\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path])
+    result = invoke("explain", factory)
+    assert result.exit_code == 0, result.output
+
+
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
@@ -109,8 +127,8 @@ def test_before_and_after(compiler: str | None, monkeypatch: pytest.MonkeyPatch)
 def test_without_parity_there_is_no_speed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     real = before_after.ditfast.accelerate
 
-    def wrongly(model: nn.Module) -> object:
-        report = real(model)
+    def wrongly(model: nn.Module, **options: Any) -> object:
+        report = real(model, **options)
         with torch.no_grad():
             model.blocks[0].mlp.fc2.bias += 0.1  # type: ignore[index, union-attr]
         return report
@@ -128,8 +146,8 @@ def test_the_command(file: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "4 accelerated" in result.stdout and "before-compile" in result.stdout
     for options, message in (
-        (("--batch", 3), "--provider-module takes --dtype (once), --device and --seconds"),
-        (("--dtype", "fp32", "--dtype", "bf16"), "--provider-module takes --dtype (once)"),
+        (("--batch", 3), "--provider-module takes --level, --dtype (once), --device and --seconds"),
+        (("--dtype", "fp32", "--dtype", "bf16"), "--provider-module takes --level, --dtype (once)"),
     ):
         refused = invoke("bench", "--provider-module", f"{file}:make", *options)
         assert refused.exit_code == 2 and message in refused.stderr

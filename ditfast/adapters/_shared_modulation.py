@@ -32,11 +32,14 @@ class _Shared:
     def __init__(self, cache: ModulationCache, layers: list[nn.Module]) -> None:
         self.cache = cache
         self.layers = layers
+        self.members = frozenset(map(id, layers))
         self.c: Tensor | None = None
         self.made_from: tuple[Any, ...] = ()
         self.found: dict[int, Tensor] = {}
 
     def modulation(self, layer: nn.Module, c: Tensor) -> Tensor | None:
+        if id(layer) not in self.members:
+            return None  # accelerated too, but elsewhere in the model, perhaps of another width
         if self.c is None:
             self.c, self.made_from, self.found = c, _state(c), self._all(c)
         if c is not self.c or _state(c) != self.made_from:

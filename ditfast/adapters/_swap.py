@@ -6,6 +6,9 @@ instance would be lost with pickling, a replaced child would lose its hooks.
 
 from __future__ import annotations
 
+import copyreg
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -20,7 +23,11 @@ def _class(mixin: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         # the class is made here, so that neither pickle nor copy can find it by its name
-        return _make, (mixin, original), object.__reduce_ex__(self, 2)[2]
+        how: Any = original.__reduce_ex__(self, 2)
+        make, given, *rest = how
+        if make is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return _remake, (mixin, original, make, given), *rest
+        return _make, (mixin, original, *given[1:]), *rest
 
     body = {
         "__module__": original.__module__,
@@ -28,14 +35,29 @@ def _class(mixin: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]
         "__doc__": original.__doc__,
         "__reduce_ex__": __reduce_ex__,
         "_ditfast": (mixin, original),
+        "_ditfast_takes": _parameters(original),
     }
     # two threads may both make one: the first that is kept counts
     return _CLASSES.setdefault((mixin, original), type(original.__name__, (mixin, original), body))
 
 
-def _make(mixin: type[nn.Module], original: type[nn.Module]) -> nn.Module:
-    cls = _class(mixin, original)
-    return cls.__new__(cls)
+def _parameters(original: type[nn.Module]) -> tuple[str, ...]:
+    """The names of what a module's own forward takes by position and by name."""
+    known = inspect.signature(original.forward).parameters.values()
+    return tuple(parameter.name for parameter in known if parameter.kind is parameter.POSITIONAL_OR_KEYWORD)[1:]
+
+
+def _make(mixin: type[nn.Module], original: type[nn.Module], *given: Any) -> nn.Module:
+    cls: Any = _class(mixin, original)
+    return cls.__new__(cls, *given)  # type: ignore[no-any-return]
+
+
+def _remake(mixin: type[nn.Module], original: type[nn.Module], make: Callable[..., Any], given: Any) -> Any:
+    """A module by a ``__reduce__`` of its own, accelerated as the pickled one was."""
+    module = make(*given)
+    if type(module) is original:
+        swap(module, mixin)
+    return module
 
 
 def accelerated_by(module: nn.Module | type) -> tuple[type[nn.Module], type[nn.Module]] | None:

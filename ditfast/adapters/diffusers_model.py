@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,33 +9,21 @@ from torch import nn
 
 from ._adapter import Adapter
 from ._shared_embedding import forget, sharing
+from ._watched import Watched, running
 from .diffusers import DiffusersBlock
 
 
-class FastTransformer(nn.Module):
+class FastTransformer(Watched):
     """The model's own forward, within which its accelerated blocks share their embedding where that is exact."""
 
-    transformer_blocks: nn.ModuleList
+    _forget = forget
+    _parts = ("transformer_blocks",)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with sharing(self, _embedders(self)):
+        if torch.compiler.is_compiling():
             return super().forward(*args, **kwargs)
-
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        # so begins every walk over the parameters, also from outside the model
-        forget(self)
-        yield from super().named_modules(*args, **kwargs)
-
-    def unswapped(self) -> None:
-        forget(self)
-
-    def train(self, mode: bool = True) -> Any:
-        forget(self)
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        forget(self)  # which holds the storages
-        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        with running(self), sharing(self, _embedders(self)):
+            return super().forward(*args, **kwargs)
 
 
 class DiffusersTransformer(Adapter):

@@ -25,11 +25,11 @@ class FastBlock(AdaLNForward):
     """The adaLN-Zero block; with further arguments, a live drop path or changed norms the module's own forward."""
 
     modulations = 6
+    _ditfast_takes: tuple[str, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        # the module's own names may be others; what is left at None says nothing
-        given = [value for value in (*args, *kwargs.values()) if value is not None]
-        if not _are_tokens_and_condition(*given) or not self._applies():
+        given = _tokens_and_condition(self._ditfast_takes, args, kwargs)
+        if given is None or not self._applies():
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
         x, c = given
         x, branch, gate, _, _ = self.fused(x, None, None, None, c, False, modulation(self, c))
@@ -64,10 +64,11 @@ class FastFinalLayer(nn.Module):
     norm_final: nn.LayerNorm
     linear: nn.Module
     adaLN_modulation: nn.Sequential
+    _ditfast_takes: tuple[str, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        given = (*args, *kwargs.values())
-        if not (_are_tokens_and_condition(*given) and is_plain_norm(self.norm_final) and is_quiet(self, *_FINAL)):
+        given = _tokens_and_condition(self._ditfast_takes, args, kwargs)
+        if given is None or not (is_plain_norm(self.norm_final) and is_quiet(self, *_FINAL)):
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
         x, c = given
         both = modulation(self, c)
@@ -95,13 +96,23 @@ class OfficialFinalLayer(Adapter):
         return x, torch.randn(len(x), modulation_linear(module).in_features, generator=generator)
 
 
-def _are_tokens_and_condition(*given: Any) -> bool:
-    """Whether a call is with x (B, T, D) and c (B, D) alone: a condition for all samples is broadcast elsewhere."""
-    if len(given) != 2 or not all(isinstance(value, Tensor) for value in given):
-        return False
+def _tokens_and_condition(
+    takes: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor] | None:
+    """x (B, T, D) and c (B, D) of a call with those alone, or None: a condition for all samples is broadcast elsewhere.
+
+    They are the first two that the module's own forward ``takes``; of the others, what is left at None says nothing.
+    """
+    names = takes[len(args) : 2]
+    given = [*args[:2], *(kwargs.get(name) for name in names)]
+    further = [*args[2:], *(value for name, value in kwargs.items() if name not in names)]
+    if len(given) != 2 or any(value is not None for value in further):
+        return None
     x, c = given
+    if not isinstance(x, Tensor) or not isinstance(c, Tensor):
+        return None
     # not len(), which torch.export takes for a constant
-    return bool(x.ndim == 3 and c.ndim == 2 and x.shape[0] == c.shape[0])
+    return (x, c) if x.ndim == 3 and c.ndim == 2 and x.shape[0] == c.shape[0] else None
 
 
 def modulation_reason(module: nn.Module, width: int, parts: int) -> str | None:

@@ -6,7 +6,6 @@ Asked for with ``accelerate(model, level="model")``: one GEMM for all adaLN Line
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,16 +13,20 @@ from torch import nn
 
 from ._adapter import Adapter
 from ._shared_modulation import forget, sharing
+from ._watched import Watched, running
 from .official import FastBlock, FastFinalLayer, OfficialBlock, OfficialFinalLayer, modulation_linear
 
 
-class FastModel(nn.Module):
+class FastModel(Watched):
     """The model's own forward, within which its accelerated blocks and final layer share one GEMM in inference.
 
     The concatenated copy is remade when an adaLN parameter was replaced, moved or written in place, after any
-    optimiser's step, and when anybody has walked over the model's modules or parameters since: writes through
+    optimiser's step, and when anybody has asked the model for its layers, modules or parameters since: writes through
     ``parameter.data`` leave no other trace. Those by references taken earlier need ``train()`` or ``eval()``.
     """
+
+    _forget = forget
+    _parts = ("blocks", "final_layer")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -33,24 +36,8 @@ class FastModel(nn.Module):
             forget(self)  # somebody may be about to write through .data
         if len(layers) < 2:
             return super().forward(*args, **kwargs)
-        with sharing(self, layers):
+        with running(self), sharing(self, layers):
             return super().forward(*args, **kwargs)
-
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        # so begins every walk over the parameters, also from outside the model
-        forget(self)
-        yield from super().named_modules(*args, **kwargs)
-
-    def unswapped(self) -> None:
-        forget(self)
-
-    def train(self, mode: bool = True) -> Any:
-        forget(self)
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        forget(self)  # which holds the storages
-        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
 class OfficialModel(Adapter):
@@ -84,6 +71,7 @@ class OfficialModel(Adapter):
 
 def _layers(model: nn.Module) -> list[nn.Module]:
     """The blocks and the final layer, without wrappers that checkpoint activations."""
-    blocks: Any = model.blocks
-    found = [*blocks, model.final_layer]
+    blocks: Any = model._modules["blocks"]
+    final: Any = model._modules["final_layer"]
+    found: list[nn.Module] = [*blocks, final]
     return [getattr(layer, "_checkpoint_wrapped_module", layer) for layer in found]
