@@ -193,7 +193,7 @@ class SampleRow:
         provider: a plain loop ("reference", "reference-compile", "diffusers"), or ditfast's engine: "ditfast" with
             schedule table and CUDA graphs, or with less.
         ms: of a trajectory, from noise on the device to latents.
-        error, bound, parity, parity_samples: of the final latents against the reference's loop in fp64.
+        error, bound, parity, parity_samples: of final latents and all predictions, by the reference's loop in fp64.
         status, note, dtype, images_per_s, noise, speedup, rival: as in :class:`ModelRow`.
     """
 

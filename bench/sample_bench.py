@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,21 @@ _TABLE_MIB = 4096.0
 
 #: (noise, labels, generators) -> latents
 Trajectory = Callable[[Tensor, list[int], list[torch.Generator]], Tensor]
+#: final latents (N, C, h, w), and the model's predictions (N, evaluations, C, h, w)
+_Found = tuple[Tensor, Tensor]
+
+
+class _Solver(Sampler):
+    """One whose model's predictions can be kept: late ones hardly move the final latents, right or wrong."""
+
+    kept: ClassVar[list[Tensor] | None] = None
+
+    def step(
+        self, x: Tensor, output: Tensor, i: int, generators: Sequence[torch.Generator] | None = None
+    ) -> Tensor:
+        if _Solver.kept is not None:
+            _Solver.kept.append(output[:, : x.shape[1]].clone())
+        return super().step(x, output, i, generators)
 
 
 @dataclass(frozen=True)
@@ -58,7 +73,7 @@ class SampleCase:
     cfg_scale: float
 
     def solver(self, device: torch.device | str) -> Sampler:
-        return Sampler(self.sampler, self.steps, in_channels=self.config.in_channels, device=device)
+        return _Solver(self.sampler, self.steps, in_channels=self.config.in_channels, device=device)
 
     @property
     def label(self) -> str:
@@ -192,27 +207,40 @@ def _tame(model: nn.Module) -> None:
 
 
 class _Judge:
-    """Final latents of some images of the batch by the rule for models; the oracle is the reference in fp64."""
+    """Some images of the batch by the rule for models: final latents, and the predictions of all steps.
+
+    The oracle is the reference in fp64.
+    """
 
     def __init__(self, case: SampleCase, model: ditfast.reference.DiT, device: torch.device, seed: int) -> None:
         count = min(case.batch, _MAX_JUDGED)
         self.images = [round(i * (case.batch - 1) / max(count - 1, 1)) for i in range(count)]
         self._case, self._model, self._device, self._seed = case, model, device, seed
-        self._standards: dict[bool, tuple[Tensor, Tensor]] = {}
+        self._standards: dict[bool, tuple[_Found, _Found]] = {}
 
     def __call__(self, run: Trajectory, provider: str) -> Verdict:
-        found = run(*_inputs(self._case, self._device, self._seed))[self.images]
+        found = [values[self.images] for values in _kept(run, *_inputs(self._case, self._device, self._seed))]
         own = provider == "diffusers"
         if own not in self._standards:
-            self._standards[own] = (self._latents(self._case.dtype, own), self._latents(torch.float64, own))
+            self._standards[own] = (self._standard(self._case.dtype, own), self._standard(torch.float64, own))
         yardstick, exact = self._standards[own]
-        return judge("model", found, yardstick, exact, self._case.dtype)
+        latents, predictions = (
+            judge("model", *values, self._case.dtype) for values in zip(found, yardstick, exact, strict=True)
+        )
+        return predictions if latents.ok and not predictions.ok else latents
 
-    def _latents(self, dtype: torch.dtype, own: bool) -> Tensor:
+    def _standard(self, dtype: torch.dtype, own: bool) -> _Found:
         constants: Mapping[str, float] = diffusers_dit.CONSTANTS if own else {}
         model = copy_model(self._model, dtype, **constants)
         start, labels, generators = _inputs(self._case, self._device, self._seed)
         picked = [[values[i] for i in self.images] for values in (labels, generators)]
         # the solver in fp32 for the oracle too: in fp64 an ancestral one would draw other noise
-        return loop(model, self._case, self._device)(start[self.images], *picked)  # type: ignore[arg-type]
+        return _kept(loop(model, self._case, self._device), start[self.images], *picked)
 
+
+def _kept(run: Trajectory, *inputs: Any) -> _Found:
+    _Solver.kept = []
+    try:
+        return run(*inputs), torch.stack(_Solver.kept, dim=1)
+    finally:
+        _Solver.kept = None

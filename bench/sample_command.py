@@ -144,7 +144,7 @@ def sample_table(results: Results, cases: Sequence[SampleCase] = ()) -> Renderab
     how = results.settings
     title = f"ditfast bench sample: {how.get('steps')} steps of {how.get('sampler')}, guidance {how.get('cfg_scale')}"
     lines = ["s: of a trajectory, from noise to latents, labels new in each."]
-    lines.append("parity: of the final latents against the model in fp64; the solver is fp32 for everyone.")
+    lines.append("parity: of final latents and all predictions against the model in fp64; all solve in fp32.")
     lines.append("speed-up: over the fastest rival of the same model and batch; only with parity.")
     noises = [row.noise for row in shown if row.noise is not None]
     if noises:

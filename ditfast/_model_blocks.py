@@ -35,6 +35,17 @@ def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     return torch.compiler.is_compiling() or not _has_any_global_hook()
 
 
+def is_as_built(model: nn.Module) -> bool:
+    """Whether a model's results follow from its parameters, buffers and layers: torch's and ditfast's, unwrapped.
+
+    Others (LoRA's, parametrised or sharded ones) may go by Python values that change without a trace.
+    """
+    return all(
+        type(module).__module__.startswith(("torch.nn.modules.", "ditfast.")) and is_plain(module, type(module))
+        for module in model.modules()
+    )
+
+
 def reads(*layers: nn.Module) -> bool:
     """Whether Linears may be read as their parameters, which must be tensors that the kernels can read in turn."""
     if not all(map(is_plain, layers)):

@@ -94,12 +94,14 @@ class ModulationCache:
 
     def __init__(self) -> None:
         self.made: _Concatenated | None = None
+        self.resets = 0  # for whoever else keeps what the adaLN weights gave
 
     def __reduce__(self) -> tuple[type[ModulationCache], tuple[()]]:
         return ModulationCache, ()
 
     def reset(self) -> None:
         self.made = None
+        self.resets += 1
 
     def modulations(self, linears: list[nn.Linear], c: Tensor) -> tuple[Tensor, ...] | None:
         """:meth:`modulation` in the Linears' parts."""
@@ -138,7 +140,6 @@ class ModulationCache:
             dtype = autocast_dtype(device_type) or dtype
         made = self.made
         if made is None or not made.is_fresh([*weights, *biases], dtype):
-            made = None
-            self.reset()  # frees the old copy before the new one is made
+            made = self.made = None  # frees the old copy before the new one is made
             made = self.made = _Concatenated.build(weights, biases, dtype)
         return made

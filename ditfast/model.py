@@ -75,7 +75,7 @@ class DiT(reference.DiT):
             linears = [cast(nn.Linear, cast(nn.Sequential, layer.adaLN_modulation)[-1]) for layer in layers]
             found = self._modulation_cache.modulation(linears, c) if activated else None
             if kept is None:
-                self.reset_cache()  # which a table's reader needs no more
+                self._modulation_cache.made = None  # which a table's reader needs no more
             if found is not None:
                 return found
             own = [cast(nn.Sequential, layer.adaLN_modulation) for layer in layers]
@@ -152,7 +152,7 @@ class DiT(reference.DiT):
         return super().train(mode)
 
     def reset_cache(self) -> None:
-        """Drops the concatenated adaLN weights; the next inference call makes them anew."""
+        """Drops the concatenated adaLN weights and engines' schedule tables; the next inference call makes them."""
         self._modulation_cache.reset()
 
     def extra_repr(self) -> str:

@@ -12,6 +12,7 @@ from ditfast.bench.records import Results
 from ditfast.bench.sample_bench import PROVIDERS, SampleCase, rows, unavailable
 from ditfast.bench.sample_cost import step_costs
 from ditfast.cli import app
+from ditfast.inference import ScheduleTable
 
 CPU = torch.device("cpu")
 TINY = DiTConfig(depth=2, hidden_size=64, num_heads=2, latent_size=8, num_classes=10)
@@ -69,6 +70,13 @@ def test_wrong_latents_earn_no_speed_up(monkeypatch):
     monkeypatch.setattr(sample_bench, "build", wrong)
     reference, ours = rows(case(), ["reference", "ditfast"], CPU, 0.02)
     assert reference.parity and ours.parity is False and ours.speedup is None and ours.ms is not None
+
+
+def test_wrong_late_steps_do_not_pass_where_they_hardly_move_the_latents(monkeypatch):
+    at = ScheduleTable.at
+    monkeypatch.setattr(ScheduleTable, "at", lambda table, step, rows: at(table, step if step < 8 else 0, rows))
+    reference, ours = rows(case(steps=10, dtype=torch.bfloat16), ["reference", "ditfast"], CPU, 0.02)
+    assert reference.parity and ours.status == "ok" and ours.parity is False and ours.speedup is None
 
 
 def test_a_provider_that_fails_has_a_row(monkeypatch):

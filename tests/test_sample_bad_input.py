@@ -189,7 +189,7 @@ def test_latents_that_are_not_finite(place: Path, latents: dict[str, Any], tmp_p
         ({"guidance_power": 0}, "power must be None or a finite number > 0, got 0.0"),
         ({"seed": -1}, "--seed must be in 0..2^64 - 1, got -1"),
         ({"threads": 0}, "--threads must be at least 1, got 0"),
-        ({"table_mib": -1}, "table_mib must be 0 or more, got -1.0"),
+        ({"table_mib": -1}, "--table-mib must be 0 or more, got -1.0"),
         ({"decode_mib": 0}, "--decode-mib must be above 0, got 0.0"),
         ({"latent_scaling": 0.5}, "--vae must scale as the checkpoint's latents are, 0.5, got scaling_factor 0.18215"),
         ({"device": "tpu"}, "--device must be cpu, cuda or cuda:N, got 'tpu'"),
@@ -221,7 +221,7 @@ def test_guidance_needs_a_null_class(latents: dict[str, Any], tmp_path: Path) ->
     config = ditfast.DiTConfig(**{**CONFIG.to_dict(), "class_dropout_prob": 0.0})
     checkpoint = make_checkpoint(tmp_path / "no-null.safetensors", config)
     options = {**latents, "checkpoint": checkpoint, "num": 2, "npz": tmp_path / "x.npz"}
-    assert "guidance needs a null class" in refused("--latents", **options)
+    assert "--cfg-scale must be 1, no guidance: the checkpoint has no null class" in refused("--latents", **options)
     sampled("--latents", **options, cfg_scale=1)
 
 
@@ -244,3 +244,36 @@ def test_memory_that_runs_out(images: dict[str, Any], tmp_path: Path, monkeypatc
     monkeypatch.setattr(Engine, "__call__", out_of_memory)
     line = refused(**images, num=4, out=tmp_path / "out")
     assert "memory ran out in images 0 to 2: a smaller --batch-size, --table-mib or --decode-mib takes less" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cfg_scale": -1}, "--cfg-scale must be a finite number >= 0, got -1.0"),
+        ({"steps": 1}, "--steps must be an integer in 2..1000 for 'ddpm', got 1"),
+        ({"guided_channels": 5}, '--guided-channels must be "all" or in 1..4 for this latent, got 5'),
+        ({"guidance_interval": "700,100"}, "--guidance-interval must be None or (low, high)"),
+        ({"guidance_rescale": 2}, "--guidance-rescale must be a number in [0, 1], got 2.0"),
+        ({"guidance_power": 0}, "--guidance-power must be None or a finite number > 0, got 0.0"),
+        ({"table_mib": -1}, "--table-mib must be 0 or more, got -1.0"),
+        ({"latent_scaling": "nan"}, "--latent-scaling must be a finite number above 0, got nan"),
+    ],
+    ids=str,
+)
+def test_the_option_is_named_before_anything_is_made(
+    options: dict[str, Any], message: str, latents: dict[str, Any], tmp_path: Path
+) -> None:
+    assert refused("--latents", **{**latents, **options}, num=2, out=tmp_path / "out").startswith(f"error: {message}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_made_nothing_leaves_the_folder_to_others(latents: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    message = "images 0 to 1: --table-mib must hold at least one step"
+    assert message in refused("--latents", **latents, num=2, table_mib=1e-4, out=out)
+    sampled("--latents", **latents, num=2, out=out)  # as the message says
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "settings.json").write_text("{}")
+    refused("--latents", **latents, num=2, out=foreign)
+    assert (foreign / "settings.json").read_text() == "{}"

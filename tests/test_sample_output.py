@@ -15,6 +15,8 @@ import pytest
 from PIL import Image
 
 from ditfast.inference import output
+from ditfast.inference.folder import Rows, RunFolder
+from ditfast.inference.work import Batch
 
 
 @contextmanager
@@ -159,3 +161,22 @@ def test_small_images_are_enlarged(tmp_path: Path) -> None:
     grid = output.load_png(tmp_path / "grid.png")
     gap = output._GAP
     assert np.array_equal(grid[gap : gap + 128 : 16, gap : gap + 96 : 16], images(1)[0])
+
+
+def test_what_a_killed_run_left_beside_is_removed(tmp_path: Path) -> None:
+    npz = tmp_path / "x[1].npz"  # no pattern
+    folder = RunFolder(None, npz, [Batch(0, 0, 1)], Rows((2,), np.float32), {"seed": 0})
+    folder.claim()
+    folder.release()
+    left = [npz.with_name(".x[1].npz.0123abcd.part"), folder.folder / ".settings.json.0123abcd.part"]
+    other = npz.with_name(".x1.npz.0123abcd.part")
+    for path in (*left, other):
+        path.touch()
+    folder.claim()
+    folder.release()
+    assert not any(path.exists() for path in left) and other.exists()
+    (folder.folder / "settings.json").unlink()  # killed before there were any
+    left[1].touch()
+    folder.claim()
+    folder.release()
+    assert not left[1].exists()

@@ -6,6 +6,7 @@ For ditfast's adaLN models the loop runs on a schedule table (:mod:`.table`) and
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -16,7 +17,7 @@ from .._model_blocks import is_plain
 from ..model import DiT
 from .graphs import StepGraphs
 from .guidance import Guidance
-from .table import ScheduleTable, label_mib
+from .table import ScheduleTable, label_mib, takes_table
 
 _LOOK = 25  # steps between looks whether latents are finite: each waits for the GPU
 
@@ -92,7 +93,7 @@ class Engine:
         if guidance is not None and self.null_class is None:
             raise ValueError("guidance needs a null class, and the model's config has none: give null_class")
         self.table: ScheduleTable | None = None
-        self._all_labels = frozenset(labels)
+        self._all_labels = frozenset(map(operator.index, labels))
         self.graphs = StepGraphs(model) if graphs else None
 
     @torch.no_grad()
@@ -118,10 +119,12 @@ class Engine:
             NotFinite: latents that are not finite, a ValueError that names the step and the image.
             ValueError: a label out of range, a model in training mode, a table that does not fit.
         """
+        labels = [operator.index(label) for label in labels]  # a tensor's or an array's, too
         self._check(noise, labels)
         timesteps = self.sampler.timesteps.to(noise.device)
         scales = [1.0 if self.guidance is None else self.guidance.scale_at(t) for t in timesteps.tolist()]
-        plans = {guided: self._plan(labels, guided, noise.device) for guided in {scale != 1 for scale in scales}}
+        table = self._table_for(labels)
+        plans = {guided: self._plan(labels, guided, table, noise.device) for guided in {scale != 1 for scale in scales}}
         factor = noise.new_ones(1)  # where a captured step reads it
         x = self.sampler.start(noise)
         broken = torch.full((len(labels),), -1, device=x.device)
@@ -145,18 +148,21 @@ class Engine:
             if self.num_classes is not None and not 0 <= label < self.num_classes:
                 raise ValueError(f"labels must be in 0..{self.num_classes - 1}, got {label}")
 
-    def _plan(self, labels: Sequence[int], guided: bool, device: torch.device) -> _Plan:
+    def _plan(
+        self, labels: Sequence[int], guided: bool, table: ScheduleTable | None, device: torch.device
+    ) -> _Plan:
         null = [] if self.null_class is None or not guided else [self.null_class] * len(labels)
         given = [*labels, *null]
-        table = self._table_for(given)
         graphs = self.graphs if self.graphs is not None and self.graphs.look() else None
         rows = None if table is None else table.rows(given)
         return _Plan(torch.tensor(given, device=device), rows, table, graphs)
 
-    def _table_for(self, labels: list[int]) -> ScheduleTable | None:
-        """The table that holds the labels, made where there is none yet; None for a model that has no use for it."""
+    def _table_for(self, labels: Sequence[int]) -> ScheduleTable | None:
+        """The table that holds the labels and the null class, made where there is none yet; None for a model that has
+        no use for it."""
         model, timesteps = self.model, self.sampler.timesteps
-        if not self.table_mib or not isinstance(model, DiT) or not model.fused or not is_plain(model, DiT):
+        if not self.table_mib or not isinstance(model, DiT) or not is_plain(model, DiT) or not takes_table(model):
+            self.table = None
             return None
         null = set() if self.guidance is None or self.null_class is None else {self.null_class}
         everyone = self._all_labels | {*labels} | null

@@ -108,14 +108,17 @@ class RunFolder:
 
     def _make_ours(self) -> None:
         path = self.folder / _SETTINGS
+        found = sorted(path.name for path in self.folder.iterdir() if _OURS.fullmatch(path.name))
         if path.exists():
-            self._check_equal(_read_settings(path), self.folder)
+            stored = _read_settings(path)
+            if found or stored.keys() != self.settings.keys():  # a run that made nothing binds nobody
+                self._check_equal(stored, self.folder)
             output.remove_parts(self.folder)
             if self.npz is not None:
-                for left in self.npz.parent.glob(f".{self.npz.name}.*{output.PART}"):
-                    left.unlink(missing_ok=True)
-        elif found := sorted(path.name for path in self.folder.iterdir() if _OURS.fullmatch(path.name)):
+                output.remove_parts(self.npz.parent, self.npz.name)
+        elif found:
             raise ValueError(f"{self.folder} holds {found[0]} but no {_SETTINGS} of a run: choose another folder")
+        output.remove_parts(self.folder, _SETTINGS)
         self._check_room()
         with output.written(path) as file:  # written anew too: that the folder can be written is now known
             file.write((json.dumps(self.settings, indent=1) + "\n").encode())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from .._model_blocks import is_as_built
 from ..ops._backend import autocast_dtype, current_backend
 
 _DEVICE = "cuda"
@@ -56,6 +57,8 @@ class StepGraphs:
             return "autocast keeps casts of the weights, which a replay would not make anew"
         if _has_any_global_hook() or any(_has_hooks(module) for module in self._model.modules()):
             return "the model has hooks, which a replay would not call"
+        if not is_as_built(self._model):
+            return "layers of other codebases may go by Python values, which a replay would not read anew"
         return None
 
     def run(self, key: Hashable, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -65,7 +68,8 @@ class StepGraphs:
         if full not in self._captured:
             while len(self._captured) >= self._limit:
                 self._captured.popitem(last=False)
-            self._captured[full] = _capture(function, inputs)
+            with torch.inference_mode(False), torch.no_grad():  # else later runs could not write its buffers
+                self._captured[full] = _capture(function, inputs)
         self._captured.move_to_end(full)
         graph, buffers, output = self._captured[full]
         for buffer, value in zip(buffers, inputs, strict=True):

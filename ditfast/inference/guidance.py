@@ -124,7 +124,7 @@ class Guidance:
         conditional, unconditional = output.to(torch.promote_types(output.dtype, torch.float32)).chunk(2)
         if not isinstance(scale, Tensor) and scale == 1:
             return conditional
-        count = self._guided_channels(in_channels)
+        count = self.guided_channels(in_channels)
         kept, pull = conditional[:, :count], unconditional[:, :count]
         guided = pull + scale * (kept - pull)
         if self.rescale:
@@ -133,7 +133,12 @@ class Guidance:
             guided = guided * (self.rescale * (_deviation(kept) / deviation) + (1 - self.rescale))
         return torch.cat([guided, conditional[:, count:]], dim=1)
 
-    def _guided_channels(self, in_channels: int) -> int:
+    def guided_channels(self, in_channels: int) -> int:
+        """How many of a latent's channels are guided.
+
+        Raises:
+            ValueError: more than there are.
+        """
         if self.channels == "all":
             return in_channels
         if self.channels == 3:  # the official number, as in DiT.forward_with_cfg

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 import os
 import secrets
@@ -45,9 +46,9 @@ def written(path: Path) -> Iterator[IO[bytes]]:
         beside.unlink(missing_ok=True)
 
 
-def remove_parts(folder: Path) -> None:
-    """Temporary files that a killed process left behind."""
-    for path in folder.glob(f".*{PART}"):
+def remove_parts(folder: Path, name: str = "") -> None:
+    """Temporary files that a killed process left behind; of the file ``name``, or of all."""
+    for path in folder.glob(f".{glob.escape(name)}{'.' if name else ''}*{PART}"):
         path.unlink(missing_ok=True)
 
 

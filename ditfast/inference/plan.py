@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,15 @@ from .request import Request, parse_dtype, version_of
 from .samplers import Sampler
 from .work import Batch, cut, digest, label_of, start
 
+_OPTIONS = {  # of what is named otherwise in Python
+    "scale": "--cfg-scale",
+    "channels": "--guided-channels",
+    "interval": "--guidance-interval",
+    "rescale": "--guidance-rescale",
+    "power": "--guidance-power",
+    "steps": "--steps",
+    "table_mib": "--table-mib",
+}
 _LISTED = 100  # classes written out in the settings; of more, a hash
 
 
@@ -61,28 +71,8 @@ class Plan:
             raise ValueError("give --num, how many images, or --classes or --class-names, one image each")
         self.batches = cut(num, request.batch_size)
         self.labels = [label_of(image, request.seed, self.classes, config.num_classes) for image in range(num)]
-        try:
-            self.sampler = Sampler(request.sampler, request.steps, in_channels=config.in_channels, device=self.device)
-        except ImportError as error:
-            raise ValueError(f"the samplers need the package diffusers (pip install diffusers): {error}") from None
-        guidance = None
-        if request.cfg_scale != 1:
-            guidance = Guidance(
-                request.cfg_scale,
-                request.guided_channels,
-                interval=request.guidance_interval,
-                rescale=request.guidance_rescale,
-                power=request.guidance_power,
-                span=self.sampler.span,
-            )
-        self.engine = Engine(
-            self.model,
-            self.sampler,
-            guidance,
-            table_mib=request.table_mib,
-            graphs=request.graphs,
-            labels=self.labels,
-        )
+        with _options_named():
+            self.engine = self._engine()
         self.shape = (config.in_channels, *config.latent_hw)
         self.decoder: Decoder | None = None
         rows = Rows(self.shape, np.float32)
@@ -101,6 +91,34 @@ class Plan:
         if request.latents and npz is None and request.out is not None:
             npz = request.out / "latents.npz"
         self.rows, self.npz = rows, npz
+
+    def _engine(self) -> Engine:
+        request, config = self.request, self.model.config
+        try:
+            self.sampler = Sampler(request.sampler, request.steps, in_channels=config.in_channels, device=self.device)
+        except ImportError as error:
+            raise ValueError(f"the samplers need the package diffusers (pip install diffusers): {error}") from None
+        guidance = None
+        if request.cfg_scale != 1:
+            if config.null_class is None:
+                raise ValueError("--cfg-scale must be 1, no guidance: the checkpoint has no null class")
+            guidance = Guidance(
+                request.cfg_scale,
+                request.guided_channels,
+                interval=request.guidance_interval,
+                rescale=request.guidance_rescale,
+                power=request.guidance_power,
+                span=self.sampler.span,
+            )
+            guidance.guided_channels(config.in_channels)
+        return Engine(
+            self.model,
+            self.sampler,
+            guidance,
+            table_mib=request.table_mib,
+            graphs=request.graphs,
+            labels=self.labels,
+        )
 
     def folder(self, settings: dict[str, Any]) -> RunFolder:
         return RunFolder(self.request.out, self.npz, self.batches, self.rows, settings)
@@ -154,7 +172,7 @@ class Plan:
             said = f"latents are not finite from step {error.step + 1} of {error.steps} on"
             raise ValueError(f"image {image}, class {self.caption(image)}: {said}") from error
         except ValueError as error:
-            raise ValueError(f"{_images(batch)}: {error}") from error
+            raise ValueError(f"{_images(batch)}: {_by_option(error)}") from error
 
     def caption(self, image: int) -> str:
         label = self.labels[image]
@@ -164,6 +182,20 @@ class Plan:
         """What a PNG says of itself."""
         images = range(batch.first, batch.first + batch.count)
         return [{"class": self.caption(i), "seed": str(self.request.seed), "image": str(i)} for i in images]
+
+
+@contextmanager
+def _options_named() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(_by_option(error)) from error
+
+
+def _by_option(error: ValueError) -> str:
+    """What it says, of the option in place of the argument that it begins with."""
+    name, space, rest = str(error).partition(" ")
+    return _OPTIONS.get(name, name) + space + rest
 
 
 def _listed(classes: list[int] | None) -> Any:

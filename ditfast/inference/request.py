@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -67,6 +68,8 @@ class Request:
             raise ValueError(f"--seed must be in 0..2^64 - 1, got {self.seed}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"--threads must be at least 1, got {self.threads}")
+        if not 0 < self.latent_scaling < math.inf:
+            raise ValueError(f"--latent-scaling must be a finite number above 0, got {self.latent_scaling}")
         if not self.checkpoint.exists():
             raise ValueError(f"--checkpoint: no such file or folder: {self.checkpoint}")
         if self.vae is not None:

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .._model_blocks import is_as_built
 from .._model_cache import ParameterState
 from ..model import DiT
+from ..ops._backend import autocast_dtype
 
 _MIB = 1 << 20
 
@@ -46,6 +48,8 @@ class ScheduleTable:
         self._timesteps = timesteps.to(model.device)
         self._labels = torch.tensor(list(self.labels), device=model.device)
         self._state = ParameterState.of(_read(model))
+        self._modules = _modules(model)
+        self._conditions = _conditions(model)
         self._first = 0
         self._made: Tensor | None = None
 
@@ -55,9 +59,15 @@ class ScheduleTable:
         return self.chunk * self.step_mib
 
     def holds(self, model: DiT, timesteps: Tensor, labels: Sequence[int]) -> bool:
-        """Whether it is that schedule's, with all of the labels, and the weights are what it was made from."""
+        """Whether it is that schedule's, with all of the labels, and what it was made from is what it was then.
+
+        A write through ``parameter.data`` leaves no trace: ``model.reset_cache()`` tells of it.
+        """
         return (
             model is self._model
+            and self._conditions == _conditions(model)
+            and [*map(id, self._modules)] == [*map(id, _modules(model))]
+            and timesteps.dtype == self._timesteps.dtype
             and torch.equal(timesteps.to(self._timesteps), self._timesteps)
             and all(label in self.labels for label in labels)
             and self._state.is_fresh(_read(model))
@@ -78,13 +88,40 @@ class ScheduleTable:
         return self._made[step - self._first].index_select(0, rows)
 
 
+def takes_table(model: DiT) -> bool:
+    """Whether its modulations have known widths: adaLN Linears, which may be wrapped (LoRA)."""
+    if not model.fused:
+        return False
+    own = [layer.adaLN_modulation for layer in (*model.blocks, model.final_layer)]
+    return all(
+        isinstance(modulation, nn.Sequential)
+        and isinstance(getattr(modulation[-1], "out_features", None), int)
+        and isinstance(getattr(modulation[-1], "weight", None), Tensor)
+        for modulation in own
+    )
+
+
 def label_mib(model: DiT) -> float:
     """What one label takes a step, in MiB."""
     weights = [layer.adaLN_modulation[-1].weight for layer in (*model.blocks, model.final_layer)]
     return float(sum(len(weight) for weight in weights) * weights[0].element_size() / _MIB)
 
 
-def _read(model: DiT) -> list[nn.Parameter]:
-    """The parameters that the table is made from."""
+def _parts(model: DiT) -> list[nn.Module]:
+    """What the table is made from."""
     own = [layer.adaLN_modulation for layer in (*model.blocks, model.final_layer)]
-    return [p for part in (model.t_embedder, model.y_embedder, *own) for p in part.parameters()]
+    return [model.t_embedder, model.y_embedder, *own]
+
+
+def _read(model: DiT) -> list[nn.Parameter]:
+    return [parameter for part in _parts(model) for parameter in part.parameters()]
+
+
+def _modules(model: DiT) -> list[nn.Module]:
+    return [module for part in _parts(model) for module in part.modules()]
+
+
+def _conditions(model: DiT) -> tuple[object, ...]:
+    """What else it depends on; never equal where layers go by more than their parameters."""
+    known = True if all(map(is_as_built, _parts(model))) else object()
+    return known, autocast_dtype(model.device.type), model._modulation_cache.resets
