@@ -56,9 +56,11 @@ def test_a_changed_scale_is_read(captures):
     engine = Engine(fast, Sampler("ddim", 6), Guidance(4.0, power=2.0))  # another in every step
     assert_parity(engine, slow, engine.guidance)
     assert captures == [3]
-    for guidance in (Guidance(1.5), Guidance(1.5, channels="all"), None):
+    changed = [Guidance(1.5), Guidance(9.0, power=1.0), Guidance(1.5, channels="all"), Guidance(1.5, rescale=0.5), None]
+    for guidance, captured in zip(changed, (1, 1, 2, 3, 4), strict=True):
         engine.guidance = guidance
         assert_parity(engine, slow, guidance)
+        assert len(captures) == captured  # only where something else than the scale has changed
 
 
 def test_the_cache_is_bounded(captures):

@@ -190,7 +190,9 @@ class Engine:
 
         if plan.graphs is None:
             return step(x, factor, *given)
-        return plan.graphs.run((guided, self.guidance), step, x, factor, *given)
+        # the scale is an input: what else of guidance a captured step holds is part of its key
+        how = (self.guidance.channels, self.guidance.rescale) if guided and self.guidance is not None else None
+        return plan.graphs.run((guided, how), step, x, factor, *given)
 
 
 def _stop_at_first(broken: Tensor, steps: int) -> None:
