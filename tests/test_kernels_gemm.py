@@ -151,6 +151,13 @@ def test_the_heuristics_tiles(config, dtype):
     test_two_runs_are_equal(config)
 
 
+def assert_each_is_judged(actual, yardstick, exact):
+    """Element by element: beside the largest the others would not count."""
+    for element in zip(*(values.flatten() for values in (actual, yardstick, exact)), strict=True):
+        verdict = judge("operator", *element, actual.dtype)
+        assert verdict.ok, (element, verdict)
+
+
 @every_config
 def test_large_pre_activations(config):
     """GELU and its slope where exp over- and underflows."""
@@ -159,11 +166,11 @@ def test_large_pre_activations(config):
     act, saved = linear.linear_gelu(pre, eye, None, True, usable(config))
     assert torch.equal(saved, pre)
     expected = F.gelu(pre.double(), approximate="tanh")
-    assert torch.allclose(act.double(), expected, rtol=1e-6, atol=1e-7)
+    assert_each_is_judged(act, F.gelu(pre, approximate="tanh"), expected)
     d_pre, again, _ = linear.linear_gelu_backward(torch.ones_like(pre), eye, pre, False, usable(config))
     assert torch.equal(again, act)
     slope = gelu_gradient(torch.ones_like(expected), pre.double())[0]
-    assert torch.allclose(d_pre.double(), slope, rtol=1e-6, atol=1e-7)
+    assert_each_is_judged(d_pre, gelu_gradient(torch.ones_like(pre), pre)[0], slope)
 
 
 @every_config
