@@ -19,8 +19,18 @@ def is_ours(provider: str) -> bool:
     return provider == "ditfast" or provider.startswith("ditfast-")
 
 
+class _Provided:
+    """A row of a provider."""
+
+    provider: str
+
+    @property
+    def is_ours(self) -> bool:
+        return is_ours(self.provider)
+
+
 @dataclass(frozen=True)
-class ModelRow:
+class ModelRow(_Provided):
     """One provider on one model, batch, dtype and mode (``ditfast bench models``).
 
     Attributes:
@@ -79,10 +89,6 @@ class ModelRow:
     rival: str | None = None
 
     @property
-    def is_ours(self) -> bool:
-        return is_ours(self.provider)
-
-    @property
     def series(self) -> tuple[object, ...]:
         """The case without its batch."""
         shape = (self.latent_size, self.hidden_size, self.depth)
@@ -100,7 +106,7 @@ class ModelRow:
 
 
 @dataclass(frozen=True)
-class OpRow:
+class OpRow(_Provided):
     """One provider of one operator (``ditfast bench ops``).
 
     Attributes:
@@ -138,10 +144,6 @@ class OpRow:
     num_heads: int | None = None
 
     @property
-    def is_ours(self) -> bool:
-        return is_ours(self.provider)
-
-    @property
     def case(self) -> tuple[object, ...]:
         return (self.operator, self.direction, self.batch, self.tokens, self.width, self.dtype, self.num_heads)
 
@@ -157,7 +159,7 @@ class OpRow:
 
 
 @dataclass(frozen=True)
-class OwnRow:
+class OwnRow(_Provided):
     """One way to run a user's own model (``ditfast bench --provider-module``).
 
     Attributes:
@@ -176,13 +178,9 @@ class OwnRow:
     speedup: float | None = None
     rival: str | None = None
 
-    @property
-    def is_ours(self) -> bool:
-        return is_ours(self.provider)
-
 
 @dataclass(frozen=True)
-class SampleRow:
+class SampleRow(_Provided):
     """One provider's whole sampling trajectories, guided, latents only (``ditfast bench sample``).
 
     Attributes:
@@ -219,10 +217,6 @@ class SampleRow:
     rival: str | None = None
 
     @property
-    def is_ours(self) -> bool:
-        return is_ours(self.provider)
-
-    @property
     def case(self) -> tuple[object, ...]:
         how = (self.sampler, self.steps, self.cfg_scale)
         return (self.model, self.conditioning, self.latent_size, self.batch, self.dtype, *how)
@@ -246,7 +240,7 @@ class ScalingRow:
 
 
 @dataclass(frozen=True)
-class _CaseRow:
+class _CaseRow(_Provided):
     """What names a row of the suites that do not time: fields as in :class:`ModelRow`."""
 
     model: str
@@ -256,10 +250,6 @@ class _CaseRow:
     dtype: str
     mode: str
     provider: str
-
-    @property
-    def is_ours(self) -> bool:
-        return is_ours(self.provider)
 
     @property
     def key(self) -> tuple[object, ...]:

@@ -59,8 +59,7 @@ class _Gemm(Family[GemmConfig]):
         rows, columns, _ = self.sizes(shape)
         for tile in tune_spaces.HOPPER if target.major in (9, 10) else tune_spaces.PORTABLE:
             if tile.block_m < 2 * max(rows, 64) and tile.block_n < 2 * max(columns, 64):
-                halved = tile._replace(block_k=tile.block_k * 2 // dtype.itemsize)
-                yield GemmConfig("triton", **halved._asdict())
+                yield tile._replace(block_k=tile.block_k * 2 // dtype.itemsize)
 
     def fields(self, config: GemmConfig) -> tables.Fields:
         return config._asdict() if config.candidate == "triton" else {"candidate": config.candidate}

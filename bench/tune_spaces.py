@@ -2,65 +2,53 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
 
+from ditfast.kernels.gemm_config import GemmConfig
 
-class Tile(NamedTuple):
-    """The fields of a GemmConfig besides its candidate, for 16-bit operands; for 4-byte ones block_k is half.
-
-    With tma block_m is 64 or 128: a matrix that TMA cannot describe falls back to pointers with the same rows.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    group_m: int
-    parts: int
-    num_warps: int
-    num_stages: int
-    max_registers: int
-    tma: int
-
+# GEMM tiles for 16-bit operands; for 4-byte ones block_k is half. With tma block_m is 64 or 128: a matrix that TMA
+# cannot describe falls back to pointers with the same rows.
+_tile = partial(GemmConfig, "triton")
 
 # All compile within a block's shared memory and without spills for sm_90, the portable ones for sm_80 too (bf16; with
 # triton 3.6 two of them spill 8 bytes there).
 # Hopper: persistent, one block a multiprocessor; two, so that one computes while the other is in its epilogue; last,
 # pointer loads with two blocks sharing one.
 HOPPER = (
-    Tile(128, 256, 64, 8, 4, 8, 3, 0, 1),
-    Tile(128, 256, 64, 8, 8, 8, 4, 0, 1),
-    Tile(128, 256, 64, 8, 8, 8, 3, 0, 1),
-    Tile(128, 256, 64, 16, 4, 8, 3, 0, 1),
-    Tile(128, 256, 64, 4, 4, 8, 3, 0, 1),
-    Tile(128, 128, 64, 8, 4, 8, 4, 0, 1),
-    Tile(128, 128, 64, 8, 4, 8, 5, 0, 1),
-    Tile(128, 128, 64, 8, 4, 4, 4, 0, 1),
-    Tile(128, 128, 128, 8, 4, 8, 2, 0, 1),
-    Tile(64, 256, 64, 8, 4, 4, 4, 0, 1),
-    Tile(64, 128, 64, 8, 2, 4, 4, 0, 1),
-    Tile(64, 128, 128, 8, 2, 4, 3, 0, 1),
-    Tile(64, 64, 64, 8, 1, 4, 5, 0, 1),
-    Tile(64, 64, 128, 8, 1, 4, 4, 0, 1),
-    Tile(128, 128, 64, 8, 8, 4, 3, 0, 2),
-    Tile(128, 128, 64, 8, 4, 4, 3, 0, 2),
-    Tile(64, 128, 64, 8, 2, 4, 3, 0, 2),
-    Tile(128, 128, 64, 8, 4, 8, 3, 128, 0),
-    Tile(64, 128, 64, 8, 4, 4, 3, 168, 0),
-    Tile(64, 64, 64, 8, 1, 4, 4, 0, 0),
+    _tile(128, 256, 64, 8, 4, 8, 3, 0, 1),
+    _tile(128, 256, 64, 8, 8, 8, 4, 0, 1),
+    _tile(128, 256, 64, 8, 8, 8, 3, 0, 1),
+    _tile(128, 256, 64, 16, 4, 8, 3, 0, 1),
+    _tile(128, 256, 64, 4, 4, 8, 3, 0, 1),
+    _tile(128, 128, 64, 8, 4, 8, 4, 0, 1),
+    _tile(128, 128, 64, 8, 4, 8, 5, 0, 1),
+    _tile(128, 128, 64, 8, 4, 4, 4, 0, 1),
+    _tile(128, 128, 128, 8, 4, 8, 2, 0, 1),
+    _tile(64, 256, 64, 8, 4, 4, 4, 0, 1),
+    _tile(64, 128, 64, 8, 2, 4, 4, 0, 1),
+    _tile(64, 128, 128, 8, 2, 4, 3, 0, 1),
+    _tile(64, 64, 64, 8, 1, 4, 5, 0, 1),
+    _tile(64, 64, 128, 8, 1, 4, 4, 0, 1),
+    _tile(128, 128, 64, 8, 8, 4, 3, 0, 2),
+    _tile(128, 128, 64, 8, 4, 4, 3, 0, 2),
+    _tile(64, 128, 64, 8, 2, 4, 3, 0, 2),
+    _tile(128, 128, 64, 8, 4, 8, 3, 128, 0),
+    _tile(64, 128, 64, 8, 4, 4, 3, 168, 0),
+    _tile(64, 64, 64, 8, 1, 4, 4, 0, 0),
 )
 # Elsewhere two blocks or more share a multiprocessor.
 PORTABLE = (
-    Tile(128, 128, 64, 8, 4, 8, 3, 128, 0),
-    Tile(128, 128, 64, 16, 4, 8, 3, 128, 0),
-    Tile(128, 128, 32, 8, 4, 8, 4, 128, 0),
-    Tile(128, 128, 64, 8, 4, 8, 3, 0, 0),
-    Tile(128, 64, 64, 8, 2, 4, 3, 0, 0),
-    Tile(64, 256, 32, 8, 4, 8, 3, 0, 0),
-    Tile(64, 128, 64, 8, 4, 4, 3, 168, 0),
-    Tile(64, 128, 32, 8, 4, 4, 4, 0, 0),
-    Tile(64, 64, 64, 8, 1, 4, 3, 0, 0),
-    Tile(64, 64, 64, 8, 1, 4, 4, 0, 0),
-    Tile(64, 64, 128, 8, 1, 4, 3, 0, 0),
+    _tile(128, 128, 64, 8, 4, 8, 3, 128, 0),
+    _tile(128, 128, 64, 16, 4, 8, 3, 128, 0),
+    _tile(128, 128, 32, 8, 4, 8, 4, 128, 0),
+    _tile(128, 128, 64, 8, 4, 8, 3, 0, 0),
+    _tile(128, 64, 64, 8, 2, 4, 3, 0, 0),
+    _tile(64, 256, 32, 8, 4, 8, 3, 0, 0),
+    _tile(64, 128, 64, 8, 4, 4, 3, 168, 0),
+    _tile(64, 128, 32, 8, 4, 4, 4, 0, 0),
+    _tile(64, 64, 64, 8, 1, 4, 3, 0, 0),
+    _tile(64, 64, 64, 8, 1, 4, 4, 0, 0),
+    _tile(64, 64, 128, 8, 1, 4, 3, 0, 0),
 )
 
 # Row kernels: warps of a program, while a lane holds so many elements of the row; rows of a backward's program.

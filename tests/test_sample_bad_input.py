@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,11 @@ from sample_helpers import (
     STEPS,
     arrays,
     files,
-    image_options,
-    latent_options,
     make_autoencoder,
     make_checkpoint,
     refused,
     sample,
     sampled,
-    sampling_place,
 )
 
 import ditfast
@@ -36,22 +32,6 @@ from ditfast.inference.engine import Engine
 from ditfast.inference.plan import Plan
 
 pytest.importorskip("diffusers", reason="needs the package diffusers")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with sampling_place(tmp_path_factory.mktemp("sample")) as place:
-        yield place
-
-
-@pytest.fixture
-def latents(place: Path) -> dict[str, Any]:
-    return latent_options(place)
-
-
-@pytest.fixture
-def images(place: Path) -> dict[str, Any]:
-    return image_options(place)
 
 
 def test_other_settings_are_refused_naming_the_difference(images: dict[str, Any], place: Path, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,10 @@ from sample_helpers import (
     STEPS,
     arrays,
     files,
-    image_options,
-    latent_options,
     make_checkpoint,
     refused,
     sample,
     sampled,
-    sampling_place,
     stored_settings,
 )
 
@@ -43,22 +39,6 @@ from ditfast.inference.table import ScheduleTable
 from ditfast.inference.work import Batch, start
 
 pytest.importorskip("diffusers", reason="needs the package diffusers")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with sampling_place(tmp_path_factory.mktemp("sample")) as place:
-        yield place
-
-
-@pytest.fixture
-def latents(place: Path) -> dict[str, Any]:
-    return latent_options(place)
-
-
-@pytest.fixture
-def images(place: Path) -> dict[str, Any]:
-    return image_options(place)
 
 
 def by_hand(place: Path, labels: list[int], first: int, **guidance: Any) -> torch.Tensor:

@@ -6,14 +6,13 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from sample_helpers import IMAGE, arrays, sampled, sampling_place, start_process
+from sample_helpers import IMAGE, arrays, sampled, start_process
 
 from ditfast.inference.processes import Processes
 
@@ -21,12 +20,6 @@ pytest.importorskip("diffusers", reason="needs the package diffusers")
 
 subprocesses = pytest.mark.subprocess
 _PATIENCE = 120  # seconds
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with sampling_place(tmp_path_factory.mktemp("sample")) as place:
-        yield place
 
 
 def finished(process: subprocess.Popen[str]) -> tuple[int, str, str]:

@@ -60,11 +60,6 @@ class Guidance:
             bounds = f"{min(self.span):g} <= low <= high <= {max(self.span):g}"
             raise ValueError(f"interval must be None or (low, high) with {bounds}, got {self.interval!r}")
 
-    @property
-    def is_active(self) -> bool:
-        """Whether any step can be guided at all."""
-        return self.scale != 1
-
     def scale_at(self, t: float) -> float:
         """The scale of the step at which the model is given ``t``, a Python number.
 
@@ -81,18 +76,6 @@ class Guidance:
             return float(self.scale)
         progress = (t - self.span[0]) / (self.span[1] - self.span[0])
         return 1.0 + (self.scale - 1.0) * (1.0 - math.cos(math.pi * progress**self.power)) / 2.0
-
-    def scales(self, timesteps: Tensor) -> Tensor:
-        """The scale of each step as data for a captured graph's buffer: (evaluations,) -> the same, fp32.
-
-        Reads ``timesteps`` on the host: for before the loop.
-        """
-        values = [self.scale_at(t) for t in timesteps.tolist()]
-        return torch.tensor(values, dtype=torch.float32, device=timesteps.device)
-
-    def needs_unconditional(self, t: float) -> bool:
-        """Whether the step at ``t`` reads the unconditional half; elsewhere a batch of N does."""
-        return self.scale_at(t) != 1
 
     def __call__(self, output: Tensor, t: float, in_channels: int = 4) -> Tensor:
         """:meth:`apply` with the scale of the step at ``t``."""

@@ -75,11 +75,6 @@ class Processes:
         result: T = said[0]
         return result
 
-    def wait(self) -> None:
-        """Until all are here."""
-        if self.size > 1:
-            dist.barrier()
-
     def device(self, name: str | None) -> torch.device:
         """The device of this process: cuda is this one's GPU where there are several processes.
 
