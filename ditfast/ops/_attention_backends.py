@@ -18,9 +18,15 @@ AttentionBackend = Literal[
     "triton", "sdpa", "cudnn", "flash", "efficient", "flash_attn", "flash_attn_3", "flash_attn_4"
 ]
 
+
+def _can_use_cudnn(parameters: Any, debug: bool) -> bool:
+    # a CUDA build of torch asks the driver whatever the tensors are, and raises where there is none
+    return bool(parameters.query.is_cuda) and torch.backends.cuda.can_use_cudnn_attention(parameters, debug)
+
+
 #: of scaled_dot_product_attention: with which of its kernels, and what asks whether that one can run
-_SDPA = {
-    "cudnn": (SDPBackend.CUDNN_ATTENTION, torch.backends.cuda.can_use_cudnn_attention),
+_SDPA: dict[str, tuple[SDPBackend, Callable[[Any, bool], bool]]] = {
+    "cudnn": (SDPBackend.CUDNN_ATTENTION, _can_use_cudnn),
     "flash": (SDPBackend.FLASH_ATTENTION, torch.backends.cuda.can_use_flash_attention),
     "efficient": (SDPBackend.EFFICIENT_ATTENTION, torch.backends.cuda.can_use_efficient_attention),
 }
