@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def test_smoke(tmp_path: Path) -> None:
         assert row.peak_bytes is not None and row.peak_bytes > 33_148_160 * 4
         assert row.first_call_ms is not None and row.noise is not None
     environment = results.environment
-    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["packages"]["torch"] == metadata.version("torch")
     assert environment["cpu"]["torch_threads"] == torch.get_num_threads()
     assert {"ditfast", "commit", "dirty", "python", "os", "gpu"} <= environment.keys()
     assert results.ceilings is not None and results.ceilings.matmul_tflops["fp32"] > 0
