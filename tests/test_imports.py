@@ -246,11 +246,11 @@ class Blocked:
         if name.partition(".")[0] == "triton":
             raise ImportError("triton is blocked")
 
-sys.meta_path.insert(0, Blocked())
 import ditfast
 assert "torch" not in sys.modules, "import ditfast imports torch before anything asks for it"
 
-import torch
+import torch  # whose CUDA builds look for triton
+sys.meta_path.insert(0, Blocked())
 for name in ditfast.__all__:
     getattr(ditfast, name)
 assert not torch.cuda.is_initialized()
