@@ -199,7 +199,7 @@ class _Operators(TorchDispatchMode):
 
     def _add_adaln_backward(self, args: tuple[Any, ...], out: tuple[Any, ...]) -> None:
         """Two launches: the second adds up the slabs' shares of the sums over tokens, and other kernels' shares."""
-        from ditfast.kernels.launch import row_config  # imports triton
+        from ditfast.kernels.row_config import row_config  # imports triton
 
         d_x, d_branch, norm, d_vectors, d_bias, sums = out
         *read, partials = args

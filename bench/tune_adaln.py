@@ -15,7 +15,7 @@ import torch
 from ditfast.config import DiTConfig
 from ditfast.kernels import tables
 from ditfast.kernels.adaln import adaln_bwd, adaln_fwd
-from ditfast.kernels.launch import RowConfig, row_config
+from ditfast.kernels.row_config import RowConfig, row_config
 from ditfast.reference import ops as formulas
 
 from . import tune_spaces

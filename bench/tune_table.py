@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from ditfast.kernels import attention, gemm_config, launch, tables
+from ditfast.kernels import attention, gemm_config, row_config, tables
 from ditfast.ops import _attention_choice
 
 from .files import write_bytes
 
-_CACHES = (tables.load, launch._row_config, gemm_config._gemm_config, attention._launch_config)
+_CACHES = (tables.load, row_config._row_config, gemm_config._gemm_config, attention._launch_config)
 _DIGITS = 4  # of a time
 
 

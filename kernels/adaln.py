@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import RowConfig, on_device, row_config
+from .launch import on_device
+from .row_config import RowConfig, row_config
 from .sums import sum_partials
 
 MAX_REGISTERS = 128  # of a thread in the backward: four blocks of four warps on a multiprocessor
@@ -53,7 +54,7 @@ def _add_branch(
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "slabs", "rows"])
 def _adaln_fwd_kernel(
     x_ptr, branch_ptr, gate_ptr, shift_ptr, scale_ptr, r_ptr, out_ptr, mean_ptr, rstd_ptr,
     tokens, slabs, rows,
@@ -119,7 +120,7 @@ def _adaln_fwd_kernel(
         offset_branch += stride_branch_row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "slabs", "rows"])
 def _adaln_bwd_kernel(
     d_r_ptr, d_out_ptr, r_ptr, branch_ptr, gate_ptr, shift_ptr, scale_ptr, mean_ptr, rstd_ptr,
     d_x_ptr, d_branch_ptr, out_ptr, sum_gate_ptr, sum_shift_ptr, sum_scale_ptr, sum_bias_ptr,

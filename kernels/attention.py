@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import launch
 from .launch import gpu_index, interpreting, on_device
 from .tables import tuned
 
@@ -268,7 +269,7 @@ def _launch_config(
     biased: bool,
     tunable: bool,
 ) -> AttentionConfig:
-    capability = None if gpu is None else torch.cuda.get_device_capability(gpu)
+    capability = None if gpu is None else launch.gpu(gpu).capability
     config = attention_config(operator, head_dim, tokens, dtype, capability, biased)
     if operator == "attention_dbias":
         return config

@@ -47,7 +47,7 @@ def _store_sums(ptr, tile, tiles, slots, stride, value, WIDTH: tl.constexpr, VAL
         tl.store(ptr + slot * stride + cols, tl.where(slot == tile, total, 0.0), mask=cols < VALID)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def _attention_dq_kernel(
     qkv_ptr, bias_ptr, out_ptr, d_out_ptr, stats_ptr, delta_ptr, d_qkv_ptr, sums_ptr,
     heads, tokens, slots,
@@ -129,7 +129,7 @@ def _attention_dq_kernel(
             _store_sums(sums_ptr, tile, tiles, slots, 3 * width, d_q_t, TAIL, D - BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def _attention_dkv_kernel(
     qkv_ptr, bias_ptr, d_out_ptr, stats_ptr, delta_ptr, d_qkv_ptr, sums_ptr,
     heads, tokens, slots,

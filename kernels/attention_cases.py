@@ -81,7 +81,8 @@ def _case(name: str, arch: str, kernel: Any, arguments: dict[str, Any]) -> Kerne
     constants: dict[str, Any] = {}
     divisible = set()
     for argument, value in arguments.items():
-        if argument.isupper() or (isinstance(value, int) and value == 1):
+        specialised = isinstance(value, int) and argument not in kernel.do_not_specialize
+        if argument.isupper() or (specialised and value == 1):
             constants[argument] = value
         elif value is None:
             types[argument] = None
@@ -91,7 +92,7 @@ def _case(name: str, arch: str, kernel: Any, arguments: dict[str, Any]) -> Kerne
             types[argument] = "fp32"
         else:
             types[argument] = "i32"
-            if value % 16 == 0:
+            if specialised and value % 16 == 0:
                 divisible.add(argument)
     dtype = arguments["qkv_ptr"].dtype
     bias = "" if arguments["bias_ptr"] is None else ", bias"

@@ -17,7 +17,7 @@ from torch import Tensor
 from .attention import AttentionConfig, common_launch, load_bias, load_tile, power
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bias_heads", "bias_rows", "repeats_batch", "repeats_head", "repeats_row"])
 def _attention_dbias_kernel(
     qkv_ptr, bias_ptr, d_out_ptr, stats_ptr, delta_ptr, d_bias_ptr,
     heads, tokens, bias_heads, bias_rows, repeats_batch, repeats_head, repeats_row,

@@ -10,7 +10,7 @@ import torch
 
 from . import adaln, attention_cases, conditioning, gemm_cases, sums
 from .aot import ARCHITECTURES, Budget, KernelCase
-from .launch import row_config
+from .row_config import row_config
 
 WIDTHS = (384, 768, 1024, 1152)
 _TRITON = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

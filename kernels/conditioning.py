@@ -43,7 +43,7 @@ def _sinusoid_kernel(t_ptr, out_ptr, STEP: tl.constexpr, HALF: tl.constexpr, BLO
     tl.store(out_row + HALF, sine.to(tl.float32).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["labels"])
 def _conditioning_kernel(
     t_emb_ptr, y_ptr, table_ptr, out_ptr, labels, stride_t_emb, stride_table, D: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -161,7 +161,7 @@ def _tile(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     return group * GROUP_M + within % rows, within // rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "tokens"])
 def _gemm_kernel(
     a_ptr, b_ptr, bias_ptr, gate_ptr, aux_ptr, out_ptr, saved_ptr, sums_ptr,
     M, N, K, tokens, stride_a, stride_b, stride_gate,
@@ -200,7 +200,7 @@ def _gemm_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "tokens"])
 def _gemm_tma_kernel(
     a_desc, b_desc, bias_ptr, gate_ptr, aux_desc, out_desc, saved_desc, sums_ptr,
     M, N, K, tokens, stride_gate,

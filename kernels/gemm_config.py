@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from . import launch
 from .launch import gpu_index
 from .tables import tuned
 
@@ -90,16 +91,14 @@ def _gemm_config(
 ) -> GemmConfig:
     if gpu is None:
         return _INTERPRETED._replace(block_m=sum_rows(rows, dtype))
-    properties = torch.cuda.get_device_properties(gpu)
-    config = heuristic(
-        operator, rows, columns, inner, dtype, properties.major, properties.multi_processor_count, demanded, tf32
-    )
+    (major, _), multiprocessors = launch.gpu(gpu)[1:3]
+    config = heuristic(operator, rows, columns, inner, dtype, major, multiprocessors, demanded, tf32)
     chosen = config._replace(**tuned(gpu, operator, dtype, (columns, inner), (rows,)))
     inapplicable = (
         (dtype == torch.float32 and (demanded or not tf32))  # a table is tuned with one setting of the switch
         or (demanded and chosen.candidate != "triton")
         or (operator == "linear_gelu_backward" and chosen.block_m != sum_rows(rows, dtype))
-        or (chosen.tma and properties.major not in _PERSISTENT)
+        or (chosen.tma and major not in _PERSISTENT)
         or chosen.block_n < _LEAST_PART * chosen.parts
     )
     return config if inapplicable else chosen

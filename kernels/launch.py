@@ -1,5 +1,12 @@
-"""How row kernels are launched, and what every launcher needs: a heuristic that works everywhere, overridden by a
-GPU's tuned table (tables.py)."""
+"""Where kernels run: which GPU a tensor is on, what that GPU is, and launches that go there.
+
+What kernels and operators know of a GPU they ask here, so that a rehearsal (rehearsal/) can answer in torch.cuda's
+place.
+Importing this needs no triton.
+
+Triton compiles a kernel once more where an integer argument becomes 1, or a multiple of 16. Those that change with the
+batch or the tokens and gain nothing by it are kept out of this (do_not_specialize, at each kernel).
+"""
 
 from __future__ import annotations
 
@@ -8,54 +15,56 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from .tables import tuned
 
+class Gpu(NamedTuple):
+    """A GPU as far as a launch depends on it.
 
-class RowConfig(NamedTuple):
-    """How a row kernel is launched: lanes of a row (block + tail), rows of a program, warps."""
-
-    block: int
-    tail: int
-    rows: int
-    num_warps: int
-
-
-def row_config(operator: str, width: int, tokens: int, batch: int, x: Tensor) -> RowConfig:
-    """The configuration for x (batch, tokens, width): the tuned one where there is one, else the heuristic.
-
-    ``adaln_bwd`` never depends on the batch: its rows decide in which order the sums over tokens are taken, and a
-    sample's gradients must not change with its neighbours.
+    Attributes:
+        name: as its driver gives it.
+        capability: major and minor.
+        shared: bytes of shared memory that a block may take.
     """
-    return _row_config(operator, width, tokens, batch, x.dtype, gpu_index(x))
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared: int
 
 
-@lru_cache(maxsize=4096)
-def _row_config(
-    operator: str, width: int, tokens: int, batch: int, dtype: torch.dtype, gpu: int | None
-) -> RowConfig:
-    lower = 1 << (width.bit_length() - 1)
-    block, tail = lower, 0
-    if width > lower:
-        # one block while at most a third of its lanes idle (384 in 512), else a block and a tail (1152 = 1024 + 128)
-        block, tail = (2 * lower, 0) if 3 * width >= 4 * lower else (lower, triton.next_power_of_2(width - lower))
-    # 8 elements a lane: 128-bit accesses in bf16 and fp16, two of them in fp32
-    num_warps = min(max(block // 256, 1), 16)
-    if operator == "adaln_bwd":
-        # partial sums cost 4 fp32 rows a slab, written and read: 4 % of the traffic at 32 rows in bf16
-        rows = 16 if tokens <= 64 else 32
-    else:
-        # enough programs to fill the largest GPU before the vectors of a slab are reused
-        rows = min(max(triton.next_power_of_2(batch * tokens // 2048), 1), 16)
-    heuristic = RowConfig(block, tail, rows, num_warps)
-    return heuristic._replace(**tuned(gpu, operator, dtype, (width,), (tokens,)))
+#: while kernels are rehearsed: (index, GPU) that CPU tensors are taken to be on
+rehearsed: tuple[int, Gpu] | None = None
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether x is on a CUDA device."""
+    return x.is_cuda or (rehearsed is not None and x.is_cpu)
 
 
 def gpu_index(x: Tensor) -> int | None:
     """x's CUDA device, or None."""
-    return x.get_device() if x.is_cuda else None
+    if x.is_cuda:
+        return x.get_device()
+    return rehearsed[0] if rehearsed is not None and x.is_cpu else None
+
+
+def gpu_exists() -> bool:
+    """Whether there is any; a fake tensor may be on one all the same."""
+    return rehearsed is not None or torch.cuda.is_available()
+
+
+def gpu(index: int) -> Gpu:
+    """The GPU of this index."""
+    return rehearsed[1] if rehearsed is not None and rehearsed[0] == index else _cuda_gpu(index)
+
+
+@lru_cache(maxsize=64)
+def _cuda_gpu(index: int) -> Gpu:
+    found = torch.cuda.get_device_properties(index)
+    # of a multiprocessor's shared memory each block has 1 KB taken, on every architecture from sm_80 on
+    shared = found.shared_memory_per_multiprocessor - 1024
+    return Gpu(found.name, (found.major, found.minor), found.multi_processor_count, shared)
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
@@ -65,4 +74,6 @@ def on_device(x: Tensor) -> AbstractContextManager[Any]:
 
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter: decided by TRITON_INTERPRET when they were defined."""
+    import triton
+
     return bool(triton.knobs.runtime.interpret)

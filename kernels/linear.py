@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .gemm import _gelu_gate, _gelu_slope, _gemm_kernel, _gemm_tma_kernel
 from .gemm_config import PORTABLE, GemmConfig, for_results, gemm_config, sum_rows, uses_tf32
-from .launch import interpreting, on_device
+from .launch import gpu, gpu_index, interpreting, on_device
 
 _INTERPRETED_PROGRAMS = 3  # of the persistent kernel: few, so that each takes several tiles
 _GRAD_COLS, _GRAD_CHUNK = 128, 16  # of GELU's gradient without a GEMM: 16 elements a thread at a time
@@ -119,9 +119,8 @@ def _gemm(
     stride_gate = 0 if gate is None else gate.stride(0)
     with on_device(a):
         if config.tma:
-            programs = _INTERPRETED_PROGRAMS
-            if a.is_cuda:
-                programs = config.tma * torch.cuda.get_device_properties(a.device).multi_processor_count
+            index = gpu_index(a)
+            programs = _INTERPRETED_PROGRAMS if index is None else config.tma * gpu(index).multiprocessors
             part = [config.block_m, config.block_n // config.parts]
             block_b = [config.block_n, config.block_k] if transposed else [config.block_k, config.block_n]
             _gemm_tma_kernel[(min(programs, tiles),)](
@@ -153,7 +152,7 @@ def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _gelu_bwd_kernel(
     d_act_ptr, pre_ptr, d_pre_ptr, act_ptr, sums_ptr, M, N, stride_d_act,
     ROWS: tl.constexpr, COLS: tl.constexpr, CHUNK: tl.constexpr, FAST: tl.constexpr,

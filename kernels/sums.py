@@ -36,7 +36,7 @@ def _sum_group(partial_ptr, out_ptr, program, rows, width, BLOCK_R: tl.constexpr
     tl.store(out_ptr + segment * width + cols, total.to(out_ptr.dtype.element_ty), mask=cols < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows0", "rows1", "rows2", "rows3", "end0", "end1", "end2"])
 def _sum_kernel(
     partial0_ptr, out0_ptr, rows0, width0, partial1_ptr, out1_ptr, rows1, width1,
     partial2_ptr, out2_ptr, rows2, width2, partial3_ptr, out3_ptr, rows3, width3,

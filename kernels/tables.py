@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import triton
 
+from . import launch
+
 SCHEMA = "ditfast.configs/1"
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -83,7 +85,7 @@ def tuned(
     """What the table of a CUDA device says of a shape; nothing without a device, a table or an entry."""
     if gpu is None:
         return {}
-    return load(torch.cuda.get_device_name(gpu)).get(table_key(operator, dtype, fixed, varying), {})
+    return load(launch.gpu(gpu).name).get(table_key(operator, dtype, fixed, varying), {})
 
 
 @lru_cache(maxsize=16)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..kernels import launch
 from ._attention_backends import AttentionBackend, case_reason, machine_reason
 
 MAX_HEAD_DIM = 128  # of this project's kernels: a head's accumulators stay in registers
@@ -28,12 +29,8 @@ class Case(NamedTuple):
     training: bool
 
 
-class _Gpu(NamedTuple):
-    """A GPU's major capability, and what its table says: (training, dtype, head_dim, tokens at most, backend) of each
-    entry."""
-
-    major: int
-    entries: tuple[tuple[bool, torch.dtype, int, int, AttentionBackend], ...]
+# what a GPU's table says: (training, dtype, head_dim, tokens at most, backend) of each entry
+_Entries = tuple[tuple[bool, torch.dtype, int, int, AttentionBackend], ...]
 
 
 def choose(case: Case, gpu: int | None) -> AttentionBackend:
@@ -90,8 +87,9 @@ def heuristic(
     return package if major >= 9 and has(package) else "sdpa"
 
 
-def _gpu_facts(gpu: int | None) -> _Gpu:
-    """Constant while a process runs (but for tuning), and so for Dynamo."""
+def _gpu_facts(gpu: int | None) -> tuple[int, _Entries]:
+    """A GPU's major capability and its table: constant while a process runs (but for tuning), and so for Dynamo, which
+    unpacks no NamedTuple that it is given as a constant."""
     return _facts(gpu)
 
 
@@ -99,19 +97,19 @@ _gpu_facts._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=32)
-def _facts(gpu: int | None) -> _Gpu:
+def _facts(gpu: int | None) -> tuple[int, _Entries]:
     if gpu is None:
-        return _Gpu(8, ())
+        return 8, ()
     from ..kernels import tables  # imports triton
 
     entries = []
-    for key, fields in tables.load(torch.cuda.get_device_name(gpu)).items():
+    for key, fields in tables.load(launch.gpu(gpu).name).items():
         operator, dtype, *sizes = key.split("/")
         if operator in ("attention_inference", "attention_training") and len(sizes) == 2 and "candidate" in fields:
             head_dim, tokens = map(int, sizes)
             training = operator == "attention_training"
             entries.append((training, getattr(torch, dtype), head_dim, tokens, fields["candidate"]))
-    return _Gpu(torch.cuda.get_device_capability(gpu)[0], tuple(entries))
+    return launch.gpu(gpu).capability[0], tuple(entries)
 
 
 def forget() -> None:

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ..kernels.launch import gpu, gpu_index, interpreting, on_gpu
 from ._attention_backends import AttentionBackend, machine_reason
 
 Backend = Literal["auto", "triton", "torch"]
@@ -56,9 +57,16 @@ current_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype autocast casts to on a device type, or None where it is off (or unknown, as on meta)."""
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if not _has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
+
+
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch 2.11's Dynamo refuses to trace it
 
 
 def sharded(x: Tensor) -> bool:
@@ -90,7 +98,7 @@ def takes_triton(operator: str, x: Tensor, width: int) -> bool:
         RuntimeError: a kernel was asked for by ``use_backend("triton")`` and cannot run, with the reason.
     """
     backend = current_backend()
-    if backend == "torch" or (backend == "auto" and x.device.type != "cuda"):
+    if backend == "torch" or (backend == "auto" and not on_gpu(x)):
         return False
     sharded(x)  # whose rules torch needs before a kernel's operator is called
     reason = triton_reason(x, width)
@@ -108,8 +116,8 @@ def triton_reason(x: Tensor, width: int) -> str | None:
         reason = "the kernels compute in fp32, and their input is fp64"
     elif width > MAX_WIDTH:
         reason = f"the kernels take rows of at most {MAX_WIDTH} elements, got {width}"
-    elif x.device.type == "cuda":
-        reason = _gpu_unavailable(x.device.index or 0)
+    elif on_gpu(x):
+        reason = _gpu_unavailable(gpu_index(x))
     elif x.device.type == "cpu":
         reason = interpreter_unavailable()
     elif x.device.type != "meta":
@@ -122,18 +130,18 @@ def _under_vmap() -> bool:
     return bool(stack) and any(item.key() == torch._C._functorch.TransformType.Vmap for item in stack or ())
 
 
-def _gpu_unavailable(index: int) -> str | None:
+def _gpu_unavailable(index: int | None) -> str | None:
     """Why the kernels cannot run on a GPU, or None."""
     return _gpu_reason(index)  # Dynamo looks through a cache's wrapper and misses the mark below
 
 
 @lru_cache(maxsize=32)
-def _gpu_reason(index: int) -> str | None:
+def _gpu_reason(index: int | None) -> str | None:
     if torch.version.hip is not None:
         return "the kernels are for NVIDIA GPUs"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    major, minor = torch.cuda.get_device_capability(index)
+    major, minor = gpu(index or 0).capability
     return None if major >= 8 else f"the kernels need sm_80 or newer, the GPU is sm_{major}{minor}"
 
 
@@ -141,8 +149,6 @@ def interpreter_unavailable() -> str | None:
     """Why CPU tensors cannot run a kernel, or None."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    from ..kernels.launch import interpreting
-
     if interpreting():
         return None
     return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before the process starts"

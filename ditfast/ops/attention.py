@@ -7,6 +7,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from ..kernels.launch import gpu_exists, gpu_index
 from . import _check
 from ._attention_backends import AttentionBackend, library_reason, run
 from ._attention_choice import MAX_HEAD_DIM, Case, choose
@@ -118,7 +119,7 @@ def attention_backend(
         return "triton"
     training = _wants_gradient(like, bias) if training is None else training
     case = Case(tokens, head_dim, like.dtype, bias is not None, training)
-    chosen = choose(case, like.get_device() if torch.cuda.is_available() else None)
+    chosen = choose(case, gpu_index(like) if gpu_exists() else None)
     return "sdpa" if chosen == "triton" and reason is not None else chosen
 
 

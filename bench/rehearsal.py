@@ -1,0 +1,289 @@
+"""``ditfast rehearse``: every operator and model design launched on GPUs that are not there (kernels/rehearsal/).
+
+What is proven: each kernel compiles for the architecture as Triton specialises it when it is launched, takes no more
+shared memory than a block may have, and its grid and tensor maps are those that a driver accepts. Nothing is computed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+
+import torch
+from rich import box
+from rich.table import Table
+from torch import Tensor, nn
+
+from ditfast import DiT, DiTConfig
+from ditfast.config import Conditioning
+from ditfast.ops import use_backend
+
+from .cases import DTYPES
+from .inputs import random_batch
+from .operators import OPERATORS, Inputs, Operator, Shape, draw_inputs
+from .precision import float32_precision
+from .uncomputed import Uncomputed
+
+if TYPE_CHECKING:
+    from ditfast.kernels.rehearsal import Compilation
+
+SCHEMA = "ditfast.rehearsal/1"
+BRIEF_ARCHITECTURES = ("sm_90", "sm_80")
+_DEPTH = 2  # blocks: one that is handed a branch, and one that hands one on
+_LEAST_FOR_TMA = 9  # of the compute capability
+
+
+class Sizes(NamedTuple):
+    """What is varied: (width, heads), batches, tokens of operators, (latent height, width, patch) of models."""
+
+    widths: tuple[tuple[int, int], ...]
+    batches: tuple[int, ...]
+    tokens: tuple[int, ...]
+    grids: tuple[tuple[int, int, int], ...]
+
+
+# 256 tokens, and 257 or 17 x 15 of them
+BRIEF = Sizes(((384, 6), (1152, 16)), (1, 3), (256, 257), ((32, 32, 2), (34, 30, 2)))
+FULL = Sizes(
+    ((384, 6), (768, 12), (1024, 16), (1152, 16)),
+    (1, 3, 256),
+    (1, 16, 64, 256, 257, 1024),
+    ((32, 32, 8), (32, 32, 4), (32, 32, 2), (34, 30, 2), (64, 64, 2)),
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one process rehearses: "operators" or "models" in one dtype on one architecture."""
+
+    arch: str
+    dtype: str
+    subject: str
+    full: bool
+
+
+@dataclass
+class Outcome:
+    """What became of a part; ``failures`` are sentences."""
+
+    part: Part
+    cases: int = 0
+    launches: int = 0
+    tensor_maps: int = 0
+    compilations: list[Compilation] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+
+class Case(NamedTuple):
+    name: str
+    run: Callable[[], Any]
+
+
+def rehearse(
+    architectures: Sequence[str] | None = None,
+    dtypes: Sequence[str] | None = None,
+    full: bool = False,
+    processes: int | None = None,
+) -> Iterator[Outcome]:
+    """Each part as it ends, side by side in processes of their own.
+
+    Args:
+        architectures: keys of ``ditfast.kernels.rehearsal.GPUS``; by default sm_90 and sm_80, with ``full`` all of them.
+        dtypes: of "fp32", "bf16", "fp16"; by default bf16, with ``full`` all three.
+        full: every model's width, token count and patch size, batches up to 256; else those of S/2 and XL/2, batches 1
+            and 3.
+        processes: at once; by default as many as there are cores.
+
+    Raises:
+        ValueError: an unknown architecture or dtype, or kernels cannot be rehearsed here, with the reason.
+    """
+    try:
+        from ditfast.kernels.rehearsal import GPUS, unavailable
+    except ImportError as error:
+        raise ValueError(f"rehearsing kernels needs the package triton: {error}") from None
+    if (reason := unavailable()) is not None:
+        raise ValueError(f"kernels cannot be rehearsed: {reason}")
+    for name, given, known in (("arch", architectures, GPUS), ("dtype", dtypes, DTYPES)):
+        for value in given or ():
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    architectures = architectures or (tuple(GPUS) if full else BRIEF_ARCHITECTURES)
+    dtypes = dtypes or (tuple(DTYPES) if full else ("bf16",))
+    parts = [Part(*item, full) for item in itertools.product(architectures, dtypes, ("operators", "models"))]
+    # fresh interpreters: what a forked one inherits of threads and drivers is not to be told
+    with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(rehearse_part, part) for part in parts]):
+            yield done.result()
+
+
+def rehearse_part(part: Part) -> Outcome:
+    """One part in this process; a case that fails is noted, and the next one runs."""
+    from ditfast.kernels import rehearsal
+
+    torch.set_num_threads(1)
+    outcome = Outcome(part)
+    dtype, sizes = DTYPES[part.dtype], FULL if part.full else BRIEF
+    cases = operator_cases(dtype, sizes) if part.subject == "operators" else model_cases(dtype, sizes)
+    with rehearsal.rehearse(part.arch) as seen, Uncomputed():
+        for precision in ("highest", "high") if dtype == torch.float32 else ("highest",):
+            with float32_precision(precision):
+                for case in cases:
+                    outcome.cases += 1
+                    try:
+                        case.run()
+                    except Exception as error:  # whatever it is, on a GPU it would have been met there
+                        text = " ".join(str(error).split())[:300]
+                        outcome.failures.append(f"{case.name} on {part.arch}: {type(error).__name__}: {text}")
+        outcome.launches, outcome.tensor_maps, outcome.compilations = seen.launches, seen.tensor_maps, seen.compilations
+    return outcome
+
+
+def operator_cases(dtype: torch.dtype, sizes: Sizes) -> list[Case]:
+    """Every operator as "auto" chooses and with its kernel demanded, with gradients and without."""
+    cases = []
+    for (width, heads), batch, tokens in itertools.product(sizes.widths, sizes.batches, sizes.tokens):
+        shape = Shape(batch, tokens, width, num_heads=heads, ratio=4)
+        for operator in OPERATORS.values():
+            for mixed in (False, True) if operator.mixed and dtype != torch.float32 else (False,):
+                stream = ", fp32 stream" if mixed else ""
+                name = f"{operator.name}{stream}, {dtype}, B={batch} T={tokens} D={width}"
+                cases.append(Case(name, partial(_run_operator, operator, shape, dtype, mixed)))
+    # rows that are no multiples of 16 bytes, at addresses that are none either
+    shape = Shape(3, 64, sizes.widths[0][0], num_heads=sizes.widths[0][1], ratio=4)
+    for operator in OPERATORS.values():
+        name = f"{operator.name}, {dtype}, misaligned, D={shape.width}"
+        cases.append(Case(name, partial(_run_operator, operator, shape, dtype, False, _misaligned)))
+    return cases
+
+
+def _run_operator(
+    operator: Operator,
+    shape: Shape,
+    dtype: torch.dtype,
+    mixed: bool,
+    layout: Callable[[Tensor], Tensor] = lambda x: x,
+) -> None:
+    inputs = {name: layout(x) for name, x in draw_inputs(operator, shape, dtype, "cpu", mixed).items()}
+    options = operator.options(shape)
+    for backend in ("auto", "triton") if operator.kernel else ("auto",):
+        for learns in (False, True) if operator.differentiable(inputs) else (False,):
+            with use_backend(backend):
+                _forward_and_backward(partial(operator.fused, **options), inputs, learns)
+
+
+def _forward_and_backward(function: Callable[..., Any], inputs: Inputs, learns: bool) -> None:
+    leaves = {
+        name: x.detach().requires_grad_(learns and x.is_floating_point()) for name, x in inputs.items()
+    }
+    outputs = function(**leaves)
+    if learns:
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.autograd.grad(outputs, [x for x in leaves.values() if x.requires_grad], list(map(torch.empty_like, outputs)))
+
+
+def _misaligned(x: Tensor) -> Tensor:
+    if x.ndim < 2 or not x.is_floating_point():
+        return x
+    return x.new_empty((*x.shape[:-1], x.shape[-1] + 3))[..., 1:-2]
+
+
+def model_cases(dtype: torch.dtype, sizes: Sizes) -> list[Case]:
+    """Every design in inference, guided, with its modulations given, in training, and in training under autocast."""
+    cases = []
+    for (width, heads), (height, across, patch) in itertools.product(sizes.widths, sizes.grids):
+        for design in get_args(Conditioning):
+            config = DiTConfig(
+                depth=_DEPTH,
+                hidden_size=width,
+                num_heads=heads,
+                latent_size=(height, across),
+                patch_size=patch,
+                num_classes=10,
+                conditioning=design,
+            )
+            for batch in sizes.batches:
+                name = f"DiT, {design}, {dtype}, B={batch} T={config.num_tokens} D={width}"
+                cases.append(Case(name, partial(_run_model, config, batch, dtype)))
+    return cases
+
+
+def _run_model(config: DiTConfig, batch: int, dtype: torch.dtype) -> None:
+    model = DiT(config).to(dtype)
+    x, t, y = random_batch(config, batch, dtype=dtype)
+    with torch.inference_mode():
+        model.eval()(x, t, y)
+        if config.null_class is not None:
+            model.forward_with_cfg(*(torch.cat([each, each]) for each in (x, t, y)), 4.0)
+        if model.fused:
+            model.forward_modulated(x, model.modulation(t, y))
+    _train(model.train(), x, t, y)
+    if dtype != torch.float32:
+        _train(model.float(), x.float(), t, y, torch.autocast("cpu", dtype))
+
+
+def _train(
+    model: nn.Module, x: Tensor, t: Tensor, y: Tensor, autocast: AbstractContextManager[Any] | None = None
+) -> None:
+    with autocast or nullcontext():
+        output = model(x, t, y)
+    output.backward(torch.empty_like(output))
+    model.zero_grad()
+
+
+def unreached(outcomes: Sequence[Outcome]) -> list[str]:
+    """Kernels that no case has launched, as sentences; TMA's is Hopper's own."""
+    from ditfast.kernels import adaln, attention, attention_bwd, attention_dbias, conditioning, gemm, linear, sums
+    from ditfast.kernels.rehearsal import GPUS
+
+    modules = (adaln, attention, attention_bwd, attention_dbias, conditioning, gemm, linear, sums)
+    known = {name for module in modules for name in vars(module) if name.startswith("_") and name.endswith("_kernel")}
+    found = []
+    for arch in dict.fromkeys(outcome.part.arch for outcome in outcomes):
+        wanted = known if GPUS[arch].capability[0] == _LEAST_FOR_TMA else known - {"_gemm_tma_kernel"}
+        seen = {item.kernel for outcome in outcomes if outcome.part.arch == arch for item in outcome.compilations}
+        found += [f"{name} was never launched on {arch}" for name in sorted(wanted - seen)]
+    return found
+
+
+def to_json(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """All outcomes as JSON-ready values."""
+    import triton
+
+    rows = [
+        {
+            "arch": outcome.part.arch,
+            "dtype": outcome.part.dtype,
+            "subject": outcome.part.subject,
+            "cases": outcome.cases,
+            "launches": outcome.launches,
+            "tensor_maps": outcome.tensor_maps,
+            "compilations": dict(Counter(item.kernel for item in outcome.compilations)),
+            "failures": outcome.failures,
+        }
+        for outcome in outcomes
+    ]
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    return {"schema": SCHEMA, **versions, "parts": rows, "unreached": unreached(outcomes)}
+
+
+def render(outcomes: Sequence[Outcome]) -> Table:
+    """The table of ``ditfast rehearse``: distinct compilations are those of a part, which another may share."""
+    table = Table(title="Launched on GPUs that are not there", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for header in ("architecture", "dtype", "what"):
+        table.add_column(header, no_wrap=True)
+    for header in ("cases", "launches", "tensor maps", "compilations", "kernels", "failures"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for outcome in sorted(outcomes, key=lambda item: (item.part.arch, item.part.dtype, item.part.subject)):
+        part, compiled = outcome.part, outcome.compilations
+        counts = (outcome.cases, outcome.launches, outcome.tensor_maps, len(compiled), len({c.kernel for c in compiled}))
+        failures = f"[red]{len(outcome.failures)}[/]" if outcome.failures else "[green]0[/]"
+        table.add_row(part.arch, part.dtype, part.subject, *map(str, counts), failures)
+    return table

@@ -1,0 +1,5 @@
+"""Launching kernels without a GPU: Triton's own JIT and launchers over a stub of the driver's library."""
+
+from .driver import GPUS, Compilation, Rehearsal, rehearse, unavailable
+
+__all__ = ["GPUS", "Compilation", "Rehearsal", "rehearse", "unavailable"]
