@@ -36,27 +36,32 @@ if TYPE_CHECKING:
     from ditfast.kernels.rehearsal import Compilation
 
 SCHEMA = "ditfast.rehearsal/1"
-BRIEF_ARCHITECTURES = ("sm_90", "sm_80")
+BRIEF_ARCHITECTURES = ("sm_90", "sm_80")  # the others launch what sm_80 does, within less shared memory
 _DEPTH = 2  # blocks: one that is handed a branch, and one that hands one on
 _LEAST_FOR_TMA = 9  # of the compute capability
 
 
 class Sizes(NamedTuple):
-    """What is varied: (width, heads), batches, tokens of operators, (latent height, width, patch) of models."""
+    """What is varied: (width, heads), batches, tokens of operators, (latent height, width, patch) of models, and head
+    dims of attention beside those of the widths."""
 
     widths: tuple[tuple[int, int], ...]
     batches: tuple[int, ...]
     tokens: tuple[int, ...]
     grids: tuple[tuple[int, int, int], ...]
+    head_dims: tuple[int, ...] = ()
 
 
 # 256 tokens, and 257 or 17 x 15 of them
 BRIEF = Sizes(((384, 6), (1152, 16)), (1, 3), (256, 257), ((32, 32, 2), (34, 30, 2)))
+# where shared memory is what may fail: the largest tiles, and every head dim
+NARROW = BRIEF._replace(batches=(3, 256), head_dims=(32, 48, 80, 96, 128))
 FULL = Sizes(
     ((384, 6), (768, 12), (1024, 16), (1152, 16)),
     (1, 3, 256),
     (1, 16, 64, 256, 257, 1024),
     ((32, 32, 8), (32, 32, 4), (32, 32, 2), (34, 30, 2), (64, 64, 2)),
+    NARROW.head_dims,
 )
 
 
@@ -96,10 +101,10 @@ def rehearse(
     """Each part as it ends, side by side in processes of their own.
 
     Args:
-        architectures: keys of ``ditfast.kernels.rehearsal.GPUS``; by default sm_90 and sm_80, with ``full`` all of them.
+        architectures: keys of ``ditfast.kernels.rehearsal.GPUS``; by default sm_90 and sm_80, with ``full`` all.
         dtypes: of "fp32", "bf16", "fp16"; by default bf16, with ``full`` all three.
-        full: every model's width, token count and patch size, batches up to 256; else those of S/2 and XL/2, batches 1
-            and 3.
+        full: every model's width, token count and patch size, batches up to 256 (on architectures with about 100 KB of
+            shared memory a block the sizes that take most of it); else those of S/2 and XL/2, batches 1 and 3.
         processes: at once; by default as many as there are cores.
 
     Raises:
@@ -130,7 +135,9 @@ def rehearse_part(part: Part) -> Outcome:
 
     torch.set_num_threads(1)
     outcome = Outcome(part)
-    dtype, sizes = DTYPES[part.dtype], FULL if part.full else BRIEF
+    dtype, sizes = DTYPES[part.dtype], BRIEF
+    if part.full:
+        sizes = FULL if part.arch in BRIEF_ARCHITECTURES else NARROW
     cases = operator_cases(dtype, sizes) if part.subject == "operators" else model_cases(dtype, sizes)
     with rehearsal.rehearse(part.arch) as seen, Uncomputed():
         for precision in ("highest", "high") if dtype == torch.float32 else ("highest",):
@@ -156,6 +163,11 @@ def operator_cases(dtype: torch.dtype, sizes: Sizes) -> list[Case]:
                 stream = ", fp32 stream" if mixed else ""
                 name = f"{operator.name}{stream}, {dtype}, B={batch} T={tokens} D={width}"
                 cases.append(Case(name, partial(_run_operator, operator, shape, dtype, mixed)))
+    for head_dim, tokens in itertools.product(sizes.head_dims, (64, 257)):
+        shape = Shape(3, tokens, 2 * head_dim, num_heads=2)
+        for operator in (OPERATORS["self_attention"], OPERATORS["self_attention+bias"]):
+            name = f"{operator.name}, {dtype}, T={tokens} head_dim={head_dim}"
+            cases.append(Case(name, partial(_run_operator, operator, shape, dtype, False)))
     # rows that are no multiples of 16 bytes, at addresses that are none either
     shape = Shape(3, 64, sizes.widths[0][0], num_heads=sizes.widths[0][1], ratio=4)
     for operator in OPERATORS.values():
@@ -186,7 +198,8 @@ def _forward_and_backward(function: Callable[..., Any], inputs: Inputs, learns: 
     outputs = function(**leaves)
     if learns:
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        torch.autograd.grad(outputs, [x for x in leaves.values() if x.requires_grad], list(map(torch.empty_like, outputs)))
+        learning = [x for x in leaves.values() if x.requires_grad]
+        torch.autograd.grad(outputs, learning, [torch.empty_like(output) for output in outputs])
 
 
 def _misaligned(x: Tensor) -> Tensor:
@@ -221,7 +234,8 @@ def _run_model(config: DiTConfig, batch: int, dtype: torch.dtype) -> None:
     with torch.inference_mode():
         model.eval()(x, t, y)
         if config.null_class is not None:
-            model.forward_with_cfg(*(torch.cat([each, each]) for each in (x, t, y)), 4.0)
+            doubled, times, labels = (torch.cat([each, each]) for each in (x, t, y))
+            model.forward_with_cfg(doubled, times, labels, 4.0)
         if model.fused:
             model.forward_modulated(x, model.modulation(t, y))
     _train(model.train(), x, t, y)
@@ -240,7 +254,16 @@ def _train(
 
 def unreached(outcomes: Sequence[Outcome]) -> list[str]:
     """Kernels that no case has launched, as sentences; TMA's is Hopper's own."""
-    from ditfast.kernels import adaln, attention, attention_bwd, attention_dbias, conditioning, gemm, linear, sums
+    from ditfast.kernels import (
+        adaln,
+        attention,
+        attention_bwd,
+        attention_dbias,
+        conditioning,
+        gemm,
+        linear,
+        sums,
+    )
     from ditfast.kernels.rehearsal import GPUS
 
     modules = (adaln, attention, attention_bwd, attention_dbias, conditioning, gemm, linear, sums)
@@ -283,7 +306,8 @@ def render(outcomes: Sequence[Outcome]) -> Table:
         table.add_column(header, justify="right", no_wrap=True)
     for outcome in sorted(outcomes, key=lambda item: (item.part.arch, item.part.dtype, item.part.subject)):
         part, compiled = outcome.part, outcome.compilations
-        counts = (outcome.cases, outcome.launches, outcome.tensor_maps, len(compiled), len({c.kernel for c in compiled}))
+        kernels = {item.kernel for item in compiled}
+        counts = (outcome.cases, outcome.launches, outcome.tensor_maps, len(compiled), len(kernels))
         failures = f"[red]{len(outcome.failures)}[/]" if outcome.failures else "[green]0[/]"
         table.add_row(part.arch, part.dtype, part.subject, *map(str, counts), failures)
     return table

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ditfast.config import DiTConfig
+from ditfast.kernels.launch import gpu
 
 from .preparing import clear, explain
 from .tune_adaln import AdaLNBackward, AdaLNForward
@@ -48,8 +49,8 @@ SECONDS = (0.05, 0.3)
 
 def target_of(device: torch.device) -> Target:
     """The GPU behind a CUDA device."""
-    properties = torch.cuda.get_device_properties(device)
-    return Target(torch.cuda.get_device_name(device), properties.major, properties.multi_processor_count)
+    found = gpu(device.index or 0)
+    return Target(found.name, found.capability[0], found.multiprocessors)
 
 
 def plan(

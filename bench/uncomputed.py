@@ -20,6 +20,9 @@ class Uncomputed(TorchDispatchMode):
     A model of any size and batch runs in milliseconds, and memory that nobody writes is never taken.
     """
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

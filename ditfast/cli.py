@@ -237,6 +237,49 @@ def kernels(
         raise typer.Exit(1)
 
 
+@app.command()
+def rehearse(
+    arch: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="sm_80, sm_86, sm_89, sm_90 or sm_120; may be repeated, sm_90 and sm_80 by default.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="fp32, bf16 or fp16; may be repeated, bf16 by default.", show_default=False),
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Every architecture, dtype, model width and token count, batches up to 256.")
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write what was seen here.", show_default=False, metavar="FILE")
+    ] = None,
+) -> None:
+    """Launch every kernel on a GPU that is not there; exit 1 where one would have been refused, or was not reached."""
+    from .bench import rehearsal
+    from .bench.files import check_target, write_json
+    from .bench.render import print_tables
+
+    check_target(json_file)
+    outcomes = []
+    for outcome in rehearsal.rehearse(arch, dtype, full):
+        part = outcome.part
+        for failure in outcome.failures:
+            typer.echo(f"FAIL {failure}", err=True)
+        typer.echo(f"{outcome.cases} cases of {part.subject}, {part.dtype}, {part.arch}", err=True)
+        outcomes.append(outcome)
+    missed = rehearsal.unreached(outcomes)
+    for sentence in missed:
+        typer.echo(f"FAIL {sentence}", err=True)
+    if json_file is not None:
+        write_json(rehearsal.to_json(outcomes), json_file)
+    print_tables(rehearsal.render(outcomes))
+    if missed or any(outcome.failures for outcome in outcomes):
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """The entry point of ``ditfast`` and ``python -m ditfast``."""
     app(prog_name="ditfast")

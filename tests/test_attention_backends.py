@@ -91,11 +91,10 @@ ENTRIES = {
 @pytest.fixture
 def tuned(monkeypatch):
     """GPU 0 is a Hopper with a table and without packages; add some to what this returns."""
-    from ditfast.kernels import tables
+    from ditfast.kernels import launch, tables
 
     packages: set[str] = set()
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu=None: "NVIDIA H200")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu=None: (9, 0))
+    monkeypatch.setattr(launch, "gpu", lambda index: launch.Gpu("NVIDIA H200", (9, 0), 132, 227 * 1024))
     monkeypatch.setattr(tables, "load", lambda gpu: ENTRIES if gpu == "NVIDIA H200" else {})
 
     def machine_reason(name, gpu):

@@ -28,9 +28,9 @@ from ditfast.bench.tune_adaln import AdaLNBackward, AdaLNForward  # noqa: E402
 from ditfast.bench.tune_attention import AttentionChoice, Choice  # noqa: E402
 from ditfast.bench.tune_family import Family, Results, Target  # noqa: E402
 from ditfast.bench.tune_measure import Task  # noqa: E402
-from ditfast.kernels import attention, gemm_config, launch, tables  # noqa: E402
+from ditfast.kernels import attention, gemm_config, launch, linear, row_config, tables  # noqa: E402
 from ditfast.kernels.gemm_config import GemmConfig  # noqa: E402
-from ditfast.kernels.launch import RowConfig  # noqa: E402
+from ditfast.kernels.row_config import RowConfig  # noqa: E402
 from ditfast.ops._attention_choice import Case, choose  # noqa: E402
 
 CHOICES = ("attention_inference", "attention_training")
@@ -113,10 +113,10 @@ def test_the_plan_holds_what_a_model_looks_up(monkeypatch: pytest.MonkeyPatch) -
         seen.add(tables.table_key(*sizes))
         return {}
 
-    properties = SimpleNamespace(major=8, multi_processor_count=108)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    for module in (launch, gemm_config, attention):
+    ampere = launch.Gpu("NVIDIA A100", (8, 0), 108, 163 * 1024)
+    monkeypatch.setattr(launch, "gpu", lambda index: ampere)
+    monkeypatch.setattr(linear, "gpu", lambda index: ampere)
+    for module in (row_config, gemm_config, attention):
         monkeypatch.setattr(module, "tuned", spy)
         monkeypatch.setattr(module, "gpu_index", lambda x: 0)
     tune_table.refresh()
@@ -153,7 +153,7 @@ def test_what_is_written_is_what_a_launcher_takes(h200: Path) -> None:
             if family.operator.startswith("attention"):
                 return attention._launch_config(family.operator, 72, shape.tokens, x.dtype, 0, False, True)
             if family.operator.startswith("adaln"):
-                return launch.row_config(family.operator, shape.width, shape.tokens, shape.batch, x)
+                return row_config.row_config(family.operator, shape.width, shape.tokens, shape.batch, x)
             return gemm_config.gemm_config(family.operator, *family.sizes(shape), x, False)
 
         heuristic, *others = family.candidates(shape, torch.bfloat16, GPU).values()

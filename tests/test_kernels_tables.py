@@ -10,10 +10,10 @@ import torch
 from ditfast.bench.precision import float32_precision
 
 pytest.importorskip("triton")
-from ditfast.kernels import attention, gemm_config, launch, tables  # noqa: E402
+from ditfast.kernels import attention, gemm_config, launch, row_config, tables  # noqa: E402
 
 GPU = "NVIDIA H200"
-CACHES = (tables.load, launch._row_config, gemm_config._gemm_config, attention._launch_config)
+CACHES = (tables.load, row_config._row_config, gemm_config._gemm_config, attention._launch_config)
 GEMM = "linear_gelu/bfloat16/4608/1152/256"
 
 
@@ -39,10 +39,7 @@ def write(path, data):
 def configs(tmp_path, monkeypatch):
     """A folder for tables, and an H200 to look them up."""
     monkeypatch.setattr(tables, "CONFIGS", tmp_path)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: GPU)
-    hopper = SimpleNamespace(major=9, multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: hopper)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(launch, "gpu", lambda index: launch.Gpu(GPU, (9, 0), 132, 227 * 1024))
     for cached in CACHES:
         cached.cache_clear()
     yield tmp_path
@@ -62,9 +59,9 @@ def test_a_table_overrides_the_heuristic_of_a_row_kernel(configs):
     assert tables.table_path(GPU) == configs / "nvidia-h200.json"
     assert tables.load(GPU) == {key: {"rows": 2, "num_warps": 8}}
     assert tables.load("NVIDIA A100") == {}
-    assert launch.row_config("adaln_fwd", 1152, 200, 8, OnGpu) == (1024, 128, 2, 8)
-    assert launch.row_config("adaln_fwd", 1152, 300, 8, OnGpu).num_warps == 4
-    assert launch.row_config("adaln_fwd", 1152, 200, 8, torch.empty(0)).num_warps == 4  # no GPU, no table
+    assert row_config.row_config("adaln_fwd", 1152, 200, 8, OnGpu) == (1024, 128, 2, 8)
+    assert row_config.row_config("adaln_fwd", 1152, 300, 8, OnGpu).num_warps == 4
+    assert row_config.row_config("adaln_fwd", 1152, 200, 8, torch.empty(0)).num_warps == 4  # no GPU, no table
 
 
 def gemm(demanded=False, rows=200, dtype=torch.bfloat16, operator="linear_gelu"):
@@ -126,8 +123,7 @@ def test_tiles_for_tma_are_not_followed_without_it(configs, monkeypatch):
     write(configs / "nvidia-h200.json", table({GEMM: {"candidate": "triton", "tma": 1}}))
     assert (gemm().candidate, gemm().tma) == ("triton", 1)
     gemm_config._gemm_config.cache_clear()
-    consumer = SimpleNamespace(major=12, multi_processor_count=170)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: consumer)
+    monkeypatch.setattr(launch, "gpu", lambda index: launch.Gpu(GPU, (12, 0), 170, 99 * 1024))
     assert gemm().tma == 0
 
 
@@ -190,7 +186,7 @@ def test_a_foreign_table_warns_and_names_the_file(configs):
     path = configs / "nvidia-h200.json"
     write(path, table({"adaln_fwd/bfloat16/1152/256": {"num_warps": 8}}, gpu="NVIDIA A100"))
     with pytest.warns(UserWarning, match="was tuned on 'NVIDIA A100', this GPU is 'NVIDIA H200'") as caught:
-        assert launch.row_config("adaln_fwd", 1152, 256, 8, OnGpu).num_warps == 4
+        assert row_config.row_config("adaln_fwd", 1152, 256, 8, OnGpu).num_warps == 4
     assert str(path) in str(caught[0].message)
 
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,7 +18,7 @@ from ditfast.bench.operators import Inputs, Shape
 from ditfast.bench.tune_family import Family, Results, Target
 from ditfast.bench.tune_measure import Task
 from ditfast.bench.tune_table import Table
-from ditfast.kernels import tables
+from ditfast.kernels import launch, tables
 from ditfast.ops import _attention_choice
 
 CPU = torch.device("cpu")
@@ -103,8 +102,7 @@ def run(tasks: list[Task], table: Table, **rest: Any) -> tuple[tuple[int, int], 
 def pretend(patch: pytest.MonkeyPatch, folder: Path) -> None:
     """Look-ups find an H200, whose table is in the folder."""
     patch.setattr(tables, "CONFIGS", folder)
-    patch.setattr(torch.cuda, "get_device_name", lambda device=None: GPU.name)
-    properties = SimpleNamespace(major=GPU.major, multi_processor_count=GPU.multiprocessors)
-    patch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    patch.setattr(torch.cuda, "get_device_capability", lambda device: (GPU.major, 0))
+    found = launch.Gpu(GPU.name, (GPU.major, 0), GPU.multiprocessors, 227 * 1024)
+    for module in (launch, tune):
+        patch.setattr(module, "gpu", lambda index: found)
     patch.setattr(_attention_choice, "machine_reason", lambda backend, gpu: None)

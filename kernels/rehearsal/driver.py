@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import itertools
 import os
 import shutil
 import subprocess
@@ -36,6 +37,10 @@ GPUS = {
     "sm_90": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 227 * 1024),
     "sm_120": Gpu("NVIDIA GeForce RTX 5090", (12, 0), 170, 99 * 1024),
 }
+
+
+# one a rehearsal: Triton keeps kernels by device, so that each begins with none
+_INDICES = itertools.count(1000)
 
 
 class Compilation(NamedTuple):
@@ -112,6 +117,8 @@ class _Driver(CudaDriver):
 
 def unavailable() -> str | None:
     """Why kernels cannot be rehearsed in this process, or None."""
+    if torch.cuda.is_available():
+        return "this machine has a GPU, whose driver's library would be taken for the stub"
     if launch.interpreting():
         return "kernels run in Triton's interpreter: unset TRITON_INTERPRET before the process starts"
     if shutil.which("gcc") is None:
@@ -128,7 +135,7 @@ def rehearse(arch: str) -> Iterator[Rehearsal]:
 
     Raises:
         ValueError: unknown architecture.
-        RuntimeError: kernels cannot be rehearsed in this process, with the reason, or are being rehearsed already. Within
+        RuntimeError: kernels cannot be rehearsed in this process, with the reason, or a rehearsal is under way. Within
             the block also a launch, a tensor map or a kernel's shared memory that the GPU would refuse.
     """
     if arch not in GPUS:
@@ -136,7 +143,7 @@ def rehearse(arch: str) -> Iterator[Rehearsal]:
     reason = unavailable()
     if reason is not None or launch.rehearsed is not None:
         raise RuntimeError(f"cannot rehearse: {reason or 'a rehearsal is under way'}")
-    index = int(arch.removeprefix("sm_"))  # none that a real device has, for Triton and we keep facts by index
+    index = next(_INDICES)
     rehearsal = Rehearsal(GPUS[arch])
     library, active = _library(), triton.runtime.driver._active
     library.rehearsal_begin(rehearsal.gpu.multiprocessors, rehearsal.gpu.shared)

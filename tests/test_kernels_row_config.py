@@ -4,7 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from ditfast.kernels import launch  # noqa: E402
+from ditfast.kernels import row_config  # noqa: E402
 
 META = torch.empty(0, dtype=torch.bfloat16, device="meta")
 
@@ -25,22 +25,22 @@ META = torch.empty(0, dtype=torch.bfloat16, device="meta")
     ],
 )
 def test_a_row_is_covered_with_little_waste(width, block, tail, warps):
-    config = launch.row_config("adaln_fwd", width, 256, 8, META)
+    config = row_config.row_config("adaln_fwd", width, 256, 8, META)
     assert (config.block, config.tail, config.num_warps) == (block, tail, warps)
     assert config.block + config.tail >= width
 
 
 def test_every_width_is_covered():
     for width in range(1, 8193):
-        config = launch.row_config("adaln_fwd", width, 256, 8, META)
+        config = row_config.row_config("adaln_fwd", width, 256, 8, META)
         assert width <= config.block + config.tail <= 1.5 * width + 1, width
         assert all(part & (part - 1) == 0 for part in (config.block, config.tail)), width
 
 
 def test_rows_of_a_program():
-    assert launch.row_config("adaln_fwd", 1152, 256, 1, META).rows == 1
-    assert launch.row_config("adaln_fwd", 1152, 256, 64, META).rows == 8
-    assert launch.row_config("adaln_fwd", 1152, 256, 256, META).rows == 16
+    assert row_config.row_config("adaln_fwd", 1152, 256, 1, META).rows == 1
+    assert row_config.row_config("adaln_fwd", 1152, 256, 64, META).rows == 8
+    assert row_config.row_config("adaln_fwd", 1152, 256, 256, META).rows == 16
     # the order of the backward's sums depends on the tokens alone
     for tokens, rows in ((1, 16), (64, 16), (65, 32), (4096, 32)):
-        assert {launch.row_config("adaln_bwd", 1152, tokens, batch, META).rows for batch in (1, 3, 256)} == {rows}
+        assert {row_config.row_config("adaln_bwd", 1152, tokens, batch, META).rows for batch in (1, 3, 256)} == {rows}
