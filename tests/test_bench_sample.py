@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,6 +111,7 @@ def test_nothing_of_ours_is_unavailable_on_a_gpu():
 
 def test_the_table_leaves_a_third_of_the_weights_unread():
     config = DiTConfig.named("DiT-XL/2")
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
     for batch in (1, 64):
         plain, table = step_costs(config, batch, torch.bfloat16)
         # counted by hand: the plain step reads everything but the label table
@@ -120,6 +122,9 @@ def test_the_table_leaves_a_third_of_the_weights_unread():
         assert table.weight_bytes == 2 * (everything - adaln - embedder)
         assert table.weight_bytes <= 0.7 * plain.weight_bytes
         assert table.launches < plain.launches
+        read, of = table.weight_bytes, plain.weight_bytes
+        said = f"{100 * read / of:.0f} % of the weights, {read / 1e6:,.0f} of {of / 1e6:,.0f} MB"
+        assert said in " ".join(readme.split())
         gathered = 2 * (2 * batch) * 2 * (28 * 6 + 2) * 1152  # read and written
         assert table.bytes < plain.bytes - 2 * adaln + gathered
     with pytest.raises(ValueError, match="only adaLN designs are modulated"):
