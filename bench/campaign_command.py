@@ -87,7 +87,7 @@ def make_steps(device: torch.device) -> list[Step]:
             _suite("ops", "ops", "--model", "DiT-S/8", "--batch", "1", *small),
             _suite("memory", "memory", "--model", "DiT-S/8", "--batch", "1", "--mode", "train", *ours, *on),
             _suite("scaling", "scaling", "--batch", "1", "--batch", "2", *ours, *small),
-            _suite("sample", "sample", "--batch", "1", "--steps", "2", *ours, *small),
+            _sample("sample", "--batch", "1", "--steps", "2", *ours, *small),
         ]
     forward, train = ("--mode", "forward"), ("--mode", "train")
     xl2, s2 = ("--model", "DiT-XL/2"), ("--model", "DiT-S/2")
@@ -106,7 +106,7 @@ def make_steps(device: torch.device) -> list[Step]:
         _suite("ops-attention", "ops", "--operator", "self_attention", *on, share=0.2),
         _gpu_tests(),
         _tune(on),
-        _suite("sample-xl2", "sample", *xl2, "--batch", "1", "--batch", "8", "--steps", "50", *small_size, share=0.4),
+        _sample("sample-xl2", *xl2, "--batch", "1", "--batch", "8", "--steps", "50", *small_size, share=0.4),
         _suite("models-s2-train", "models", *s2, *train, "--batch", "256", *few, *small_size),
         _suite("memory", "memory", *xl2, *s2, *train, "--batch", "32", "--no-search", *ours, *on, share=0.3),
         _suite("models-xl2-forward", "models", *xl2, *forward, "--batch", "256", "--batch", "1", *small_size),
@@ -117,7 +117,7 @@ def make_steps(device: torch.device) -> list[Step]:
         _suite("models-cfg", "models", *every, "--mode", "cfg", "--batch", "32", *small_size),
         _suite("models-checkpoint", "models", *every, "--mode", "train-checkpoint", "--batch", "32", *small_size),
         _suite("memory-forward", "memory", *every, *forward, *train, *on),
-        _suite("sample", "sample", "--batch", "64", *on),
+        _sample("sample", "--batch", "64", *on),
         _suite("models-all", "models", *on),
     ]
 
@@ -128,6 +128,15 @@ def _suite(name: str, suite: str, *arguments: str, share: float = 1.0) -> Step:
 
     goes_on = ("--json", "{json}", "--continue", "--budget", "{seconds}")
     return Step(name, (*_BENCH, suite, *arguments, *goes_on), share, suite=True)
+
+
+def _sample(name: str, *arguments: str, share: float = 1.0) -> Step:
+    """A step of sampling, whose solvers are diffusers'."""
+    from dataclasses import replace
+
+    from .diffusers_dit import missing
+
+    return replace(_suite(name, "sample", *arguments, share=share), skip=missing() or "")
 
 
 def _gpu_tests() -> Step:

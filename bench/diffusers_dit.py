@@ -19,10 +19,17 @@ from .workload import Workload
 CONSTANTS: dict[str, float] = {**diffusers_format.CONSTANTS, "norm2_eps": 1e-5}
 
 
-def unavailable(case: Case, device: torch.device) -> str | None:
-    """The provider's ``unavailable``."""
+def missing() -> str | None:
+    """That the package is not installed and how to get it, or None."""
     if find_spec("diffusers") is None:
         return "the package diffusers is not installed (pip install ditfast[diffusers])"
+    return None
+
+
+def unavailable(case: Case, device: torch.device) -> str | None:
+    """The provider's ``unavailable``."""
+    if (reason := missing()) is not None:
+        return reason
     try:
         diffusers_format.config_to_diffusers(case.config)
     except ValueError as error:

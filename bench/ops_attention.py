@@ -49,7 +49,11 @@ def implementation(provider: str) -> Callable[..., Any]:
     return attend
 
 
-def unavailable(provider: str, qkv: Tensor, num_heads: int, bias: Tensor | None = None) -> str | None:
-    """Why a provider cannot take these tensors, or None."""
+def unavailable(
+    provider: str, qkv: Tensor, num_heads: int, bias: Tensor | None = None, backward: bool = False
+) -> str | None:
+    """Why a provider cannot take these tensors, or None; ``backward``: where gradients of all of them are wanted."""
+    if backward and bias is not None and PROVIDERS[provider] == "cudnn":
+        return "torch has no gradient of a bias for cuDNN's attention"  # which it only says in the call
     bias = None if bias is None else bias.reshape((1,) * (4 - bias.ndim) + tuple(bias.shape))
     return ops.attention_backends(qkv, num_heads, bias)[PROVIDERS[provider]]

@@ -147,7 +147,8 @@ def _measure(
     makers: dict[str, Callable[[], Call]] = {}
     for name, function in functions.items():
         if name in ops_attention.PROVIDERS:
-            reason = ops_attention.unavailable(name, pool[0]["qkv"], shape.num_heads, pool[0].get("bias"))
+            inputs, backward = pool[0], direction == "backward"
+            reason = ops_attention.unavailable(name, inputs["qkv"], shape.num_heads, inputs.get("bias"), backward)
             if reason is not None:
                 rows[name] = replace(rows[name], status="unavailable", note=reason)
                 continue

@@ -89,9 +89,10 @@ class SampleCase:
 
 def unavailable(provider: str, case: SampleCase, device: torch.device) -> str | None:
     """Why a provider cannot run here, or None."""
-    if provider == "diffusers":
-        reason = diffusers_dit.unavailable(Case(case.config, case.batch, case.dtype, "cfg"), device)
+    if (reason := diffusers_dit.missing()) is not None:  # everybody's solvers are diffusers'
         return reason
+    if provider == "diffusers":
+        return diffusers_dit.unavailable(Case(case.config, case.batch, case.dtype, "cfg"), device)
     if provider == "reference-compile":
         return compile_unavailable(device)
     if provider in _ENGINES and _ENGINES[provider][1] and device.type != "cuda":

@@ -24,12 +24,18 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (ValueError, TypeError, OSError) as error:
-            # an OSError without a path is no user's mistake (a closed pipe, for one)
-            if ctx.params["traceback"] or (isinstance(error, OSError) and error.filename is None):
+        except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+            if ctx.params["traceback"] or not _is_users(error):
                 raise
             typer.secho(f"error: {_one_line(error)}", fg=typer.colors.RED, err=True)
             raise typer.Exit(2) from None
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether a user can mend it: not an OSError without a path (a closed pipe, for one), nor a module of our own."""
+    if isinstance(error, ModuleNotFoundError):
+        return (error.name or "ditfast").partition(".")[0] != "ditfast"
+    return not isinstance(error, OSError) or error.filename is not None
 
 
 def _one_line(error: Exception) -> str:

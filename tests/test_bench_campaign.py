@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import json
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -217,6 +218,19 @@ def test_the_steps_are_commands_that_exist() -> None:
             known = {opt for parameter in command.params for opt in (*parameter.opts, *parameter.secondary_opts)}
             assert {word for word in words[3:] if word.startswith("--")} <= known, item.name
             assert any("{json}" in word for word in words)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_without_diffusers_sampling_is_skipped_with_the_reason(
+    device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    steps = [item for item in campaign_command.make_steps(torch.device(device)) if "sample" in item.command]
+    assert steps
+    campaign = Campaign.open(tmp_path)
+    campaign.run(steps, 600, lambda what: None)
+    reason = "the package diffusers is not installed (pip install ditfast[diffusers])"
+    assert {(done.state, done.note) for done in campaign.steps.values()} == {("skipped", reason)}
 
 
 def test_the_command_ends_with_the_goals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from ditfast import MODELS, DiTConfig
-from ditfast.bench import models_command
+from ditfast.bench import diffusers_dit, models_command
 from ditfast.bench.cases import MODES, Case, defaults, parse_dtype, parse_image_size
 from ditfast.bench.providers import PROVIDERS, Provider
 from ditfast.bench.records import Results
@@ -218,7 +218,8 @@ def test_only_the_default_run_stops_compiling_in_time(
     assert ("stays under two minutes" in reasons["reference-compile"]) == (batches is None)
     # what the default leaves out is listed with the reason
     assert plan.settings["providers_left_out"]["reference-tf32"] == "needs a CUDA GPU"
-    assert "--providers diffusers runs it" in plan.settings["providers_left_out"]["diffusers"]
+    wanted = diffusers_dit.missing() or "--providers diffusers runs it"
+    assert wanted in plan.settings["providers_left_out"]["diffusers"]
 
 
 def test_parsing() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from ditfast.bench.records import Results
 from ditfast.bench.rows import Direction, OpRow
 from ditfast.bench.timing import Spread
 from ditfast.cli import app
+from ditfast.ops import _attention_backends as backends
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("quick_limits")
@@ -226,15 +230,84 @@ def test_bad_arguments(arguments: list[object], message: str) -> None:
     assert message in result.stderr
 
 
+#: why a package of FlashAttention has no time: absent, not for this GPU, or not for these tensors
+NO_PACKAGE = r"the package flash-attn\S* \(.+\) is not installed|the package .+ cannot be imported: .+"
+NOT_FOR_THIS = r"it needs sm_\d+.*, the GPU is sm_\d+|it takes no additive bias"
+
+
+def check_rivals(rows: dict[str, OpRow]) -> None:
+    """Each has a time, or none and the reason."""
+    for provider in ops_attention.PROVIDERS:
+        item = rows[provider]
+        assert item.status in ("ok", "unavailable"), item
+        assert (item.ms is not None) == (item.status == "ok")
+        if item.status == "unavailable" and provider.startswith("flash-attn"):
+            assert re.fullmatch(f"{NO_PACKAGE}|{NOT_FOR_THIS}", item.note), item
+        assert item.status == "ok" or item.note
+
+
+@pytest.mark.kernels
+@pytest.mark.usefixtures("no_compile")
+@pytest.mark.parametrize("name", ["self_attention", "self_attention+bias"])
+def test_packages_that_are_not_there_have_rows_that_say_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's rows without FlashAttention's packages, on any machine."""
+    for module in ("flash_attn", "flash_attn_interface"):
+        monkeypatch.setitem(sys.modules, module, None)
+
+    def reason(backend: backends.AttentionBackend, gpu: int | None) -> str | None:
+        return backends.import_reason(backend) if backend in backends.PACKAGES else "it needs a CUDA GPU"
+
+    providers = partial(ops_bench.providers, name, "forward", torch.device("cuda"))
+    monkeypatch.setattr(backends, "machine_reason", reason)
+    monkeypatch.setattr(ops_bench, "providers", lambda *_: providers())
+    backends.import_reason.cache_clear()
+    backends._function.cache_clear()
+    device, shape = torch.device("cuda" if torch.cuda.is_available() else "cpu"), Shape(1, 5, 24, num_heads=2)
+    measured = run_operator(OPERATORS[name], "forward", shape, torch.float32, device, 0.01)
+    rows = {row.provider: row for row in measured}
+    backends.import_reason.cache_clear()
+    assert tuple(rows) == providers()
+    check_rivals(rows)
+    packages = [provider for provider in rows if provider.startswith("flash-attn")]
+    assert len(packages) == 3
+    for provider in packages:
+        assert rows[provider].status == "unavailable" and "is not installed" in rows[provider].note
+        assert (rows[provider].parity, rows[provider].speedup) == (None, None)
+    # and the others are measured beside them
+    assert all(rows[provider].status == "ok" for provider in ("eager", "ditfast", "ditfast-triton"))
+    assert rows["ditfast"].parity is True and rows["ditfast-triton"].parity is True
+
+
+def test_cudnn_has_no_gradient_of_a_bias() -> None:
+    qkv, bias = torch.randn(1, 5, 72), torch.randn(2, 5, 5)
+    reason = "torch has no gradient of a bias for cuDNN's attention"
+    assert ops_attention.unavailable("sdpa-cudnn", qkv, 2, bias, backward=True) == reason
+    assert ops_attention.unavailable("sdpa-cudnn", qkv, 2, bias) == "it needs a CUDA GPU"
+    assert ops_attention.unavailable("sdpa-cudnn", qkv, 2, backward=True) == "it needs a CUDA GPU"
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("no_compile")  # which takes minutes for all of them
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("name", ops_bench.MEASURED)
 def test_on_a_gpu_rounds_are_captured(name: str, direction: Direction) -> None:
-    shape = Shape(2, 64, 384, num_heads=6, ratio=4)
-    rows = run_operator(OPERATORS[name], direction, shape, torch.bfloat16, torch.device("cuda"), 0.05)
-    for item in rows:
-        assert (item.status, item.timed, item.note) == ("ok", "graph", "")
-    assert rows[2].parity is True
+    shape, gpu = Shape(2, 64, 384, num_heads=6, ratio=4), torch.device("cuda")
+    rows = {row.provider: row for row in run_operator(OPERATORS[name], direction, shape, torch.bfloat16, gpu, 0.05)}
+    assert tuple(rows) == ops_bench.providers(name, direction, gpu)
+    assert {row.timed for row in rows.values() if row.status == "ok"} == {"graph"}
+    if ops_attention.is_attention(name):
+        check_rivals(rows)
+    for provider in rows.keys() & {"eager", "gemm", "ditfast", "ditfast-triton"}:
+        assert (rows[provider].status, rows[provider].note) == ("ok", "")
+    assert rows["ditfast"].parity is True
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_compiled_rounds_are_captured() -> None:
+    shape, gpu = Shape(2, 64, 384), torch.device("cuda")
+    rows = run_operator(OPERATORS["gated_residual"], "forward", shape, torch.bfloat16, gpu, 0.05)
+    assert [row.provider for row in rows] == ["eager", "compile", "max-autotune", "ditfast"]
+    assert {(row.status, row.timed, row.note) for row in rows} == {("ok", "graph", "")}
 
 
 def test_a_round_is_divided_by_its_calls() -> None:

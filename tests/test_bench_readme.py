@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -184,3 +186,29 @@ def test_readme_agrees_with_the_results() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     rendered = render(text, {path.relative_to(ROOT).as_posix(): Results.load(path) for path in paths})
     assert first_difference(text, rendered) is None, "make readme renders it anew"
+
+
+def test_the_traced_counts_are_those_of_the_committed_files() -> None:
+    """Whatever torch is installed here: another one's meta functions may launch a copy more or less."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    cost, memory = (Results.load(ROOT / f"bench/results/traced-{suite}.json") for suite in ("cost", "memory"))
+    for file in (cost, memory):
+        assert file.complete and not file.environment["dirty"]
+        packages = file.environment["packages"]
+        versions = f"with torch {packages['torch'].partition('+')[0]} and triton {packages['triton']}"
+        assert f"Counted on meta tensors at batch 256 {versions}" in text
+
+    def share(what: str, rows: Iterable[Any], mode: str) -> tuple[str, Any, Any]:
+        """(ours as a share of the reference's, our row, the reference's)."""
+        case = ("DiT-XL/2", 256, "bf16", mode)
+        found = {row.provider: row for row in rows if (row.model, row.batch, row.dtype, row.mode) == case}
+        ours, theirs = found["ditfast"], found["reference"]
+        return f"{100 * getattr(ours, what) / getattr(theirs, what):.0f} %", ours, theirs
+
+    moved, ours, theirs = share("bytes", cost.rows, "forward")
+    launches = f"{ours.launches}, reference {theirs.launches}"
+    assert f"| an XL/2 forward | {launches} | {moved} of the reference's | |\n" in text
+    moved, ours, theirs = share("bytes", cost.rows, "train")
+    launches = f"{ours.launches:,}, reference {theirs.launches:,}"
+    kept, _, _ = share("saved_bytes", memory.rows, "train")
+    assert f"| its loss and backward | {launches} | {moved} | {kept} |\n" in text

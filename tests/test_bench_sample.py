@@ -1,13 +1,15 @@
 """ditfast bench sample: trajectories beside each other, judged by their latents; what the table saves, traced."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from ditfast import DiTConfig
-from ditfast.bench import sample_bench
+from ditfast.bench import diffusers_dit, sample_bench
 from ditfast.bench.records import Results
 from ditfast.bench.sample_bench import PROVIDERS, SampleCase, rows, unavailable
 from ditfast.bench.sample_cost import step_costs
@@ -15,6 +17,7 @@ from ditfast.cli import app
 from ditfast.inference import ScheduleTable
 
 CPU = torch.device("cpu")
+needs_diffusers = pytest.mark.skipif(diffusers_dit.missing() is not None, reason="samplers need the package diffusers")
 TINY = DiTConfig(depth=2, hidden_size=64, num_heads=2, latent_size=8, num_classes=10)
 
 
@@ -32,6 +35,7 @@ def case(**changes):
     )
 
 
+@needs_diffusers
 @pytest.mark.compiler
 def test_every_provider_is_judged_and_timed():
     found = {row.provider: row for row in rows(case(), PROVIDERS, CPU, 0.02)}
@@ -54,12 +58,15 @@ def test_every_provider_is_judged_and_timed():
     }
 
 
+@needs_diffusers
 @pytest.mark.parametrize("sampler", ["ddim", "heun"])
 def test_other_samplers(sampler):
     found = rows(case(sampler=sampler, batch=1), ["reference", "ditfast"], CPU, 0.02)
     assert all(row.parity for row in found) and all(row.parity_samples == 1 for row in found)
 
 
+@needs_diffusers
+@needs_diffusers
 def test_wrong_latents_earn_no_speed_up(monkeypatch):
     build = sample_bench.build
 
@@ -72,6 +79,7 @@ def test_wrong_latents_earn_no_speed_up(monkeypatch):
     assert reference.parity and ours.parity is False and ours.speedup is None and ours.ms is not None
 
 
+@needs_diffusers
 def test_wrong_late_steps_do_not_pass_where_they_hardly_move_the_latents(monkeypatch):
     at = ScheduleTable.at
     monkeypatch.setattr(ScheduleTable, "at", lambda table, step, rows: at(table, step if step < 8 else 0, rows))
@@ -79,6 +87,7 @@ def test_wrong_late_steps_do_not_pass_where_they_hardly_move_the_latents(monkeyp
     assert reference.parity and ours.status == "ok" and ours.parity is False and ours.speedup is None
 
 
+@needs_diffusers
 def test_a_provider_that_fails_has_a_row(monkeypatch):
     build = sample_bench.build
 
@@ -93,7 +102,8 @@ def test_a_provider_that_fails_has_a_row(monkeypatch):
     assert (ours.status, ours.note, ours.ms) == ("error", "RuntimeError: no such luck", None)
 
 
-def test_on_a_gpu_everything_runs():
+@needs_diffusers
+def test_nothing_of_ours_is_unavailable_on_a_gpu():
     gpu = torch.device("cuda")
     ours = [name for name in PROVIDERS if name.startswith("ditfast")]
     assert [unavailable(name, case(), gpu) for name in ours] == [None] * 4
@@ -101,6 +111,7 @@ def test_on_a_gpu_everything_runs():
 
 def test_the_table_leaves_a_third_of_the_weights_unread():
     config = DiTConfig.named("DiT-XL/2")
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
     for batch in (1, 64):
         plain, table = step_costs(config, batch, torch.bfloat16)
         # counted by hand: the plain step reads everything but the label table
@@ -111,6 +122,9 @@ def test_the_table_leaves_a_third_of_the_weights_unread():
         assert table.weight_bytes == 2 * (everything - adaln - embedder)
         assert table.weight_bytes <= 0.7 * plain.weight_bytes
         assert table.launches < plain.launches
+        read, of = table.weight_bytes, plain.weight_bytes
+        said = f"{100 * read / of:.0f} % of the weights, {read / 1e6:,.0f} of {of / 1e6:,.0f} MB"
+        assert said in " ".join(readme.split())
         gathered = 2 * (2 * batch) * 2 * (28 * 6 + 2) * 1152  # read and written
         assert table.bytes < plain.bytes - 2 * adaln + gathered
     with pytest.raises(ValueError, match="only adaLN designs are modulated"):
@@ -121,6 +135,7 @@ def command(*arguments):
     return CliRunner().invoke(app, ["bench", "sample", "--device", "cpu", *arguments])
 
 
+@needs_diffusers
 def test_the_command(tmp_path, quick_limits):
     path = tmp_path / "sample.json"
     few = ("--providers", "reference,ditfast", "--seconds", "0.01", "--json", str(path))
@@ -139,6 +154,7 @@ def test_the_command(tmp_path, quick_limits):
     assert json.loads(path.read_text())["rows"] == before
 
 
+@needs_diffusers
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -153,3 +169,15 @@ def test_the_command(tmp_path, quick_limits):
 def test_bad_input(arguments, message):
     result = command(*arguments)
     assert result.exit_code == 2 and message in result.output, result.output
+
+
+def test_without_diffusers_it_says_so_before_anything_runs(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    path = tmp_path / "sample.json"
+    result = command("--providers", "reference,ditfast", "--json", str(path))
+    assert result.exit_code == 2 and not path.exists() and result.stdout == ""
+    wanted = "samplers need the package diffusers, which is not installed: pip install ditfast[diffusers]"
+    assert result.stderr == f"error: {wanted}\n"
+    reason = "the package diffusers is not installed (pip install ditfast[diffusers])"
+    found = rows(case(), PROVIDERS, CPU, 0.02)
+    assert [(row.status, row.note, row.ms) for row in found] == [("unavailable", reason, None)] * len(PROVIDERS)

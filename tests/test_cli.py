@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -202,3 +203,38 @@ def test_an_error_that_is_no_users_mistake_keeps_its_traceback(monkeypatch: pyte
     result = _ditfast("info")
     assert result.exit_code == 1
     assert isinstance(result.exception, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments", "message"),
+    [
+        ("diffusers", "bench sample --device cpu", "samplers need the package diffusers, which is not installed"),
+        ("diffusers", "bench cost --providers diffusers", "the package diffusers is not installed"),
+        ("diffusers", "bench models --device cpu --providers diffusers", "the package diffusers is not installed"),
+        ("torch_fidelity", "evaluate --npz x.npz --metrics is", "torch_fidelity is not installed"),
+        ("matplotlib", "bench report RESULTS --out report", "the report's plots need matplotlib"),
+    ],
+)
+def test_a_missing_package_is_one_line_that_says_how_to_get_it(
+    package: str, arguments: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = next((Path(__file__).resolve().parents[1] / "bench" / "results").glob("*.json"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    line = _refused(*arguments.replace("RESULTS", str(results)).split())
+    assert message in line and re.search(r"pip install '?ditfast\[\w+\]", line)
+
+
+@pytest.mark.parametrize(("name", "known"), [("no_such_package", True), ("ditfast.no_such_module", False)])
+def test_a_module_of_our_own_that_is_missing_keeps_its_traceback(
+    name: str, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(ditfast.info, "collect", fail)
+    if known:
+        assert _refused("info") == f"error: No module named {name!r}"
+    else:
+        assert isinstance(_ditfast("info").exception, ModuleNotFoundError)
+    assert isinstance(_ditfast("--traceback", "info").exception, ModuleNotFoundError)

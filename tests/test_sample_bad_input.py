@@ -208,7 +208,7 @@ def test_guidance_needs_a_null_class(latents: dict[str, Any], tmp_path: Path) ->
 def test_without_diffusers(latents: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     line = refused("--latents", **latents, num=2, out=tmp_path / "out")
-    assert "the samplers need the package diffusers (pip install diffusers)" in line
+    assert "samplers need the package diffusers, which is not installed: pip install ditfast[diffusers]" in line
 
 
 def test_without_pillow(images: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

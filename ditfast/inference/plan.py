@@ -97,7 +97,7 @@ class Plan:
         try:
             self.sampler = Sampler(request.sampler, request.steps, in_channels=config.in_channels, device=self.device)
         except ImportError as error:
-            raise ValueError(f"the samplers need the package diffusers (pip install diffusers): {error}") from None
+            raise ValueError(f"--sampler {request.sampler} cannot be had: {error}") from None
         guidance = None
         if request.cfg_scale != 1:
             if config.null_class is None:
