@@ -2,7 +2,12 @@
 # make test    lint, types, tests
 # make readme  the README's table, rendered from bench/results
 # make sample  a grid of images of a tiny random model, on a CPU in seconds
-# Both make the environment first, once; VENV=..., PYTHON=... and BENCH="--model DiT-B/4" are honoured.
+# They make the environment first, once; VENV=..., PYTHON=... and BENCH="--model DiT-B/4" are honoured.
+#
+# With the software of a GPU machine, in an environment of its own (torch's CUDA build: several GB, a few minutes once):
+# make gpu-stack       the kernels launched on an H100 and an A100 that are not there, and the tests of torch.compile
+# make rehearsal       the same for every architecture, dtype, width and token count; half an hour on two cores
+# make kernels-oldest  every kernel compiled ahead of time by the oldest triton supported
 
 VENV ?= .venv
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3.10,$(shell command -v $(name) 2>/dev/null)))
@@ -10,7 +15,18 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ditfast-env
 BENCH ?=
 
-.PHONY: env bench readme sample test lint kernels-oldest clean
+GPU_STACK ?= .gpu-stack
+# a pyenv shim may stand for a version that is not chosen: what answers is taken
+GPU_PYTHON ?= $(or $(shell for name in python3.12 $(HOME)/.pyenv/versions/3.12.*/bin/python3.12; do \
+	"$$name" -c '' 2>/dev/null && echo "$$name" && break; done),$(PYTHON))
+GPU_STAMP := $(GPU_STACK)/.ditfast-env
+# triton 3.6's interpreter fails with numpy 2.4 and newer, torch 2.11 refuses setuptools 82 and newer
+GPU_PINS := torch==2.11.0 triton==3.6.0 numpy==2.3.5 setuptools==81.0.0
+GPU_PACKAGES := safetensors typer rich hypothesis matplotlib pytest pytest-timeout pytest-xdist
+# from the checkout, as on a machine where nothing is installed
+IN_GPU_STACK := OMP_WAIT_POLICY=PASSIVE PYTHONPATH=. "$(GPU_STACK)/bin/python" -m
+
+.PHONY: env bench readme sample test lint gpu-stack rehearsal kernels-oldest clean
 .DEFAULT_GOAL := env
 
 env: $(STAMP)
@@ -45,15 +61,29 @@ sample: env
 # waiting threads sleep: tests start processes that would otherwise spin beside each other
 test: lint
 	OMP_WAIT_POLICY=PASSIVE "$(BIN)/python" -m pytest -q --durations=12
+	OMP_WAIT_POLICY=PASSIVE "$(BIN)/python" -m pytest -q -m rehearsal --durations=5
 
 lint: env
 	"$(BIN)/python" -m ruff check .
 	"$(BIN)/python" -m mypy ditfast
 
-# the kernels once more with the oldest triton supported, beside the environment's own
-kernels-oldest: env
-	"$(BIN)/python" -m pip install --quiet --no-deps --upgrade --target "$(VENV)/triton-oldest" triton==3.6.0
-	PYTHONPATH="$(VENV)/triton-oldest:." "$(BIN)/python" -m ditfast kernels
+$(GPU_STAMP): constraints.txt Makefile
+	"$(GPU_STACK)/bin/python" -m pip --version >/dev/null 2>&1 || "$(GPU_PYTHON)" -m venv "$(GPU_STACK)"
+	grep -vE '^(torch|triton|numpy|setuptools)==' constraints.txt > "$(GPU_STACK)/constraints.txt"
+	"$(GPU_STACK)/bin/python" -m pip install --quiet -c "$(GPU_STACK)/constraints.txt" pip
+	"$(GPU_STACK)/bin/python" -m pip install --quiet -c "$(GPU_STACK)/constraints.txt" $(GPU_PINS) $(GPU_PACKAGES)
+	@touch "$(GPU_STAMP)"
+
+gpu-stack: $(GPU_STAMP)
+	$(IN_GPU_STACK) ditfast rehearse
+	$(IN_GPU_STACK) pytest -q -m rehearsal
+	$(IN_GPU_STACK) pytest -q -k compile
+
+rehearsal: $(GPU_STAMP)
+	$(IN_GPU_STACK) ditfast rehearse --full
+
+kernels-oldest: $(GPU_STAMP)
+	$(IN_GPU_STACK) ditfast kernels
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -40,6 +40,7 @@ setup(
         "ditfast": ["py.typed"],
         "ditfast.inference": ["imagenet.txt"],
         "ditfast.kernels": ["README.md", "configs/*.json"],
+        "ditfast.kernels.rehearsal": ["stub.c"],
         "ditfast.bench": ["*.json", "results/*.json"],
     },
 )
