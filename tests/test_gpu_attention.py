@@ -36,19 +36,32 @@ def test_biases_that_broadcast(bias):
     assert not check(*drawn(3, 257, 2, 72, torch.bfloat16, bias))
 
 
-@pytest.mark.parametrize("scale", [-0.3, 20.0])
+@pytest.mark.parametrize("scale", [-0.3, 100.0])
 @every_bias
 def test_scales(scale, bias):
     """Exponents far apart, by the GPU's own exp2."""
     assert not check(*drawn(3, 257, 2, 72, torch.bfloat16, bias), scale=scale)
 
 
-@pytest.mark.parametrize("offset", [-float("inf"), -1e4])
-def test_rows_and_columns_that_are_masked(offset):
+@pytest.mark.parametrize("offset", [-torch.inf, -1e4])
+def test_masked_keys(offset):
+    """Whole tiles of them, the first ones."""
     qkv, d_out, bias = drawn(2, 257, 2, 72, torch.bfloat16, "1HTT")
-    bias[:, 0, 3:140] = offset
     bias[:, 1, :, :130] = offset
     assert not check(qkv, d_out, bias)
+
+
+def test_masked_rows():
+    """They give 0 and pass nothing back; torch's own kernels may give NaN, so that there is no yardstick."""
+    qkv, d_out, bias = drawn(2, 257, 2, 72, torch.bfloat16, "1HTT")
+    before = kernels(qkv, d_out, bias)
+    bias[:, 0, 3:140] = -torch.inf
+    found = kernels(qkv, d_out, bias)
+    assert all(value.isfinite().all() for value in found.values())
+    assert not found["out"][:, 3:140, :72].any() and not found["d_qkv"][:, 3:140, 0, 0].any()
+    assert not found["d_bias"][:, 0, 3:140].any()
+    for rows in (slice(None, 3), slice(140, None)):
+        assert torch.equal(found["out"][:, rows], before["out"][:, rows])
 
 
 @pytest.mark.parametrize("tokens", [33, 257])
@@ -73,11 +86,9 @@ def test_many_runs_are_bit_equal(head_dim, bias, monkeypatch):
 @pytest.mark.parametrize("gap", [1, 3, 8])
 @every_bias
 def test_rows_with_gaps(gap, bias):
-    """Strides that are no multiples of 8 take narrower accesses, and give the same bits."""
+    """Strides that are no multiples of 8 elements take narrower accesses, as addresses do that are none."""
     qkv, d_out, bias = drawn(3, 257, 2, 72, torch.bfloat16, bias)
-    expected = kernels(qkv, d_out, bias)
     apart = torch.cat([qkv, torch.full_like(qkv[..., :gap], torch.nan)], dim=-1)[..., :72]
     assert attention.alignment(apart) == (8 if gap == 8 else 1)
-    assert not differing(expected, kernels(apart, d_out, bias))
-    moved = torch.cat([d_out.new_zeros(1), d_out.flatten()])[1:].view(d_out.shape)
-    assert not differing(expected, kernels(qkv, moved, bias))
+    moved = torch.cat([d_out.new_zeros(gap), d_out.flatten()])[gap:].view(d_out.shape)
+    assert not check(apart, moved, bias)
