@@ -12,6 +12,8 @@ from ditfast.bench.inputs import randomize_
 from ditfast.bench.operators import OPERATORS, Shape, draw_inputs, run
 from ditfast.bench.parity import judge
 
+pytest.importorskip("triton")
+
 DEVICE = torch.device("cuda")
 CYCLES = 20_000_000  # about 10 ms: whoever does not wait is early
 FAR = 1 << 31  # elements, past which an int32 offset is negative
