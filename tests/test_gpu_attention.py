@@ -37,10 +37,9 @@ def test_biases_that_broadcast(bias):
 
 
 @pytest.mark.parametrize("scale", [-0.3, 100.0])
-@every_bias
-def test_scales(scale, bias):
+def test_scales(scale):
     """Exponents far apart, by the GPU's own exp2."""
-    assert not check(*drawn(3, 257, 2, 72, torch.bfloat16, bias), scale=scale)
+    assert not check(*drawn(3, 257, 2, 72, torch.bfloat16), scale=scale)
 
 
 @pytest.mark.parametrize("offset", [-torch.inf, -1e4])
