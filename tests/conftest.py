@@ -16,30 +16,43 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
-# kernels run in Triton's interpreter where there is no GPU; it must be known before triton is imported
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+from _pytest.mark.expression import Expression
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(2)
+    # known before a module is collected, so before triton is imported and CUDA looks for devices: in one process
+    # kernels are launched or run in Triton's interpreter, and whatever is not a GPU test is the same on every machine
+    if not _is_for("gpu", config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        if not _is_for("rehearsal", config.option.markexpr):
+            os.environ.setdefault("TRITON_INTERPRET", "1")
     # a shell's background job starts with SIGINT ignored, and Python leaves it so
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # on a GPU the kernels' tests run the real ones: `pytest -m gpu` takes them too
-    for item in items:
-        if torch.cuda.is_available() and item.get_closest_marker("kernels"):
-            item.add_marker("gpu")
+def _is_for(tests: str, expression: str) -> bool:
+    """Whether ``-m`` selects tests of this marker, and neither the interpreter's nor those without a marker."""
+
+    def selects(marker: str) -> bool:  # later pytests ask for a marker's arguments too
+        return bool(Expression.compile(expression).evaluate(lambda name, **_: name == marker))
+
+    return bool(expression) and selects(tests) and not selects("kernels") and not selects("")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if _is_for("rehearsal", config.option.markexpr):
+        return
+    rehearsed = [item for item in items if item.get_closest_marker("rehearsal")]
+    items[:] = [item for item in items if not item.get_closest_marker("rehearsal")]
+    config.hook.pytest_deselected(items=rehearsed)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU; torch.cuda.is_available() is False")
+        pytest.skip("needs an NVIDIA GPU and real kernels: run `pytest -m gpu` on a machine that has one")
     if item.get_closest_marker("kernels"):
         _round_to_bf16()
     if item.get_closest_marker("compiler") and (reason := _compiler_missing()):

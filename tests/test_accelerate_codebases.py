@@ -197,7 +197,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_row_of_diffusers(name):
-    diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
+    diffusers = pytest.importorskip("diffusers", reason="needs the package diffusers")
     sizes, matched = OTHERS[name]
     model = getattr(diffusers, name)(**sizes)
     if matched:

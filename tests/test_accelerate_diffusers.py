@@ -12,7 +12,7 @@ from torch import nn
 import ditfast
 from ditfast.adapters._swap import accelerated_by
 
-diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
+diffusers = pytest.importorskip("diffusers", reason="needs the package diffusers")
 from diffusers.models.attention import BasicTransformerBlock  # noqa: E402
 from diffusers.models.attention_processor import (  # noqa: E402
     AttnProcessor,

@@ -16,7 +16,7 @@ from ditfast.adapters import _shared_embedding
 from ditfast.adapters._swap import accelerated_by
 from ditfast.bench.parity import judge
 
-diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
+diffusers = pytest.importorskip("diffusers", reason="needs the package diffusers")
 from diffusers.training_utils import EMAModel  # noqa: E402
 from diffusers_models import (  # noqa: E402
     ALL,

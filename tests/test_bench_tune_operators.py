@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_helpers import DEVICE
 from torch import Tensor
 
 import ditfast
@@ -33,6 +32,7 @@ from ditfast.kernels.gemm_config import GemmConfig  # noqa: E402
 from ditfast.kernels.row_config import RowConfig  # noqa: E402
 from ditfast.ops._attention_choice import Case, choose  # noqa: E402
 
+CPU = torch.device("cpu")
 CHOICES = ("attention_inference", "attention_training")
 SMALL = DiTConfig(depth=1, hidden_size=72, num_heads=3, latent_size=(4, 4))
 
@@ -120,8 +120,8 @@ def test_the_plan_holds_what_a_model_looks_up(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(module, "tuned", spy)
         monkeypatch.setattr(module, "gpu_index", lambda x: 0)
     tune_table.refresh()
-    model = randomize_(ditfast.DiT(SMALL)).to(DEVICE)
-    inputs = random_batch(SMALL, 3, DEVICE)
+    model = randomize_(ditfast.DiT(SMALL))
+    inputs = random_batch(SMALL, 3)
     with ops.use_backend("triton"):
         with torch.no_grad():
             model(*inputs)
@@ -131,7 +131,7 @@ def test_the_plan_holds_what_a_model_looks_up(monkeypatch: pytest.MonkeyPatch) -
         assert seen == {key for key in groups[0] if not key.startswith(CHOICES)}
         for ratio in (1, 4):
             shape = Shape(3, SMALL.num_tokens, SMALL.hidden_size, ratio=ratio)
-            drawn = draw_inputs(OPERATORS["linear_gated_residual"], shape, torch.float32, DEVICE)
+            drawn = draw_inputs(OPERATORS["linear_gated_residual"], shape, torch.float32, "cpu")
             ops.linear_gated_residual(**drawn)
             ops.linear_gated_residual(**{name: value.requires_grad_() for name, value in drawn.items()})
     assert {key for key in seen if key.startswith("linear_gated_residual")} == groups[1]
@@ -178,16 +178,13 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
 def test_every_operators_candidates_are_right(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny(monkeypatch)
-    device = torch.device(DEVICE)
-    target = tune.target_of(device) if DEVICE == "cuda" else GPU
     groups = [[replace(f, batch=2) if hasattr(f, "batch") else f for f in group] for group in tune.FAMILIES]
     for item in tune.plan({"small": SMALL}, [dtype], (3,), groups):
         with torch.no_grad(), item.family.conditions(dtype):
-            contest = tune_measure._Contest(item, target, device, None)
+            contest = tune_measure._Contest(item, GPU, CPU, None)
             right = contest.right()
         # on a CPU cuBLASLt's call is something else, whose GELU is the exact one, and SDPA lacks kernels
-        absent = {"cublaslt", "cudnn", "efficient", "flash"} if DEVICE == "cpu" else set()
-        wrong = set(contest.out) - absent
+        wrong = set(contest.out) - {"cublaslt", "cudnn", "efficient", "flash"}
         assert not wrong, (item.key, contest.out)
         assert len(right) > 1
 
@@ -198,8 +195,6 @@ def test_a_shape_is_measured_from_its_inputs_to_its_entry(
     operator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny(monkeypatch)
-    device = torch.device(DEVICE)
-    target = tune.target_of(device) if DEVICE == "cuda" else GPU
     [family] = [item for item in families() if item.operator == operator]
     if isinstance(family, AdaLNBackward):
 
@@ -212,7 +207,7 @@ def test_a_shape_is_measured_from_its_inputs_to_its_entry(
     [item] = tune.plan({"small": SMALL}, [torch.bfloat16], (1,), [[family]])
     table = new_table(tmp_path / "table.json")
     lines: list[str] = []
-    assert tune.run([item], target, device, table, lines.append, seconds=BRIEF) == (1, 0)
+    assert tune.run([item], GPU, CPU, table, lines.append, seconds=BRIEF) == (1, 0)
     assert list(tables.read_table(table.path)["entries"]) == [item.key]
     if operator == "adaln_bwd":
         assert "1 of 3 out, the first 64 lanes, 16 rows, 1 warp: wrong: " in lines[0]
@@ -226,7 +221,7 @@ def test_large_matrices_are_judged_by_their_ends(operator: str, monkeypatch: pyt
     monkeypatch.setattr(tune_linear, "_END_ROWS", 64)
     [family] = [item for item in families() if item.operator == operator]
     item = Task(family, Shape(4, 64, 16, ratio=4), torch.float32, "DiT")
-    contest = tune_measure._Contest(item, Target("an A100", 8, 108), torch.device(DEVICE), None)
+    contest = tune_measure._Contest(item, Target("an A100", 8, 108), CPU, None)
     with torch.no_grad():
         assert {len(value) for name, value in family.judged(contest.pool[0]).items() if name in ("x", "pre")} == {128}
         results = family.results(contest.configs["separate"], contest.pool[0])
@@ -268,7 +263,7 @@ def test_a_backward_that_differs_from_run_to_run_is_no_choice(monkeypatch: pytes
     tiny(monkeypatch)
     for operator, out in zip(CHOICES, (set(), {"sdpa"}), strict=True):
         item = Task(AttentionChoice(operator), Shape(3, 16, 72, num_heads=3), torch.float32, "DiT")
-        contest = tune_measure._Contest(item, Target("an A100", 8, 108), torch.device(DEVICE), None)
+        contest = tune_measure._Contest(item, Target("an A100", 8, 108), CPU, None)
         with torch.no_grad():
             contest.right()
         assert set(contest.out) == out
@@ -282,7 +277,7 @@ def test_attention_is_judged_by_the_ends_of_a_batch(operator: str, monkeypatch: 
     monkeypatch.setattr(tune_attention, "_END_SAMPLES", 1)
     [family] = [item for item in families() if item.operator == operator]
     item = Task(family, Shape(4, 16, 48, num_heads=3), torch.float32, "DiT")
-    contest = tune_measure._Contest(item, Target("an A100", 8, 108), torch.device(DEVICE), None)
+    contest = tune_measure._Contest(item, Target("an A100", 8, 108), CPU, None)
     with torch.no_grad():
         results = family.results(next(iter(contest.configs.values())), contest.pool[0])
         assert {len(value) for value in results.values() if value.ndim > 1} == {2}

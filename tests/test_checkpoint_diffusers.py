@@ -16,7 +16,7 @@ from ditfast.bench.inputs import randomize_
 from ditfast.bench.parity import judge, relative_error
 from ditfast.checkpoint import CheckpointError, convert
 
-DiTTransformer2DModel = pytest.importorskip("diffusers", reason="needs diffusers").DiTTransformer2DModel
+DiTTransformer2DModel = pytest.importorskip("diffusers", reason="needs the package diffusers").DiTTransformer2DModel
 
 # what a DiTTransformer2DModel of these sizes computes
 CONFIG = DiTConfig(

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-pytest.importorskip("diffusers", reason="needs diffusers")
+pytest.importorskip("diffusers", reason="needs the package diffusers")
 import diffusers  # noqa: E402
 
 from ditfast.bench.parity import judge, relative_error  # noqa: E402

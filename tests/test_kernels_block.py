@@ -16,7 +16,6 @@ from ditfast.bench.parity import judge
 TINY = DiTConfig(
     depth=2, hidden_size=72, num_heads=1, latent_size=(4, 6), num_classes=10, class_dropout_prob=0.0
 )
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.kernels
 
 
@@ -28,8 +27,8 @@ def kernels_on():
 
 def pair(config=TINY):
     """(fast, reference) with the same random parameters."""
-    slow = randomize_(reference.DiT(config)).to(DEVICE).train()
-    fast = DiT(config).to(DEVICE).train()
+    slow = randomize_(reference.DiT(config)).train()
+    fast = DiT(config).train()
     fast.load_state_dict(slow.state_dict())
     return fast, slow
 
@@ -45,7 +44,7 @@ def gradients(model, x, t, y):
 
 
 def assert_agree(fast, slow, batch=2):
-    inputs = random_batch(TINY, batch, DEVICE)
+    inputs = random_batch(TINY, batch)
     actual, yardstick = gradients(fast, *inputs), gradients(slow, *inputs)
     oracle = gradients(copy.deepcopy(slow).double(), *inputs)
     assert set(actual) == set(yardstick)
@@ -69,7 +68,7 @@ def nodes(output):
 
 def merged(model):
     """How many halves of blocks are nodes of their own."""
-    return sum(name.startswith("_Norm") for name in nodes(model(*random_batch(TINY, 2, DEVICE))))
+    return sum(name.startswith("_Norm") for name in nodes(model(*random_batch(TINY, 2))))
 
 
 FREEZES = {
@@ -100,7 +99,7 @@ def test_only_the_weights_learn():
     for model in (fast, slow):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name == "blocks.0.attn.qkv.weight")
-    inputs = random_batch(TINY, 3, DEVICE)
+    inputs = random_batch(TINY, 3)
     found = []
     for model, dtype in ((fast, torch.float32), (slow, torch.float32), (slow, torch.float64)):
         model = copy.deepcopy(model).to(dtype)
@@ -175,7 +174,7 @@ def test_the_formula_takes_over_a_bias_left_to_it():
 def test_a_loss_between_the_blocks(where):
     """Whoever can see a branch may use it for more than the next norm: then its bias's gradient goes through it."""
     fast, slow = pair()
-    x, t, y = random_batch(TINY, 2, DEVICE)
+    x, t, y = random_batch(TINY, 2)
 
     def loss(model, dtype):
         seen = []
@@ -252,7 +251,7 @@ def test_weights_of_another_kind(layer):
     assert merged(fast) == 2
     assert_agree(fast, slow)
     with torch.no_grad():
-        fast(*random_batch(TINY, 2, DEVICE))
+        fast(*random_batch(TINY, 2))
 
 
 def test_a_bias_that_is_no_parameter():
@@ -264,7 +263,7 @@ def test_a_bias_that_is_no_parameter():
         bias = model.blocks[0].mlp.fc2.bias.detach().clone().requires_grad_()
         del model.blocks[0].mlp.fc2.bias
         model.blocks[0].mlp.fc2.bias = bias
-        x, t, y = random_batch(TINY, 2, DEVICE)
+        x, t, y = random_batch(TINY, 2)
         model(x.to(dtype), t, y).square().sum().backward()
         biases.append(bias.grad)
     assert judge("model", *biases, torch.float32).ok
@@ -282,7 +281,7 @@ def test_unused_outputs():
     """A loss on a block's branch alone, and on its residual stream alone."""
     fast, _ = pair()
     block = fast.blocks[0].double().float()
-    x, c = torch.randn(2, 5, 72, device=DEVICE), torch.randn(2, 72, device=DEVICE)
+    x, c = torch.randn(2, 5, 72), torch.randn(2, 72)
     for index in (0, 1):
         inputs = [value.clone().requires_grad_() for value in (x, c)]
         out = block(inputs[0], None, None, None, inputs[1], True, None)[index]
@@ -309,7 +308,7 @@ def test_without_biases():
 def test_functional_call():
     fast, slow = pair()
     parameters = {name: value.detach() for name, value in fast.named_parameters()}
-    inputs = random_batch(TINY, 2, DEVICE)
+    inputs = random_batch(TINY, 2)
 
     def loss(model):
         return lambda values: torch.func.functional_call(model, values, inputs).square().sum()

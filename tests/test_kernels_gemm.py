@@ -1,127 +1,63 @@
-"""The GEMMs with an epilogue in Triton's interpreter (on a GPU for real), kernel by kernel, against fp64."""
+"""The GEMMs with an epilogue in Triton's interpreter, kernel by kernel, against fp64."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_helpers import DEVICE, DTYPES
+from gemm_helpers import (
+    agree,
+    check_linear_gated_residual,
+    check_linear_gelu,
+    check_linear_gelu_backward,
+    draw,
+    gelu_gradient,
+)
+from kernel_helpers import DTYPES
 
 from ditfast.bench.parity import judge
-
-pytest.importorskip("triton")
-from ditfast.kernels import gemm_config, linear, sums  # noqa: E402
-from ditfast.kernels.gemm_config import GemmConfig  # noqa: E402
+from ditfast.kernels import gemm_config, linear, sums
+from ditfast.kernels.gemm_config import GemmConfig
 
 pytestmark = pytest.mark.kernels
 
 # small and uneven, so that ragged shapes have several tiles, groups and parts
 POINTERS = GemmConfig("triton", 32, 64, 16, 2, 2, 4, 2, 0, 0)
-HOPPER = GemmConfig("triton", 64, 64, 64, 2, 2, 4, 2, 0, 1)
-CONFIGS = {"pointers": POINTERS, "tma": HOPPER if DEVICE == "cuda" else HOPPER._replace(block_m=32, block_k=16)}
+CONFIGS = {"pointers": POINTERS, "tma": GemmConfig("triton", 32, 64, 16, 2, 2, 4, 2, 0, 1)}
 # batch, tokens, N, K: tiles that divide nothing, straddle samples, hold several, or just fit
 # (eight sums of eight products are too few to judge by: the yardstick's errors may all happen to be small)
 SHAPES = [(1, 1, 8, 72), (3, 7, 72, 200), (2, 33, 144, 72), (3, 32, 64, 64), (1, 70, 200, 8), (5, 3, 96, 40)]
-every_config = pytest.mark.parametrize("config", CONFIGS)
+every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
-
-
-def usable(config):
-    config = CONFIGS.get(config, config)
-    if config.tma and DEVICE == "cuda" and torch.cuda.get_device_capability()[0] < 9:
-        pytest.skip("needs TMA: sm_90 or newer")
-    return config
-
-
-def draw(batch, tokens, columns, inner, dtype):
-    x = torch.randn(batch * tokens, inner, device=DEVICE)
-    weight = torch.randn(columns, inner, device=DEVICE) * inner**-0.5
-    vectors = torch.randn(batch, 3 * columns, device=DEVICE)
-    residual = torch.randn(batch, tokens, columns, device=DEVICE)
-    return [value.to(dtype) for value in (x, weight, weight[:, 0] * 3, vectors, residual)]
-
-
-def agree(dtype, actual, formula, *inputs):
-    """By the numerics rule, the formula in fp64 being the oracle and in the working dtype the yardstick."""
-    oracle = formula(*(value.double() for value in inputs))
-    yardstick = formula(*inputs)
-    for index, results in enumerate(zip(actual, yardstick, oracle, strict=True)):
-        verdict = judge("operator", *results, dtype)
-        assert verdict.ok, (index, verdict)
+every_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 
 
 @every_config
 @every_dtype
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@every_shape
 @pytest.mark.parametrize("biased", [True, False])
 def test_linear_gelu(config, dtype, shape, biased):
-    dtype = DTYPES[dtype]
-    x, weight, bias, *_ = draw(*shape, dtype)
-
-    def formula(x, weight, bias):
-        pre = F.linear(x, weight, bias if biased else None)
-        return F.gelu(pre, approximate="tanh"), pre
-
-    inputs = (x, weight, bias if biased else None)
-    agree(dtype, linear.linear_gelu(*inputs, True, usable(config)), formula, x, weight, bias)
-    alone, nothing = linear.linear_gelu(*inputs, False, usable(config))
-    assert nothing.numel() == 0
-    agree(dtype, [alone], lambda *values: formula(*values)[:1], x, weight, bias)
+    check_linear_gelu(config, draw(*shape, DTYPES[dtype]), biased)
 
 
 @every_config
 @every_dtype
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@every_shape
 @pytest.mark.parametrize("stream", ["same", "fp32"])
 def test_linear_gated_residual(config, dtype, shape, stream):
-    """Gates differ from sample to sample, and come as a chunk of a modulation."""
-    dtype = DTYPES[dtype]
-    x, weight, bias, vectors, residual = draw(*shape, dtype)
-    gate = vectors.chunk(3, dim=1)[1]
-    residual = residual if stream == "same" else residual.float()
-    batch, tokens, columns, _ = shape
-
-    def formula(x, weight, bias, gate, residual):
-        branch = F.linear(x, weight, bias)
-        return residual + gate.unsqueeze(1) * branch.view(batch, tokens, columns), branch
-
-    inputs = (x, weight, bias, gate, residual)
-    actual = linear.linear_gated_residual(*inputs, True, usable(config))
-    assert actual[0].dtype == residual.dtype
-    agree(dtype, actual, formula, *inputs)
-    alone, nothing = linear.linear_gated_residual(*inputs, False, usable(config))
-    assert nothing.numel() == 0
-    agree(dtype, [alone], lambda *values: formula(*values)[:1], *inputs)
-
-
-def gelu_gradient(d_act, pre):
-    pre = pre.detach().requires_grad_()
-    with torch.enable_grad():
-        act = F.gelu(pre, approximate="tanh")
-        return torch.autograd.grad(act, pre, d_act)[0], act.detach()
+    check_linear_gated_residual(config, draw(*shape, DTYPES[dtype]), stream)
 
 
 @every_config
 @every_dtype
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@every_shape
 def test_linear_gelu_backward(config, dtype, shape):
-    dtype = DTYPES[dtype]
-    d_out, weight, _, _, pre = draw(*shape, dtype)
-    weight, pre = weight.t().contiguous(), pre.flatten(0, 1)
-
-    def formula(d_out, weight, pre):
-        d_pre, act = gelu_gradient(d_out @ weight, pre)
-        return d_pre, act, d_pre.sum(0)
-
-    d_pre, act, partial = linear.linear_gelu_backward(d_out, weight, pre, True, usable(config))
-    assert partial.dtype == torch.float32
-    agree(dtype, (d_pre, act, partial.sum((0, 1))), formula, d_out, weight, pre)
-    assert linear.linear_gelu_backward(d_out, weight, pre, False, usable(config))[2].numel() == 0
+    check_linear_gelu_backward(config, draw(*shape, DTYPES[dtype]))
 
 
 @every_dtype
 @pytest.mark.parametrize("rows", [1, 64, 131])
 def test_gelu_backward(dtype, rows):
     dtype = DTYPES[dtype]
-    d_act, pre = (torch.randn(rows, 72, device=DEVICE).to(dtype) for _ in range(2))
+    d_act, pre = (torch.randn(rows, 72).to(dtype) for _ in range(2))
     d_act = d_act.repeat(1, 2)[:, :72]  # rows with a gap between them
     d_pre, act, partial = linear.gelu_backward(d_act, pre, True, True)
 
@@ -134,23 +70,6 @@ def test_gelu_backward(dtype, rows):
     assert torch.equal(again, d_pre) and nothing.numel() == no_sums.numel() == 0
 
 
-@pytest.mark.gpu
-@every_dtype
-@pytest.mark.parametrize(
-    "config", [entry[0] for entry in (*gemm_config.HOPPER, *gemm_config.PORTABLE)], ids=lambda c: "x".join(map(str, c))
-)
-def test_the_heuristics_tiles(config, dtype):
-    """On the real machine, where M, N and K are no multiples of any of them and samples are straddled."""
-    if dtype == "fp32":
-        config = config._replace(block_k=32)  # as much shared memory
-    shape = (3, 257, 1160, 1144)
-    test_linear_gelu(config, dtype, shape, True)
-    test_linear_gelu_backward(config, dtype, shape)
-    for stream in ("same", "fp32"):
-        test_linear_gated_residual(config, dtype, shape, stream)
-    test_two_runs_are_equal(config)
-
-
 def assert_each_is_judged(actual, yardstick, exact):
     """Element by element: beside the largest the others would not count."""
     for element in zip(*(values.flatten() for values in (actual, yardstick, exact)), strict=True):
@@ -161,13 +80,13 @@ def assert_each_is_judged(actual, yardstick, exact):
 @every_config
 def test_large_pre_activations(config):
     """GELU and its slope where exp over- and underflows."""
-    pre = torch.tensor([[-3e4, -300.0, -20.0, -1.0, 0.0, 20.0, 300.0, 3e4]], device=DEVICE)
-    eye = torch.eye(8, device=DEVICE)
-    act, saved = linear.linear_gelu(pre, eye, None, True, usable(config))
+    pre = torch.tensor([[-3e4, -300.0, -20.0, -1.0, 0.0, 20.0, 300.0, 3e4]])
+    eye = torch.eye(8)
+    act, saved = linear.linear_gelu(pre, eye, None, True, config)
     assert torch.equal(saved, pre)
     expected = F.gelu(pre.double(), approximate="tanh")
     assert_each_is_judged(act, F.gelu(pre, approximate="tanh"), expected)
-    d_pre, again, _ = linear.linear_gelu_backward(torch.ones_like(pre), eye, pre, False, usable(config))
+    d_pre, again, _ = linear.linear_gelu_backward(torch.ones_like(pre), eye, pre, False, config)
     assert torch.equal(again, act)
     slope = gelu_gradient(torch.ones_like(expected), pre.double())[0]
     assert_each_is_judged(d_pre, gelu_gradient(torch.ones_like(pre), pre)[0], slope)
@@ -177,24 +96,24 @@ def test_large_pre_activations(config):
 def test_the_backward_computes_the_activation_again(config):
     """Bit for bit: the forward takes it of the rounded pre-activation that it stores."""
     x, weight, bias, *_ = draw(3, 7, 144, 72, torch.float16)
-    act, pre = linear.linear_gelu(x, weight, bias, True, usable(config))
-    again = linear.linear_gelu_backward(x, weight.t().contiguous(), pre, False, usable(config))[1]
+    act, pre = linear.linear_gelu(x, weight, bias, True, config)
+    again = linear.linear_gelu_backward(x, weight.t().contiguous(), pre, False, config)[1]
     assert torch.equal(again, act)
 
 
 @every_config
 def test_two_runs_are_equal(config):
     x, weight, bias, *_ = draw(3, 33, 144, 72, torch.float32)
-    runs = [linear.linear_gelu_backward(x, weight.t(), torch.ones(99, 144, device=DEVICE), True, usable(config))
+    runs = [linear.linear_gelu_backward(x, weight.t(), torch.ones(99, 144), True, config)
             for _ in range(2)]  # fmt: skip
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
 
 
 def test_misaligned_operands_take_the_other_kernel():
     """TMA wants addresses and row strides of 16 bytes, and rows apart."""
-    buffer = torch.randn(33 * 73 + 1, device=DEVICE)
+    buffer = torch.randn(33 * 73 + 1)
     x = buffer[1:].view(33, 73)[:, :72]
-    weight = torch.randn(144, 72, device=DEVICE)
+    weight = torch.randn(144, 72)
     assert not linear._takes_tma(x) and linear._takes_tma(weight)
     assert not linear._takes_tma(weight.as_strided((8, 72), (16, 1)))
     config = CONFIGS["tma"]._replace(block_m=64)
@@ -205,10 +124,10 @@ def test_misaligned_operands_take_the_other_kernel():
 @pytest.mark.parametrize("rows", [16, 32, 64, 128, 256])
 def test_the_other_kernel_has_as_many_rows(rows):
     """Whatever tile cannot be described to TMA: a gradient's partial sums are of so many rows."""
-    d_out, pre = (torch.randn(33, 72, device=DEVICE).half() for _ in range(2))
+    d_out, pre = (torch.randn(33, 72).half() for _ in range(2))
     d_out = torch.cat([d_out, d_out], 1)[:, 1:73]
     config = CONFIGS["tma"]._replace(block_m=rows, block_n=32, block_k=16)
-    partial = linear.linear_gelu_backward(d_out, torch.eye(72, device=DEVICE).half(), pre, True, config)[2]
+    partial = linear.linear_gelu_backward(d_out, torch.eye(72).half(), pre, True, config)[2]
 
     def formula(d_out, pre):
         return [torch.stack([part.sum(0) for part in gelu_gradient(d_out, pre)[0].split(rows)])]
@@ -234,7 +153,7 @@ def test_four_byte_results_take_twice_the_parts(monkeypatch, dtype, stream, part
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_sums_of_several_groups(count):
     shapes = [(6, 2, 72), (1, 131, 200), (1, 1, 8), (2, 65, 130)][:count]
-    partials = [torch.randn(shape, device=DEVICE) for shape in shapes]
+    partials = [torch.randn(shape) for shape in shapes]
     for actual, partial in zip(sums.sum_partials(partials, torch.float32), partials, strict=True):
         verdict = judge("operator", actual, partial.sum(1), partial.double().sum(1), torch.float32)
         assert verdict.ok

@@ -260,26 +260,3 @@ def test_twenty_steps_of_the_diffusion_loss(autocast):
     verdict = judge("model", fast, yardstick, oracle, torch.bfloat16 if autocast else torch.float32)
     assert verdict.ok, verdict
     assert oracle[-5:].mean() < oracle[:5].mean()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_model_on_gpu(conditioning, dtype):
-    config = DiTConfig(depth=3, hidden_size=1152, num_heads=16, latent_size=(16, 32), conditioning=conditioning)
-    assert not failures(check_model(config, DTYPES[dtype], "cuda"))
-
-
-@pytest.mark.gpu
-def test_captured_graph_sees_new_weights():
-    fast, slow = (model.cuda() for model in pair())
-    x, t, y = random_batch(TINY, 2, "cuda")
-    inference(fast, (x, t, y))
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        out = fast(x, t, y)
-    randomize_(fast, 3)
-    randomize_(slow, 3)
-    graph.replay()
-    oracle = copy.deepcopy(slow).double()(x.double(), t, y)
-    assert judge("model", out, slow(x, t, y), oracle, torch.float32).ok

@@ -165,16 +165,3 @@ def test_use_backend():
     wanted = "backend must be one of auto, triton, torch, got 'cuda'"
     with pytest.raises(ValueError, match=wanted), ops.use_backend("cuda"):
         pass
-
-
-@pytest.mark.subprocess
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", OPERATORS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_operator_on_gpu(name, dtype):
-    """Includes cuBLASLt's GELU epilogue: without gradients wanted, the linear operators take it."""
-    operator = OPERATORS[name]
-    for shape in SHAPES:
-        for wanted in ((), None):
-            verdicts = check(operator, shape, DTYPES[dtype], "cuda", wanted=wanted)
-            assert not {key: verdict for key, verdict in verdicts.items() if not verdict.ok}, shape
