@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 _DRAWS = ("randn", "rand")
 
@@ -32,21 +32,16 @@ class Uncomputed(TorchDispatchMode):
                 return func._op_dk(torch._C.DispatchKey.CPU, *args, **kwargs)
         written = [index for index, item in enumerate(func._schema.arguments) if _is_written(item)]
         if written and torch.Tag.inplace_view not in func.tags:
-            return self._left_as_it_is(func, written, args, kwargs)
+            names = [argument.name for argument in func._schema.arguments]
+            targets = [args[index] if index < len(args) else kwargs[names[index]] for index in written]
+            return targets[0] if len(func._schema.returns) == 1 else tuple(targets)
         if written or _gives_views(func) or not _gives_tensors(func):
             return func(*args, **kwargs)
-        if not any(isinstance(value, Tensor) for value in _flat(args)):
+        if not any(isinstance(value, Tensor) for value in tree_leaves(args)):
             drawn = func._schema.name.removeprefix("aten::") in _DRAWS
             return torch.empty(args[0], dtype=kwargs.get("dtype")) if drawn else func(*args, **kwargs)
         shapes = func(*tree_map(_to_meta, args), **tree_map(_to_meta, kwargs))
         return tree_map(_from_meta, shapes)
-
-    @staticmethod
-    def _left_as_it_is(func: Any, written: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        names = [argument.name for argument in func._schema.arguments]
-        targets = [args[index] if index < len(args) else kwargs[names[index]] for index in written]
-        returned = targets[: len(func._schema.returns)]
-        return returned[0] if len(returned) == 1 else tuple(returned) or None
 
 
 def _is_written(item: Any) -> bool:
@@ -59,13 +54,6 @@ def _gives_views(func: Any) -> bool:
 
 def _gives_tensors(func: Any) -> bool:
     return bool(func._schema.returns) and all("Tensor" in str(item.type) for item in func._schema.returns)
-
-
-def _flat(args: Sequence[Any]) -> list[Any]:
-    found: list[Any] = []
-    collect: Callable[[Any], None] = found.append
-    tree_map(collect, args)
-    return found
 
 
 def _to_meta(value: Any) -> Any:

@@ -38,7 +38,7 @@ def by(compiled, fast):
 def test_compile(backend, fullgraph):
     fast, slow = pair()
     compiled = torch.compile(fast, backend=backend, fullgraph=fullgraph)
-    assert_trained_alike(fast, slow, call=by(compiled, fast), x_learns=True)
+    assert_trained_alike(fast, slow, call=by(compiled, fast), x_learns=True, join=True)
 
 
 @pytest.mark.parametrize("training", [True, False])

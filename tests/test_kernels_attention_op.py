@@ -43,7 +43,8 @@ def test_subsets_of_gradients(wanted):
     assert not failures(verdicts)
 
 
-@pytest.mark.parametrize("shape", [(5,), (5, 5), (2, 1, 5), (3, 1, 1, 5), (3, 2, 5, 5)], ids=str)
+# gradients of enough elements: of five or fifteen the yardstick's errors may all happen to be small
+@pytest.mark.parametrize("shape", [(65,), (65, 65), (2, 1, 65), (3, 1, 1, 65), (3, 2, 65, 65)], ids=str)
 def test_biases_that_broadcast(shape):
     operator = triton_operator("self_attention+bias")
 
@@ -51,7 +52,7 @@ def test_biases_that_broadcast(shape):
         return {**OPERATORS["self_attention"].draw(sizes, generator), "bias": torch.randn(shape, generator=generator)}
 
     bias = replace(operator, draw=draw)
-    assert not failures(check(bias, Shape(3, 5, 72), torch.float32))
+    assert not failures(check(bias, Shape(3, 65, 72), torch.float32))
 
 
 def test_scales():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -119,7 +120,8 @@ def test_the_tests_of_bench_are_in_the_sdist_and_in_no_wheel(built: Built, sourc
 
 def test_the_wheel_holds_data_license_and_type_marker(built: Built) -> None:
     names = _names(built.wheel)
-    assert {"ditfast/py.typed", "ditfast/inference/imagenet.txt"} <= names
+    files = ("py.typed", "inference/imagenet.txt", "kernels/rehearsal/stub.c")
+    assert {f"ditfast/{name}" for name in files} <= names
     assert {f"ditfast/{name}" for name in STAND_IN_DATA} <= names
     (license_name,) = (name for name in names if name.endswith(".dist-info/licenses/LICENSE"))
     with zipfile.ZipFile(built.wheel) as wheel:
@@ -160,6 +162,25 @@ def test_the_rooms_import_from_the_wheel(installed: Environment, tmp_path: Path)
     assert Path(face) == installed.site_packages / "ditfast" / "__init__.py"
     assert Path(parity) == installed.site_packages / "ditfast" / "bench" / "parity.py"
     assert data == ["kernels", "bench"]
+
+
+def test_a_rehearsal_runs_from_the_wheel(installed: Environment, tmp_path: Path) -> None:
+    """Its stub is built from the file that was installed with it."""
+    pytest.importorskip("triton", reason="needs the package triton")
+    if shutil.which("gcc") is None:
+        pytest.skip("needs gcc")
+    script = (
+        "import os; os.environ.pop('TRITON_INTERPRET', None)\n"
+        "import torch, ditfast\n"
+        "from ditfast.kernels.rehearsal import driver, rehearse\n"
+        "with rehearse('sm_90') as seen:\n"
+        "    x = torch.empty(2, 16, 64)\n"
+        "    ditfast.ops.gated_residual(x, x, x[:, 0])\n"
+        "print(driver.__file__, seen.launches)"
+    )
+    file, launches = installed.run("-c", script, cwd=tmp_path).split()
+    assert Path(file) == installed.site_packages / "ditfast" / "kernels" / "rehearsal" / "driver.py"
+    assert launches == "1"
 
 
 @pytest.mark.parametrize("room", ROOMS)
