@@ -58,10 +58,11 @@ readme: env
 sample: env
 	"$(BIN)/python" examples/sample_tiny.py
 
-# waiting threads sleep: tests start processes that would otherwise spin beside each other
+# waiting threads sleep: tests run side by side, and start processes that would otherwise spin beside each other
+TESTS := OMP_WAIT_POLICY=PASSIVE "$(BIN)/python" -m pytest -q -n 2 --dist loadfile
 test: lint
-	OMP_WAIT_POLICY=PASSIVE "$(BIN)/python" -m pytest -q --durations=12
-	OMP_WAIT_POLICY=PASSIVE "$(BIN)/python" -m pytest -q -m rehearsal --durations=5
+	$(TESTS) --durations=12
+	$(TESTS) --dist load -m rehearsal
 
 lint: env
 	"$(BIN)/python" -m ruff check .
@@ -76,9 +77,9 @@ $(GPU_STAMP): constraints.txt Makefile
 
 gpu-stack: $(GPU_STAMP)
 	$(IN_GPU_STACK) ditfast rehearse
-	$(IN_GPU_STACK) pytest -q -m rehearsal
+	$(IN_GPU_STACK) pytest -q -n 2 -m rehearsal
 	@# torch 2.11's DTensors know no Linear of what is split along the tokens
-	$(IN_GPU_STACK) pytest -q -k "compile and not two_processes"
+	$(IN_GPU_STACK) pytest -q -n 2 -k "compile and not two_processes"
 
 rehearsal: $(GPU_STAMP)
 	$(IN_GPU_STACK) ditfast rehearse --full

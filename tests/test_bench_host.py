@@ -51,7 +51,9 @@ def pytest_sessionfinish(session):
 
 def run_bench(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     # tests/ turns the interpreter on where there is no GPU
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # pytest-benchmark measures nothing where it takes itself for a process of xdist's
+    left_out = ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER")
+    inherited = {name: value for name, value in os.environ.items() if name not in left_out}
     # where this process finds ditfast, and the plugins of a test
     path = os.pathsep.join([str(Path(ditfast.__file__).parents[1]), environment.pop("PLUGINS", "")])
     return subprocess.run(
