@@ -14,7 +14,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from multiprocessing import get_context
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from ditfast import DiT, DiTConfig
 from ditfast.config import Conditioning
 from ditfast.ops import use_backend
+from ditfast.ops._backend import Backend
 
 from .cases import DTYPES
 from .inputs import random_batch
@@ -38,7 +41,6 @@ if TYPE_CHECKING:
 SCHEMA = "ditfast.rehearsal/1"
 BRIEF_ARCHITECTURES = ("sm_90", "sm_80")  # the others launch what sm_80 does, within less shared memory
 _DEPTH = 2  # blocks: one that is handed a branch, and one that hands one on
-_LEAST_FOR_TMA = 9  # of the compute capability
 
 
 class Sizes(NamedTuple):
@@ -88,8 +90,11 @@ class Outcome:
 
 
 class Case(NamedTuple):
+    """Something to run; ``launches``: whether a kernel must be launched by it, or none may be."""
+
     name: str
     run: Callable[[], Any]
+    launches: bool = True
 
 
 def rehearse(
@@ -124,9 +129,12 @@ def rehearse(
     dtypes = dtypes or (tuple(DTYPES) if full else ("bf16",))
     parts = [Part(*item, full) for item in itertools.product(architectures, dtypes, ("operators", "models"))]
     # fresh interpreters: what a forked one inherits of threads and drivers is not to be told
-    with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("spawn"))
+    try:
         for done in as_completed([pool.submit(rehearse_part, part) for part in parts]):
             yield done.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def rehearse_part(part: Part) -> Outcome:
@@ -143,37 +151,54 @@ def rehearse_part(part: Part) -> Outcome:
         for precision in ("highest", "high") if dtype == torch.float32 else ("highest",):
             with float32_precision(precision):
                 for case in cases:
+                    where = f"{case.name} on {part.arch}" + (", TF32" if precision == "high" else "")
+                    before = seen.launches
                     outcome.cases += 1
                     try:
                         case.run()
                     except Exception as error:  # whatever it is, on a GPU it would have been met there
                         text = " ".join(str(error).split())[:300]
-                        outcome.failures.append(f"{case.name} on {part.arch}: {type(error).__name__}: {text}")
+                        outcome.failures.append(f"{where}: {type(error).__name__}: {text}")
+                    else:
+                        if (seen.launches > before) != case.launches:
+                            outcome.failures.append(f"{where}: launched {seen.launches - before} kernels")
         outcome.launches, outcome.tensor_maps, outcome.compilations = seen.launches, seen.tensor_maps, seen.compilations
     return outcome
 
 
 def operator_cases(dtype: torch.dtype, sizes: Sizes) -> list[Case]:
     """Every operator as "auto" chooses and with its kernel demanded, with gradients and without."""
-    cases = []
+    cases: list[Case] = []
     for (width, heads), batch, tokens in itertools.product(sizes.widths, sizes.batches, sizes.tokens):
         shape = Shape(batch, tokens, width, num_heads=heads, ratio=4)
         for operator in OPERATORS.values():
             for mixed in (False, True) if operator.mixed and dtype != torch.float32 else (False,):
-                stream = ", fp32 stream" if mixed else ""
-                name = f"{operator.name}{stream}, {dtype}, B={batch} T={tokens} D={width}"
-                cases.append(Case(name, partial(_run_operator, operator, shape, dtype, mixed)))
+                cases += _cases_of(operator, shape, dtype, mixed)
     for head_dim, tokens in itertools.product(sizes.head_dims, (64, 257)):
         shape = Shape(3, tokens, 2 * head_dim, num_heads=2)
         for operator in (OPERATORS["self_attention"], OPERATORS["self_attention+bias"]):
-            name = f"{operator.name}, {dtype}, T={tokens} head_dim={head_dim}"
-            cases.append(Case(name, partial(_run_operator, operator, shape, dtype, False)))
+            cases += _cases_of(operator, shape, dtype)
     # rows that are no multiples of 16 bytes, at addresses that are none either
     shape = Shape(3, 64, sizes.widths[0][0], num_heads=sizes.widths[0][1], ratio=4)
     for operator in OPERATORS.values():
-        name = f"{operator.name}, {dtype}, misaligned, D={shape.width}"
-        cases.append(Case(name, partial(_run_operator, operator, shape, dtype, False, _misaligned)))
+        cases += _cases_of(operator, shape, dtype, layout=_misaligned)
     return cases
+
+
+def _cases_of(
+    operator: Operator,
+    shape: Shape,
+    dtype: torch.dtype,
+    mixed: bool = False,
+    layout: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Iterator[Case]:
+    """One a backend, each in inference and, where the operator has gradients, in training, which launches a kernel."""
+    kind = (", fp32 stream" if mixed else "") + (", misaligned" if layout is _misaligned else "")
+    sizes = f"B={shape.batch} T={shape.tokens} D={shape.width} H={shape.num_heads}"
+    backends: tuple[Backend, ...] = ("auto", "triton") if operator.kernel else ("auto",)
+    for backend in backends:
+        run = partial(_run_operator, operator, shape, dtype, mixed, layout, backend)
+        yield Case(f"{operator.name}{kind}, {backend}, {dtype}, {sizes}", run)
 
 
 def _run_operator(
@@ -181,14 +206,14 @@ def _run_operator(
     shape: Shape,
     dtype: torch.dtype,
     mixed: bool,
-    layout: Callable[[Tensor], Tensor] = lambda x: x,
+    layout: Callable[[Tensor], Tensor],
+    backend: Backend,
 ) -> None:
     inputs = {name: layout(x) for name, x in draw_inputs(operator, shape, dtype, "cpu", mixed).items()}
     options = operator.options(shape)
-    for backend in ("auto", "triton") if operator.kernel else ("auto",):
-        for learns in (False, True) if operator.differentiable(inputs) else (False,):
-            with use_backend(backend):
-                _forward_and_backward(partial(operator.fused, **options), inputs, learns)
+    for learns in (False, True) if operator.differentiable(inputs) else (False,):
+        with use_backend(backend):
+            _forward_and_backward(partial(operator.fused, **options), inputs, learns)
 
 
 def _forward_and_backward(function: Callable[..., Any], inputs: Inputs, learns: bool) -> None:
@@ -222,23 +247,32 @@ def model_cases(dtype: torch.dtype, sizes: Sizes) -> list[Case]:
                 num_classes=10,
                 conditioning=design,
             )
-            for batch in sizes.batches:
-                name = f"DiT, {design}, {dtype}, B={batch} T={config.num_tokens} D={width}"
-                cases.append(Case(name, partial(_run_model, config, batch, dtype)))
+            for batch, training in itertools.product(sizes.batches, (False, True)):
+                how = "training" if training else "inference"
+                name = f"DiT, {design}, {how}, {dtype}, B={batch} T={config.num_tokens} D={width}"
+                run = partial(train if training else infer, config, batch, dtype)
+                cases.append(Case(name, run, launches=design.startswith("adaln")))  # others run the reference's code
     return cases
 
 
-def _run_model(config: DiTConfig, batch: int, dtype: torch.dtype) -> None:
-    model = DiT(config).to(dtype)
+def infer(config: DiTConfig, batch: int, dtype: torch.dtype) -> None:
+    """A model's forward, guided, and with its modulations given."""
+    model = DiT(config).to(dtype).eval()
     x, t, y = random_batch(config, batch, dtype=dtype)
     with torch.inference_mode():
-        model.eval()(x, t, y)
+        model(x, t, y)
         if config.null_class is not None:
             doubled, times, labels = (torch.cat([each, each]) for each in (x, t, y))
             model.forward_with_cfg(doubled, times, labels, 4.0)
         if model.fused:
             model.forward_modulated(x, model.modulation(t, y))
-    _train(model.train(), x, t, y)
+
+
+def train(config: DiTConfig, batch: int, dtype: torch.dtype) -> None:
+    """A model's forward and backward, in this dtype and under its autocast."""
+    model = DiT(config).to(dtype).train()
+    x, t, y = random_batch(config, batch, dtype=dtype)
+    _train(model, x, t, y)
     if dtype != torch.float32:
         _train(model.float(), x.float(), t, y, torch.autocast("cpu", dtype))
 
@@ -253,24 +287,16 @@ def _train(
 
 
 def unreached(outcomes: Sequence[Outcome]) -> list[str]:
-    """Kernels that no case has launched, as sentences; TMA's is Hopper's own."""
-    from ditfast.kernels import (
-        adaln,
-        attention,
-        attention_bwd,
-        attention_dbias,
-        conditioning,
-        gemm,
-        linear,
-        sums,
-    )
+    """Kernels that no case has launched, as sentences; TMA's is for some architectures alone."""
+    from ditfast import kernels
+    from ditfast.kernels.gemm_config import PERSISTENT
     from ditfast.kernels.rehearsal import GPUS
 
-    modules = (adaln, attention, attention_bwd, attention_dbias, conditioning, gemm, linear, sums)
+    modules = [import_module(f"{kernels.__name__}.{found.name}") for found in iter_modules(kernels.__path__)]
     known = {name for module in modules for name in vars(module) if name.startswith("_") and name.endswith("_kernel")}
     found = []
     for arch in dict.fromkeys(outcome.part.arch for outcome in outcomes):
-        wanted = known if GPUS[arch].capability[0] == _LEAST_FOR_TMA else known - {"_gemm_tma_kernel"}
+        wanted = known if GPUS[arch].capability[0] in PERSISTENT else known - {"_gemm_tma_kernel"}
         seen = {item.kernel for outcome in outcomes if outcome.part.arch == arch for item in outcome.compilations}
         found += [f"{name} was never launched on {arch}" for name in sorted(wanted - seen)]
     return found

@@ -64,7 +64,7 @@ IEEE = GemmConfig("triton", 64, 64, 16, 8, 1, 4, 2, 0, 0)
 _INTERPRETED = GemmConfig("triton", 64, 128, 64, 2, 2, 4, 1, 0, 0)  # each program and step costs milliseconds there
 # compute capabilities with TMA, an asynchronous tensor core that feeds on shared memory, and 227 KB of it for a block:
 # Hopper and datacenter Blackwell, not the consumers' sm_120 with 99 KB
-_PERSISTENT = (9, 10)
+PERSISTENT = (9, 10)
 _LEAST_PART = 16  # columns: TMA moves 16 bytes or more, and 4-byte results halve a part
 _LEAST_ROWS = 64  # below, reading the weight decides, and the libraries' split-K kernels win
 
@@ -91,14 +91,14 @@ def _gemm_config(
 ) -> GemmConfig:
     if gpu is None:
         return _INTERPRETED._replace(block_m=sum_rows(rows, dtype))
-    (major, _), multiprocessors = launch.gpu(gpu)[1:3]
+    _, (major, _), multiprocessors = launch.gpu(gpu)
     config = heuristic(operator, rows, columns, inner, dtype, major, multiprocessors, demanded, tf32)
     chosen = config._replace(**tuned(gpu, operator, dtype, (columns, inner), (rows,)))
     inapplicable = (
         (dtype == torch.float32 and (demanded or not tf32))  # a table is tuned with one setting of the switch
         or (demanded and chosen.candidate != "triton")
         or (operator == "linear_gelu_backward" and chosen.block_m != sum_rows(rows, dtype))
-        or (chosen.tma and major not in _PERSISTENT)
+        or (chosen.tma and major not in PERSISTENT)
         or chosen.block_n < _LEAST_PART * chosen.parts
     )
     return config if inapplicable else chosen
@@ -140,7 +140,7 @@ def heuristic(
     if dtype == torch.float32 and not tf32:
         # cuBLAS's fp32 GEMM is far ahead of a tile of multiply-adds; the epilogue is a small part of it
         return IEEE if demanded else IEEE._replace(candidate="separate")
-    tiles = HOPPER if major in _PERSISTENT else PORTABLE
+    tiles = HOPPER if major in PERSISTENT else PORTABLE
     if operator == "linear_gelu_backward":
         tiles = tuple(entry for entry in tiles if entry[0].block_m == sum_rows(rows, dtype))
 

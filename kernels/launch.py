@@ -24,13 +24,12 @@ class Gpu(NamedTuple):
     Attributes:
         name: as its driver gives it.
         capability: major and minor.
-        shared: bytes of shared memory that a block may take.
+        multiprocessors: their number.
     """
 
     name: str
     capability: tuple[int, int]
     multiprocessors: int
-    shared: int
 
 
 #: while kernels are rehearsed: (index, GPU) that CPU tensors are taken to be on
@@ -62,9 +61,7 @@ def gpu(index: int) -> Gpu:
 @lru_cache(maxsize=64)
 def _cuda_gpu(index: int) -> Gpu:
     found = torch.cuda.get_device_properties(index)
-    # of a multiprocessor's shared memory each block has 1 KB taken, on every architecture from sm_80 on
-    shared = found.shared_memory_per_multiprocessor - 1024
-    return Gpu(found.name, (found.major, found.minor), found.multi_processor_count, shared)
+    return Gpu(found.name, (found.major, found.minor), found.multi_processor_count)
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:

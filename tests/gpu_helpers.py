@@ -13,6 +13,7 @@ from ditfast.bench.operators import OPERATORS, Shape, draw_inputs, run
 from ditfast.bench.parity import judge
 
 pytest.importorskip("triton")
+from ditfast.kernels import gemm_config  # noqa: E402
 
 DEVICE = torch.device("cuda")
 CYCLES = 20_000_000  # about 10 ms: whoever does not wait is early
@@ -134,8 +135,8 @@ def in_threads(functions):
 
 def usable(config):
     """A GEMM's configuration, where the GPU has what it takes."""
-    if config.tma and torch.cuda.get_device_capability()[0] < 9:
-        pytest.skip("needs TMA: an NVIDIA GPU of sm_90 or newer")
+    if config.tma and torch.cuda.get_device_capability()[0] not in gemm_config.PERSISTENT:
+        pytest.skip("needs TMA and the shared memory of a Hopper or a datacenter Blackwell")
     return config
 
 

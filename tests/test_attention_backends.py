@@ -94,7 +94,7 @@ def tuned(monkeypatch):
     from ditfast.kernels import launch, tables
 
     packages: set[str] = set()
-    monkeypatch.setattr(launch, "gpu", lambda index: launch.Gpu("NVIDIA H200", (9, 0), 132, 227 * 1024))
+    monkeypatch.setattr(launch, "gpu", lambda index: launch.Gpu("NVIDIA H200", (9, 0), 132))
     monkeypatch.setattr(tables, "load", lambda gpu: ENTRIES if gpu == "NVIDIA H200" else {})
 
     def machine_reason(name, gpu):

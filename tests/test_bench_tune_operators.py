@@ -113,7 +113,7 @@ def test_the_plan_holds_what_a_model_looks_up(monkeypatch: pytest.MonkeyPatch) -
         seen.add(tables.table_key(*sizes))
         return {}
 
-    ampere = launch.Gpu("NVIDIA A100", (8, 0), 108, 163 * 1024)
+    ampere = launch.Gpu("NVIDIA A100", (8, 0), 108)
     monkeypatch.setattr(launch, "gpu", lambda index: ampere)
     monkeypatch.setattr(linear, "gpu", lambda index: ampere)
     for module in (row_config, gemm_config, attention):

@@ -39,7 +39,7 @@ def write(path, data):
 def configs(tmp_path, monkeypatch):
     """A folder for tables, and an H200 to look them up."""
     monkeypatch.setattr(tables, "CONFIGS", tmp_path)
-    monkeypatch.setattr(launch, "gpu", lambda index: launch.Gpu(GPU, (9, 0), 132, 227 * 1024))
+    monkeypatch.setattr(launch, "gpu", lambda index: launch.Gpu(GPU, (9, 0), 132))
     for cached in CACHES:
         cached.cache_clear()
     yield tmp_path
@@ -123,7 +123,7 @@ def test_tiles_for_tma_are_not_followed_without_it(configs, monkeypatch):
     write(configs / "nvidia-h200.json", table({GEMM: {"candidate": "triton", "tma": 1}}))
     assert (gemm().candidate, gemm().tma) == ("triton", 1)
     gemm_config._gemm_config.cache_clear()
-    monkeypatch.setattr(launch, "gpu", lambda index: launch.Gpu(GPU, (12, 0), 170, 99 * 1024))
+    monkeypatch.setattr(launch, "gpu", lambda index: launch.Gpu(GPU, (12, 0), 170))
     assert gemm().tma == 0
 
 

@@ -167,8 +167,10 @@ def test_the_rooms_import_from_the_wheel(installed: Environment, tmp_path: Path)
 def test_a_rehearsal_runs_from_the_wheel(installed: Environment, tmp_path: Path) -> None:
     """Its stub is built from the file that was installed with it."""
     pytest.importorskip("triton", reason="needs the package triton")
-    if shutil.which("gcc") is None:
-        pytest.skip("needs gcc")
+    from ditfast.kernels.rehearsal import driver
+
+    if shutil.which("gcc") is None or driver._has_driver():
+        pytest.skip("needs gcc, and no NVIDIA driver")
     script = (
         "import os; os.environ.pop('TRITON_INTERPRET', None)\n"
         "import torch, ditfast\n"

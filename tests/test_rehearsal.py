@@ -17,6 +17,7 @@ from ditfast.bench import rehearsal
 from ditfast.bench.inputs import random_batch, randomize_
 from ditfast.bench.operators import OPERATORS
 from ditfast.bench.uncomputed import Uncomputed
+from ditfast.ops import _backend
 
 pytest.importorskip("triton", reason="needs the package triton")
 from triton.runtime.errors import OutOfResources  # noqa: E402
@@ -131,14 +132,18 @@ COMPILATIONS = {
 
 
 def test_another_batch_or_token_count_compiles_nothing():
+    """Token counts of the models, which multiples of 16 are: attention compiles once more for others."""
     xl = DiTConfig(depth=2, hidden_size=1152, num_heads=16, latent_size=32, patch_size=2, num_classes=10)
     with rehearse("sm_90") as seen, Uncomputed():
         for batch in (4, 1, 2, 3, 7, 16, 64, 256):
-            rehearsal._run_model(xl, batch, torch.bfloat16)
+            rehearsal.infer(xl, batch, torch.bfloat16)
+            rehearsal.train(xl, batch, torch.bfloat16)
         at_256_tokens = len(seen.compilations)
         for patch, latent in ((4, 32), (8, 32), (2, 64)):
             for batch in (4, 1, 2, 3, 7, 16, 64, 256):
-                rehearsal._run_model(replace(xl, patch_size=patch, latent_size=latent), batch, torch.bfloat16)
+                config = replace(xl, patch_size=patch, latent_size=latent)
+                rehearsal.infer(config, batch, torch.bfloat16)
+                rehearsal.train(config, batch, torch.bfloat16)
     assert Counter(item.kernel for item in seen.compilations) == COMPILATIONS
     assert at_256_tokens == 26
     assert not [item for item in seen.compilations if item.ones]  # no size of 1 is a reason
@@ -167,10 +172,34 @@ def test_what_fails_is_noted_and_the_rest_goes_on(monkeypatch):
     monkeypatch.setattr(rehearsal, "OPERATORS", broken)
     monkeypatch.setattr(rehearsal, "BRIEF", rehearsal.Sizes(((144, 2),), (3,), (17,), ()))
     outcome = rehearsal.rehearse_part(rehearsal.Part("sm_80", "bf16", "operators", False))
-    assert len(outcome.failures) == 2 and outcome.cases > 20 and outcome.launches > 20
+    assert len(outcome.failures) == 4 and outcome.cases > 40 and outcome.launches > 20
     assert outcome.failures[0] == (
-        "gelu_mlp, torch.bfloat16, B=3 T=17 D=144 on sm_80: RuntimeError: no such kernel"
+        "gelu_mlp, auto, torch.bfloat16, B=3 T=17 D=144 H=2 on sm_80: RuntimeError: no such kernel"
     )
+
+
+def test_a_case_that_launches_nothing_fails(monkeypatch):
+    """As models would whose operators took their formulas on a GPU: the kernels demanded elsewhere do not hide it."""
+    reason = _backend.triton_reason
+
+    def lost(x, width):
+        return "lost" if _backend.current_backend() == "auto" else reason(x, width)
+
+    monkeypatch.setattr(_backend, "triton_reason", lost)
+    monkeypatch.setattr(rehearsal, "BRIEF", rehearsal.Sizes(((144, 2),), (3,), (17,), ((8, 8, 2),)))
+    for subject, count in (("operators", len(OPERATORS)), ("models", 4)):
+        outcome = rehearsal.rehearse_part(rehearsal.Part("sm_80", "bf16", subject, False))
+        silent = [failure for failure in outcome.failures if failure.endswith("on sm_80: launched 0 kernels")]
+        assert silent == outcome.failures and len(silent) >= count
+
+
+def test_counts_stay_those_of_their_rehearsal():
+    x, gate = torch.empty(2, 5, 72), torch.empty(2, 72)
+    with rehearse("sm_80") as first:
+        ops.gated_residual(x, x, gate)
+    with rehearse("sm_80") as second:
+        pass
+    assert (first.launches, second.launches, first.tensor_maps) == (1, 0, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -213,6 +242,7 @@ def test_grids_and_tensor_maps_are_checked(hopper):
     for described, reason in (
         (odd[1:257].view(2, 128), "its address is no multiple of 16"),
         (odd[: 256 * 130].view(256, 130)[:, :128], "a stride in bytes is no multiple of 16"),
+        (odd.as_strided((256, 128), (64, 1)), "its rows overlap"),
     ):
         assert not linear._takes_tma(described)
         with pytest.MonkeyPatch.context() as patch:

@@ -102,7 +102,7 @@ def run(tasks: list[Task], table: Table, **rest: Any) -> tuple[tuple[int, int], 
 def pretend(patch: pytest.MonkeyPatch, folder: Path) -> None:
     """Look-ups find an H200, whose table is in the folder."""
     patch.setattr(tables, "CONFIGS", folder)
-    found = launch.Gpu(GPU.name, (GPU.major, 0), GPU.multiprocessors, 227 * 1024)
+    found = launch.Gpu(GPU.name, (GPU.major, 0), GPU.multiprocessors)
     for module in (launch, tune):
         patch.setattr(module, "gpu", lambda index: found)
     patch.setattr(_attention_choice, "machine_reason", lambda backend, gpu: None)

@@ -117,7 +117,7 @@ def triton_reason(x: Tensor, width: int) -> str | None:
     elif width > MAX_WIDTH:
         reason = f"the kernels take rows of at most {MAX_WIDTH} elements, got {width}"
     elif on_gpu(x):
-        reason = _gpu_unavailable(gpu_index(x))
+        reason = _gpu_unavailable(gpu_index(x) or 0)
     elif x.device.type == "cpu":
         reason = interpreter_unavailable()
     elif x.device.type != "meta":
@@ -130,18 +130,18 @@ def _under_vmap() -> bool:
     return bool(stack) and any(item.key() == torch._C._functorch.TransformType.Vmap for item in stack or ())
 
 
-def _gpu_unavailable(index: int | None) -> str | None:
+def _gpu_unavailable(index: int) -> str | None:
     """Why the kernels cannot run on a GPU, or None."""
     return _gpu_reason(index)  # Dynamo looks through a cache's wrapper and misses the mark below
 
 
 @lru_cache(maxsize=32)
-def _gpu_reason(index: int | None) -> str | None:
+def _gpu_reason(index: int) -> str | None:
     if torch.version.hip is not None:
         return "the kernels are for NVIDIA GPUs"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    major, minor = gpu(index or 0).capability
+    major, minor = gpu(index).capability
     return None if major >= 8 else f"the kernels need sm_80 or newer, the GPU is sm_{major}{minor}"
 
 
@@ -161,9 +161,9 @@ interpreter_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defi
 
 def available_backends() -> list[tuple[str, str, str | None]]:
     """(operator family, backend, why it is unavailable or None), for ``ditfast info``."""
-    gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
-    no_cuda = "it needs a CUDA GPU" if gpu is None else None
-    adaln = interpreter_unavailable() if gpu is None else _gpu_unavailable(gpu)
+    current = torch.cuda.current_device() if torch.cuda.is_available() else None
+    no_cuda = "it needs a CUDA GPU" if current is None else None
+    adaln = interpreter_unavailable() if current is None else _gpu_unavailable(current)
     return [
         ("adaln", "torch", None),
         ("adaln", "triton", adaln),
@@ -173,5 +173,9 @@ def available_backends() -> list[tuple[str, str, str | None]]:
         ("linear", "cublaslt", no_cuda),
         ("linear", "triton", adaln),
         ("attention", "triton", adaln),
-        *(("attention", name, machine_reason(name, gpu)) for name in get_args(AttentionBackend) if name != "triton"),
+        *(
+            ("attention", name, machine_reason(name, current))
+            for name in get_args(AttentionBackend)
+            if name != "triton"
+        ),
     ]

@@ -29,14 +29,16 @@ from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 from .. import launch
 from ..launch import Gpu
 
-#: architecture -> the GPU that stands for it: one of each amount of shared memory that a block may take
+#: architecture -> the GPU that stands for it
 GPUS = {
-    "sm_80": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 163 * 1024),
-    "sm_86": Gpu("NVIDIA A10", (8, 6), 72, 99 * 1024),
-    "sm_89": Gpu("NVIDIA GeForce RTX 4090", (8, 9), 128, 99 * 1024),
-    "sm_90": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 227 * 1024),
-    "sm_120": Gpu("NVIDIA GeForce RTX 5090", (12, 0), 170, 99 * 1024),
+    "sm_80": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108),
+    "sm_86": Gpu("NVIDIA A10", (8, 6), 72),
+    "sm_89": Gpu("NVIDIA GeForce RTX 4090", (8, 9), 128),
+    "sm_90": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132),
+    "sm_120": Gpu("NVIDIA GeForce RTX 5090", (12, 0), 170),
 }
+# bytes of shared memory that a block may take (CUDA programming guide, compute capabilities)
+_SHARED = {name: 1024 * {"sm_80": 163, "sm_90": 227}.get(name, 99) for name in GPUS}
 
 
 # one a rehearsal: Triton keeps kernels by device, so that each begins with none
@@ -65,15 +67,20 @@ class Rehearsal:
 
     gpu: Gpu
     compilations: list[Compilation] = field(default_factory=list)
+    _counted: tuple[int, int] | None = None  # once it has ended: the library counts on
 
     @property
     def launches(self) -> int:
-        return int(_library().rehearsal_launches())
+        return self._counts()[0]
 
     @property
     def tensor_maps(self) -> int:
         """Described to the driver, one for each operand of a kernel with TMA and launch."""
-        return int(_library().rehearsal_tensor_maps())
+        return self._counts()[1]
+
+    def _counts(self) -> tuple[int, int]:
+        library = _library()
+        return self._counted or (library.rehearsal_launches(), library.rehearsal_tensor_maps())
 
     def _note(self, *, fn: Any, compile: dict[str, Any], **_: Any) -> None:
         """What Triton calls after each compilation, and after each that its cache on the disk saved."""
@@ -117,13 +124,21 @@ class _Driver(CudaDriver):
 
 def unavailable() -> str | None:
     """Why kernels cannot be rehearsed in this process, or None."""
-    if torch.cuda.is_available():
-        return "this machine has a GPU, whose driver's library would be taken for the stub"
+    if _library.cache_info().currsize == 0 and _has_driver():
+        return "this machine has NVIDIA's driver, whose library would be taken for the stub"
     if launch.interpreting():
         return "kernels run in Triton's interpreter: unset TRITON_INTERPRET before the process starts"
     if shutil.which("gcc") is None:
         return "gcc, which builds the driver's stub and Triton's launchers, is not on the PATH"
     return None
+
+
+def _has_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
@@ -146,7 +161,7 @@ def rehearse(arch: str) -> Iterator[Rehearsal]:
     index = next(_INDICES)
     rehearsal = Rehearsal(GPUS[arch])
     library, active = _library(), triton.runtime.driver._active
-    library.rehearsal_begin(rehearsal.gpu.multiprocessors, rehearsal.gpu.shared)
+    library.rehearsal_begin(rehearsal.gpu.multiprocessors, _SHARED[arch])
     hook = triton.knobs.runtime.jit_post_compile_hook
     triton.runtime.driver.set_active(_Driver(index, rehearsal.gpu))
     triton.knobs.runtime.jit_post_compile_hook = rehearsal._note
@@ -154,6 +169,7 @@ def rehearse(arch: str) -> Iterator[Rehearsal]:
     try:
         yield rehearsal
     finally:
+        rehearsal._counted = rehearsal._counts()
         launch.rehearsed = None
         triton.knobs.runtime.jit_post_compile_hook = hook
         triton.runtime.driver._active = active

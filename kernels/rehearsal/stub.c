@@ -101,6 +101,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
         else if (axis + 1 < rank && (stride[axis] % 16 || stride[axis] >= (1ull << 40)))
             wrong = "a stride in bytes is no multiple of 16 below 2^40";
     }
+    if (!wrong && rank > 1 && stride[0] < size[0] * element) wrong = "its rows overlap";
     if (!wrong && box[0] * element % 16) wrong = "the inner side of its box is no multiple of 16 bytes";
     if (!wrong && span && box[0] * element > span) wrong = "the inner side of its box is wider than its swizzle";
     if (!wrong) return CUDA_SUCCESS;
