@@ -7,7 +7,7 @@
 # With the software of a GPU machine, in an environment of its own (torch's CUDA build: several GB, a few minutes once):
 # (no NVIDIA driver may be there: the first two put a stub in its place)
 # make gpu-stack       the kernels launched on an H100 and an A100 that are not there, and the tests of torch.compile
-# make rehearsal       the same for every architecture, dtype, width and token count; half an hour on two cores
+# make rehearsal       the same for every architecture, dtype, width and token count; 40 minutes on two cores
 # make kernels-oldest  every kernel compiled ahead of time by the oldest triton supported
 
 VENV ?= .venv
