@@ -58,8 +58,8 @@ def sinusoid(t, dim, downscale_freq_shift, **_):
 @pytest.mark.parametrize("scheduler", [None, "DPMSolverMultistepScheduler", "DDPMScheduler", "UniPCMultistepScheduler"])
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_the_same_images(folder, scheduler, scale, monkeypatch):
-    """In fp64 on both sides: how fp32's rounding grows over a trajectory is another matter on every CPU, and judged
-    step by step in test_inference_engine.py."""
+    """Ours and the oracle in fp64: over a trajectory ours in fp32 has been past the bound on one CPU and within it on
+    another; the engine in fp32 is judged in test_inference_engine.py."""
     drawn = []
     draw = diffusers.utils.torch_utils.randn_tensor
 
