@@ -1,7 +1,8 @@
-"""A campaign: every suite in order of value within a wall-clock budget, each in a process of its own.
+"""A campaign: a plan of steps in order of value within a wall-clock budget, each in a process of its own.
 
-Its folder holds one result file a step, the logs, and campaign.state with what has been done. Every step saves after
-every row and goes on where it was cut, so a campaign can be interrupted, killed, and run again.
+Its folder holds a result file a step, the logs, campaign.state with what has been done, the compilers' caches, and
+archives of all of it that are renewed after every step. Suites save after every row and go on where they were cut, so
+that a campaign can be interrupted, killed, and run again, here or from its archive elsewhere.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,16 +24,18 @@ from .environment import collect
 from .files import write_json
 from .parsing import parse
 from .records import Results
-from .suite import differences
+from .suite import differences, renewing
 
-SCHEMA = "ditfast.bench.campaign/1"
-State = Literal["done", "cut", "failed", "skipped"]
+SCHEMA = "ditfast.bench.campaign/2"
+State = Literal["done", "older", "cut", "failed", "skipped"]
+STATE_FILE = "campaign.state"  # not .json: DIR/*.json are results
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-_STATE_FILE = "campaign.state"  # not .json: DIR/*.json are results
 _GRACE_SECONDS = 20.0  # for a step to save and print after its time is up
-_MIN_SECONDS = 20.0  # importing torch and measuring the limits take as long: less is not worth a start
+_MIN_SECONDS = 15.0  # importing torch and measuring the limits take as long: less is not worth a start
+_PLANNED_SECONDS = 480.0  # the budget that the steps' limits are made for; a longer one stretches them
+_POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,10 @@ class Step:
 
     Attributes:
         name: of its files and in the state.
-        command: what follows the interpreter; "{json}" stands for its result file.
-        share: of the budget that it may take in the first pass.
+        command: what follows the interpreter; "{json}" stands for its result file, "{seconds}" for its own budget.
+        title: what it finds out, for people.
+        limit: seconds that it may take in the first pass.
+        beside: whether it may run beside the steps next to it that say the same, for nothing in them is timed.
         suite: whether its result file says itself whether it came to its end; an exit code alone does not, for a
             missed parity and a crash are both 1.
         fine: exit codes besides 0 after which it has come to its end (a missed parity is a result).
@@ -51,7 +56,9 @@ class Step:
 
     name: str
     command: tuple[str, ...]
-    share: float = 1.0
+    title: str = ""
+    limit: float = _PLANNED_SECONDS
+    beside: bool = False
     suite: bool = False
     fine: tuple[int, ...] = (1,)
     skip: str = ""
@@ -59,7 +66,7 @@ class Step:
 
 @dataclass
 class Done:
-    """What became of a step, in the last attempt; seconds of all of them."""
+    """What became of a step, in the last attempt; seconds of all of them. "older": done under other sources."""
 
     state: State
     seconds: float
@@ -68,25 +75,41 @@ class Done:
 
 
 @dataclass
+class _Running:
+    """A step's process."""
+
+    step: Step
+    process: subprocess.Popen[bytes]
+    start: float
+    limit: float
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+
+@dataclass
 class Campaign:
     """A folder of results.
 
     Attributes:
         folder: where everything goes.
-        environment: of the first start; another machine or version is no continuation.
+        environment: of the last start.
         steps: name -> what became of it.
+        variables: of the environment, set for every step.
     """
 
     folder: Path
     environment: dict[str, Any] = field(default_factory=dict)
     steps: dict[str, Done] = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, folder: Path) -> Campaign:
-        """A new campaign in the folder, or the one that is there.
+    def open(cls, folder: Path, variables: Mapping[str, str] | None = None) -> Campaign:
+        """A new campaign in the folder, or the one that is there; what was done under other sources is to do again.
 
         Raises:
-            ValueError: the folder cannot be written, its state is damaged, or it stems from other conditions.
+            ValueError: the folder cannot be written, its state is damaged, or it is another machine's.
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -95,25 +118,35 @@ class Campaign:
             raise ValueError(f"--out must be a folder that can be written, got {folder}: {error.strerror}") from error
         if not os.access(folder, os.W_OK):
             raise ValueError(f"--out must be a folder that can be written, got {folder}")
-        campaign = cls(folder, collect())
-        path = folder / _STATE_FILE
+        campaign = cls(folder, collect(), variables=dict(variables or {}))
+        path = folder / STATE_FILE
         if path.exists():
             there = _load(path)
             differing = differences(there["environment"], campaign.environment)
             if differing:
                 raise ValueError(f"{folder} holds a campaign of other conditions ({differing}): give another --out")
-            campaign.environment, campaign.steps = there["environment"], there["steps"]
+            campaign.steps = there["steps"]
+            if changed := renewing(there["environment"], campaign.environment):
+                for done in campaign.steps.values():
+                    if done.state == "done":
+                        done.state, done.note = "older", changed
         campaign.save()
         return campaign
 
     def save(self) -> None:
         steps = {name: asdict(step) for name, step in self.steps.items()}
         data = {"schema": SCHEMA, "environment": self.environment, "steps": steps}
-        write_json(data, self.folder / _STATE_FILE)
+        write_json(data, self.folder / STATE_FILE)
 
     def result_files(self) -> list[Path]:
         """The result files there are, in the order of their names."""
         return sorted(self.folder.glob("*.json"))
+
+    def result_file(self, step: Step) -> Path:
+        return self.folder / f"{step.name}.json"
+
+    def log(self, step: Step) -> Path:
+        return self.folder / "logs" / f"{step.name}.txt"
 
     def is_over(self, step: Step) -> bool:
         done = self.steps.get(step.name)
@@ -124,85 +157,107 @@ class Campaign:
         steps: Sequence[Step],
         budget: float,
         report: Callable[[str], None],
+        renew: Callable[[], None] = lambda: None,
         grace: float = _GRACE_SECONDS,
         minimum: float = _MIN_SECONDS,
     ) -> None:
-        """Runs what is not done yet: first within each step's share, then what was cut while time remains.
+        """Runs what is not done yet: first each step within its limit, then what was cut while time remains.
 
         Args:
             steps: in order of value.
             budget: seconds for all of it, the last step's saving included.
             report: told what begins and what became of it.
+            renew: called after every step, for what is kept of it elsewhere.
             grace: seconds for a step to save and end once its time is up.
             minimum: seconds less than which a step is not begun.
 
         Raises:
-            KeyboardInterrupt: passed on after the running step has saved.
+            KeyboardInterrupt: passed on after the running steps have saved.
         """
         deadline = time.monotonic() + max(budget - grace, 0)
-        for capped in (True, False):
-            for step in steps:
-                if self.is_over(step):
-                    continue
-                if step.skip:
-                    self._note(step, Done("skipped", 0.0, None, step.skip))
-                    if capped:
-                        report(f"{step.name}: skipped: {step.skip}")
-                    continue
-                remaining = deadline - time.monotonic()
-                limit = min(remaining, step.share * budget) if capped else remaining
-                failed = step.name in self.steps and self.steps[step.name].state == "failed"
-                if limit < minimum or (failed and not capped):
-                    continue
-                report(f"{step.name}: up to {limit:.0f} s")
-                self._attempt(step, limit, grace)
-                done = self.steps[step.name]
-                report(f"{step.name}: {done.state} after {done.seconds:.0f} s{': ' if done.note else ''}{done.note}")
+        stretch = max(budget / _PLANNED_SECONDS, 1.0)
+        for first in (True, False):
+            for group in _groups(steps):
+                begun = []
+                for step in group:
+                    done = self.steps.get(step.name)
+                    if self.is_over(step) or (done is not None and done.state == "failed" and not first):
+                        continue
+                    if step.skip:
+                        self._note(step, Done("skipped", 0.0, None, step.skip))
+                        if first:
+                            report(f"{step.name}: skipped: {step.skip}")
+                        continue
+                    remaining = deadline - time.monotonic()
+                    limit = min(remaining, step.limit * stretch) if first else remaining
+                    if limit >= minimum:
+                        report(f"{step.name}: up to {limit:.0f} s")
+                        begun.append((step, limit))
+                if begun:
+                    try:
+                        self._attempt(begun, report, grace)
+                    finally:
+                        renew()
 
-    def _attempt(self, step: Step, limit: float, grace: float) -> None:
-        """Runs a step for at most ``limit`` seconds; its output goes to its log."""
-        result = self.folder / f"{step.name}.json"
+    def _attempt(self, begun: Sequence[tuple[Step, float]], report: Callable[[str], None], grace: float) -> None:
+        """Runs steps side by side, each for at most its seconds."""
+        running = []
+        try:
+            for step, limit in begun:
+                running.append(self._start(step, limit))
+            while running:
+                for item in list(running):
+                    code, cut = item.process.poll(), False
+                    if code is None and item.seconds > item.limit:
+                        code, cut = _stop(item.process, grace), True
+                    if code is None:
+                        continue
+                    _kill_group(item.process)  # a worker it left behind would measure on beside the next step
+                    running.remove(item)
+                    done = self._outcome(item, code, cut)
+                    self._note(item.step, done)
+                    told = ": ".join(filter(None, (f"{done.state} after {done.seconds:.0f} s", done.note)))
+                    report(f"{item.step.name}: {told}")
+                if running:
+                    time.sleep(_POLL_SECONDS)
+        except BaseException:
+            for item in running:
+                self._note(item.step, Done("cut", item.seconds, None, "interrupted"))
+                item.process.terminate()
+            for item in running:
+                _stop(item.process, grace)
+            raise
+
+    def _start(self, step: Step, limit: float) -> _Running:
         # so that a step's own budget ends it in order, with what is ready timed, before it is cut
-        values = {"{json}": str(result), "{seconds}": f"{max(0.85 * limit, 1.0):.0f}s"}
+        values = {"{json}": str(self.result_file(step)), "{seconds}": f"{max(0.85 * limit, 1.0):.0f}s"}
         command = [sys.executable]
         for part in step.command:
             for name, value in values.items():
                 part = part.replace(name, value)
             command.append(part)
-        log = self.folder / "logs" / f"{step.name}.txt"
-        start = time.monotonic()
-        cut = False
-        with log.open("ab") as output:
+        with self.log(step).open("ab") as output:
             # a group of its own: the terminal's interruption reaches this process, which passes it on
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                env={**os.environ, **self.variables},
                 start_new_session=True,
                 preexec_fn=_end_with_parent,
             )
-            try:
-                code = process.wait(timeout=limit)
-                _kill_group(process)  # a worker it left behind would measure on beside the next step
-            except subprocess.TimeoutExpired:
-                cut = True
-                code = _stop(process, grace)
-            except BaseException:
-                self._note(step, Done("cut", time.monotonic() - start, None, "interrupted"))
-                _stop(process, grace)
-                raise
-        seconds = time.monotonic() - start
+        return _Running(step, process, time.monotonic(), limit)
+
+    def _outcome(self, item: _Running, code: int, cut: bool) -> Done:
+        step, log = item.step, self.log(item.step)
         fine = code == 0 or code in step.fine
-        state: State = _outcome(result) if step.suite and fine else "done"
-        if cut or state == "cut":
-            done = Done("cut", seconds, code, "its time was up")
-        elif fine and state == "done":
-            note = "" if code == 0 else f"exit code {code}: see {log.name}"
-            done = Done("done", seconds, code, note)
-        else:
-            done = Done("failed", seconds, code, f"exit code {code}: {_last_line(log)}")
-        self._note(step, done)
+        state: State = _said(self.result_file(step)) if step.suite and fine else "done"
+        if cut or (fine and state == "cut"):
+            return Done("cut", item.seconds, code, "its time was up")
+        if fine and state == "done":
+            return Done("done", item.seconds, code, "" if code == 0 else f"exit code {code}: see {log.name}")
+        return Done("failed", item.seconds, code, f"exit code {code}: {_last_line(log)}")
 
     def _note(self, step: Step, done: Done) -> None:
         before = self.steps.get(step.name)
@@ -211,7 +266,18 @@ class Campaign:
         self.save()
 
 
-def _outcome(path: Path) -> State:
+def _groups(steps: Sequence[Step]) -> list[list[Step]]:
+    """The steps one by one, or, where they say so, with their neighbours."""
+    groups: list[list[Step]] = []
+    for step in steps:
+        if groups and step.beside and groups[-1][-1].beside:
+            groups[-1].append(step)
+        else:
+            groups.append([step])
+    return groups
+
+
+def _said(path: Path) -> State:
     """What a suite's result file says: complete, ended in order before that, or neither."""
     try:
         results = Results.load(path)

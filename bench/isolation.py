@@ -7,6 +7,7 @@ turns.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import signal
@@ -89,8 +90,21 @@ class Worker:
         Raises:
             ProviderFailed: it failed, for want of memory or otherwise, or its process died.
         """
-        count: int = self._ask("trial", case)
+        self.begin_trial(case)
+        return self.finish_trial()
+
+    def begin_trial(self, case: Case) -> None:
+        """Begins :meth:`trial_bytes`, for workers that make theirs side by side."""
+        self._send("trial", case)
+
+    def finish_trial(self) -> int:
+        """Its end."""
+        count: int = self._answer("trial")
         return count
+
+    def rest(self) -> None:
+        """Has it hand cached memory back until it is sampled again."""
+        self._ask("rest", None)
 
     def trim(self) -> None:
         """Has it hand cached memory back between samples."""
@@ -117,8 +131,15 @@ class Worker:
             self._process.join()
 
     def _ask(self, what: str, argument: object) -> Any:
-        try:
+        self._send(what, argument)
+        return self._answer(what)
+
+    def _send(self, what: str, argument: object) -> None:
+        with contextlib.suppress(OSError):  # a process that has died gives no answer either
             self._connection.send((what, argument))
+
+    def _answer(self, what: str) -> Any:
+        try:
             if not self._connection.poll(_ANSWER_SECONDS):
                 self._process.kill()
                 raise ProviderFailed("error", f"its process gave no answer to {what!r} within {_ANSWER_SECONDS:.0f} s")
@@ -143,6 +164,9 @@ class Remote:
 
     def sample(self, calls: int) -> float:
         return self.worker.sample(calls)
+
+    def rest(self) -> None:
+        self.worker.rest()
 
     def trim(self) -> None:
         self.worker.trim()
@@ -194,6 +218,8 @@ def _serve(
                 prepared = None
             elif prepared is None:
                 raise RuntimeError("nothing is prepared")
+            elif what == "rest":
+                prepared.rest()
             elif what == "trim":
                 prepared.trim()
             elif what == "saved_bytes":

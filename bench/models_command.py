@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from .cases import Case
     from .providers import Provider
+    from .rows import ModelRow
     from .runner import Runner, Settings
     from .suite import Recorder
 
@@ -52,6 +53,13 @@ def bench(
     budget: options.Budget = None,
     isolate: options.Isolation = "auto",
     plugin: options.Plugins = None,
+    warm_up: Annotated[
+        bool,
+        typer.Option(
+            "--warm-up",
+            help="Only make the first calls, of all providers side by side, which fills the compilers' caches.",
+        ),
+    ] = False,
     provider_module: Annotated[
         str | None,
         typer.Option(
@@ -105,6 +113,9 @@ def bench(
         tuple(plugin or ()),
         full=context.info_name == "models",
     )
+    if warm_up:
+        _warm_up(plan, json is not None or resume or compare is not None or budget is not None)
+        return
     results = run_suite(
         "models",
         plan.device,
@@ -122,6 +133,22 @@ def bench(
     )
     ours = [row for row in results.rows if row.is_ours]
     if any(row.status == "error" or (row.status == "ok" and row.parity is not True) for row in ours):
+        raise typer.Exit(_FAILED)
+
+
+def _warm_up(plan: Plan, measures: bool) -> None:
+    """First calls alone; exit 1 where one fails."""
+    from .progress import progress, terminated_as_interrupted
+    from .runner import Runner
+
+    if measures:
+        raise ValueError("--warm-up measures nothing: --json, --continue, --compare and --budget do not go with it")
+    total = len(plan.cases) * len(plan.providers)
+    with terminated_as_interrupted(), progress(total) as report, Runner(plan.device, plan.run) as runner:
+        failures = runner.warm_up(plan.cases, plan.providers, report)
+    for sentence in failures:
+        typer.echo(sentence, err=True)
+    if failures:
         raise typer.Exit(_FAILED)
 
 
@@ -225,7 +252,6 @@ def make_plan(
 
 def measure(plan: Plan, recorder: Recorder) -> None:
     """Every case of the plan that no earlier part has; where a batch does not fit, the largest one that does."""
-    from .metrics import with_shares
     from .preparing import blank_row
     from .runner import Runner
 
@@ -238,17 +264,39 @@ def measure(plan: Plan, recorder: Recorder) -> None:
             elif recorder.out_of_time():
                 return
             else:
-                recorder.add(runner.rows(case, plan.providers, recorder.report, recorder.out_of_time), with_shares)
+                _measure_case(plan, case, runner, recorder)
             known = [row for row in recorder.results.rows if row.series == blanks[0].series]
             short = any(row.batch == case.batch and row.status == "oom" for row in known)
             if short and not any(_in_place_of(case) in row.note for row in known):
                 _measure_fitting(plan, case, runner, recorder)
 
 
+def _measure_case(plan: Plan, case: Case, runner: Runner, recorder: Recorder, note: str = "") -> list[ModelRow]:
+    """Measures every provider on a case and returns the rows, which are saved whenever another one has been timed."""
+    from .metrics import with_shares
+    from .preparing import blank_row
+
+    def noted(rows: list[ModelRow]) -> list[ModelRow]:
+        return [replace(row, note="; ".join(filter(None, (row.note, note)))) if row.ms else row for row in rows]
+
+    recorder.set_aside(blank_row(case, provider).key for provider in plan.providers)
+    saves = recorder.path is not None
+    rows = noted(
+        runner.rows(
+            case,
+            plan.providers,
+            recorder.report,
+            recorder.out_of_time,
+            (lambda rows: recorder.add(noted(rows), with_shares, so_far=True)) if saves else None,
+        )
+    )
+    recorder.add(rows, with_shares)
+    return rows
+
+
 def _measure_fitting(plan: Plan, case: Case, runner: Runner, recorder: Recorder) -> None:
     """Measures the largest batch at which everybody who ran at a smaller one still fits, and says so in its rows."""
     from .fitting import device_bytes, guess_batch
-    from .metrics import with_shares
     from .preparing import blank_row
 
     limit = device_bytes(plan.device)
@@ -267,11 +315,7 @@ def _measure_fitting(plan: Plan, case: Case, runner: Runner, recorder: Recorder)
         high = min(guess for guess in guesses if guess is not None)
         if recorder.out_of_time():
             return
-        fitted = replace(case, batch=high)
-        rows = runner.rows(fitted, plan.providers, recorder.report, recorder.out_of_time)
-        note = _in_place_of(case)
-        rows = [replace(row, note="; ".join(filter(None, (row.note, note)))) if row.ms else row for row in rows]
-        recorder.add(rows, with_shares)
+        rows = _measure_case(plan, replace(case, batch=high), runner, recorder, _in_place_of(case))
         if not any(row.status == "oom" for row in rows):
             return
 

@@ -7,8 +7,8 @@ not the host that launches them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from .metrics import with_speedups
 from .op_work import work
 from .operators import OPERATORS, Operator, Shape, check, draw_inputs
 from .preparing import clear, explain
-from .rows import Direction, OpRow
+from .rows import Direction, OpRow, is_ours
 from .timing import AGAIN, Call, Sampler, measure, noise, sampler, with_repeat
 from .transforms import captured, compile_unavailable
 
@@ -45,18 +45,24 @@ def run_operator(
     dtype: torch.dtype,
     device: torch.device,
     seconds: float,
+    chosen: Sequence[str] = PROVIDERS,
+    save: Callable[[list[OpRow]], None] | None = None,
 ) -> list[OpRow]:
     """Rows of eager, torch.compile and ditfast, timed side by side; without shares (see :func:`with_op_shares`).
 
     On CUDA torch.compile also with max-autotune, and of attention each implementation; for a forward of EPILOGUES the
     library's GEMM alone besides.
+
+    Args:
+        chosen: those of PROVIDERS that may have a row.
+        save: handed our rows, timed without a rival, before the rivals are compiled.
     """
-    names = providers(operator.name, direction, device)
+    names = [name for name in providers(operator.name, direction, device) if name in chosen]
     rows = {name: blank_row(operator.name, direction, shape, dtype, name) for name in names}
-    functions: dict[str, Callable[..., Any]] = {"eager": operator.formula, "ditfast": operator.fused}
-    if "gemm" in names:
-        functions["gemm"] = _gemm_alone
+    functions: dict[str, Callable[..., Any]] = {"ditfast": operator.fused, "eager": operator.formula}
+    functions["gemm"] = _gemm_alone
     functions |= {name: ops_attention.implementation(name) for name in names if name in ops_attention.PROVIDERS}
+    functions = {name: function for name, function in functions.items() if name in names}
     reason = compile_unavailable(device)
     for name in _COMPILE_MODES.keys() & set(names):
         if reason is None:
@@ -65,13 +71,33 @@ def run_operator(
         else:
             rows[name] = replace(rows[name], status="unavailable", note=reason)
     try:
+        pool = _pool(operator, shape, dtype, device)
+    except Exception as error:  # nobody can run without inputs
+        return [row if row.note else _failed(row, error) for row in rows.values()]
+    try:
+        case = _Case(operator, direction, shape, dtype, device, seconds, pool)
+        ours = {name: function for name, function in functions.items() if is_ours(name)}
         # a compiled backward that donates its buffers runs only once
         with functorch_config.patch(donated_buffer=False):
-            measured = _measure(operator, functions, rows, direction, shape, dtype, device, seconds)
+            if save is not None and ours and len(ours) < len(functions):
+                rows = _measure(case, ours, rows)
+                save(_rated(rows, ours))
+            rows = _measure(case, functions, rows)
     finally:
         clear(device)
-    rated = with_speedups([row for name, row in measured.items() if name != "gemm"])
-    return sorted([*rated, *(measured[name] for name in ("gemm",) if name in measured)], key=_position)
+    return _rated(rows, rows)
+
+
+def _failed(row: OpRow, error: BaseException) -> OpRow:
+    """The row of a provider that raised. Nothing measured before counts any more."""
+    status, note = explain(error)
+    return replace(row, status=status, note=note, ms=None, rate=None, noise=None, parity=None)
+
+
+def _rated(rows: dict[str, OpRow], names: Iterable[str]) -> list[OpRow]:
+    """The rows of these names with their speed-ups, in the order of PROVIDERS; the yardstick is no rival."""
+    rated = {row.provider: row for row in with_speedups([row for name, row in rows.items() if name != "gemm"])}
+    return sorted(((rows | rated)[name] for name in names), key=_position)
 
 
 def providers(operator: str, direction: Direction, device: torch.device) -> tuple[str, ...]:
@@ -127,27 +153,26 @@ def with_op_shares(rows: Sequence[OpRow], ceilings: Ceilings) -> list[OpRow]:
     return [replace(row, share=share(row)) for row in rows]
 
 
-def _measure(
-    operator: Operator,
-    functions: dict[str, Callable[..., Any]],
-    rows: dict[str, OpRow],
-    direction: Direction,
-    shape: Shape,
-    dtype: torch.dtype,
-    device: torch.device,
-    seconds: float,
-) -> dict[str, OpRow]:
-    """The rows with times, ticks and failures."""
-    rows = dict(rows)
-    try:
-        pool = _pool(operator, shape, dtype, device)
-    except Exception as error:  # nobody can run without inputs
-        status, note = explain(error)
-        return {name: row if row.note else replace(row, status=status, note=note) for name, row in rows.items()}
+@dataclass(frozen=True)
+class _Case:
+    """What the providers of a case are measured on; ``pool``: the inputs that rotate."""
+
+    operator: Operator
+    direction: Direction
+    shape: Shape
+    dtype: torch.dtype
+    device: torch.device
+    seconds: float
+    pool: list[dict[str, Tensor]]
+
+
+def _measure(case: _Case, functions: dict[str, Callable[..., Any]], rows: dict[str, OpRow]) -> dict[str, OpRow]:
+    """The rows with times, ticks and failures of these functions, timed side by side."""
+    rows, pool, shape, dtype = dict(rows), case.pool, case.shape, case.dtype
     makers: dict[str, Callable[[], Call]] = {}
     for name, function in functions.items():
         if name in ops_attention.PROVIDERS:
-            inputs, backward = pool[0], direction == "backward"
+            inputs, backward = pool[0], case.direction == "backward"
             reason = ops_attention.unavailable(name, inputs["qkv"], shape.num_heads, inputs.get("bias"), backward)
             if reason is not None:
                 rows[name] = replace(rows[name], status="unavailable", note=reason)
@@ -155,32 +180,32 @@ def _measure(
         try:
             # on the very shape that is timed: launch configurations depend on it
             # and the implementation on whether gradients are wanted
-            if name != "gemm":
-                wanted = () if direction == "forward" else None
-                verdicts = check(replace(operator, fused=function), shape, dtype, device, wanted=wanted)
+            if name != "gemm" and rows[name].parity is None:
+                wanted = () if case.direction == "forward" else None
+                verdicts = check(replace(case.operator, fused=function), shape, dtype, case.device, wanted=wanted)
                 parity = all(verdict.ok for verdict in verdicts.values())
                 rows[name] = replace(rows[name], parity=parity, note="" if parity else _failing(verdicts))
-            maker = partial(_call, function, operator, shape, pool, direction)
+            maker = partial(_call, function, case.operator, shape, pool, case.direction)
             maker()(0)
             makers[name] = maker
         except Exception as error:  # a provider's failure is its row
-            status, note = explain(error)
-            rows[name] = replace(rows[name], status=status, note=note, parity=None)
-    samplers, timed, reason = _samplers(makers, len(pool), device)
-    if "eager" in samplers:
-        samplers = with_repeat(samplers, "eager")
-    measured = measure(samplers, device, seconds)
-    again = measured.times.pop("eager" + AGAIN, None)
-    share = noise(measured.times["eager"], again) if again and "eager" in measured.times else None
+            rows[name] = _failed(rows[name], error)
+    samplers, timed, reason = _samplers(makers, len(pool), case.device)
+    repeated = "eager" if "eager" in samplers else next(iter(samplers), None)
+    if repeated is not None:
+        samplers = with_repeat(samplers, repeated)
+    measured = measure(samplers, case.device, case.seconds)
+    again = measured.times.pop(f"{repeated}{AGAIN}", None)
+    share = noise(measured.times[repeated], again) if repeated in measured.times and again else None
     for name, failure in measured.failures.items():
         if name in rows:
-            status, note = explain(failure)
-            rows[name] = replace(rows[name], status=status, note=note, parity=None)
-    least = work(operator.name, direction, shape, dtype.itemsize)
+            rows[name] = _failed(rows[name], failure)
+    least = work(case.operator.name, case.direction, shape, dtype.itemsize)
     for name, spread in measured.times.items():
-        notes = "; ".join(filter(None, (rows[name].note, reason)))
         rate = least.rate(spread.median)
-        rows[name] = replace(rows[name], status="ok", ms=spread, rate=rate, timed=timed, noise=share, note=notes)
+        notes = [note for note in dict.fromkeys((*rows[name].note.split("; "), reason)) if note]
+        row = replace(rows[name], status="ok", ms=spread, rate=rate, timed=timed, noise=share)
+        rows[name] = replace(row, note="; ".join(notes))
     return rows
 
 

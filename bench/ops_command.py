@@ -32,6 +32,7 @@ def ops(
         typer.Option(help="D, in place of the models'; may be repeated.", show_default=False, metavar="D"),
     ] = None,
     dtype: options.Dtypes = None,
+    providers: options.Providers = None,
     device: options.Device = None,
     seconds: options.Seconds = None,
     json: options.Json = None,
@@ -51,7 +52,7 @@ def ops(
     from .environment import parse_device
     from .files import check_target
     from .operators import OPERATORS
-    from .rows import Direction
+    from .rows import Direction, OpRow
     from .suite import Recorder, run_suite
 
     check_target(json)
@@ -67,6 +68,10 @@ def ops(
         if name not in ops_bench.MEASURED:
             raise ValueError(unknown("--operator", name, ops_bench.MEASURED))
     names = list(operator or ops_bench.MEASURED)
+    chosen = [name.strip() for name in (providers or ",".join(ops_bench.PROVIDERS)).split(",") if name.strip()]
+    for name in chosen:
+        if name not in ops_bench.PROVIDERS:
+            raise ValueError(unknown("--providers", name, ops_bench.PROVIDERS))
     directions: list[Direction] = [direction] if direction else ["forward", "backward"]
     shapes = _shapes(model, width, tokens, batch or ([8, 256] if gpu else [4]), gpu)
     asked = shapes if model or width or tokens or batch or not gpu else None
@@ -79,19 +84,25 @@ def ops(
         for way in directions
     ]
     duration = options.positive("--seconds", seconds, 0.5)
+    if not any(item in chosen for _, name, way, _ in cases for item in ops_bench.providers(name, way, where)):
+        raise ValueError(f"none of the providers {', '.join(chosen)} runs one of these operators on {where}")
 
     def measure(recorder: Recorder) -> None:
+        def save(rows: list[OpRow]) -> None:
+            recorder.add(rows, ops_bench.with_op_shares, so_far=True)
+
         for shape, name, direction, dtype in cases:
             label = f"{name}, {direction}, B={shape.batch} T={shape.tokens} D={shape.width}, {dtype_name(dtype)}"
-            competing = ops_bench.providers(name, direction, where)
+            competing = [item for item in ops_bench.providers(name, direction, where) if item in chosen]
             keys = [ops_bench.blank_row(name, direction, shape, dtype, provider).key for provider in competing]
             if recorder.has(keys):
                 recorder.report(f"{label}: measured before")
                 continue
             if recorder.out_of_time():
                 return
-            rows = ops_bench.run_operator(OPERATORS[name], direction, shape, dtype, where, duration)
-            recorder.add(rows, ops_bench.with_op_shares)
+            recorder.set_aside(keys)
+            case = (OPERATORS[name], direction, shape, dtype, where, duration, chosen)
+            recorder.add(ops_bench.run_operator(*case, save if recorder.path else None), ops_bench.with_op_shares)
             recorder.report(label)
 
     settings = {
@@ -99,6 +110,7 @@ def ops(
         "operators": names,
         "directions": directions,
         "dtypes": list(map(dtype_name, dtypes)),
+        "providers": chosen,
         "shapes": [[shape.batch, shape.tokens, shape.width] for shape in dict.fromkeys(case[0] for case in cases)],
         "seconds": duration,
     }
@@ -182,7 +194,7 @@ def ops_table(results: Results) -> RenderableType:
     lines.append("speed-up: over the fastest of the others; only with parity.")
     noises = [row.noise for row in rows if row.noise is not None]
     if noises:
-        lines.append(f"Noise: up to {max(noises):.1%}, by eager timed twice; less than that is a tie.")
+        lines.append(f"Noise: up to {max(noises):.1%}, by one of each case timed twice; less than that is a tie.")
     noted = [row for row in results.rows if row.note]
     lines += dict.fromkeys(f"{row.operator}, {row.direction}, {row.provider}: {row.note}" for row in noted)
     title = line(f"ditfast bench ops, {device_label(results)}", "bold")

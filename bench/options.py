@@ -142,7 +142,7 @@ def named_configs(names: Sequence[str], sizes: Sequence[str], conditioning: str)
     return [
         DiTConfig.named(name, image_size=size, conditioning=conditioning)
         for size in dict.fromkeys(pixels)
-        for name in names
+        for name in dict.fromkeys(names)
     ]
 
 

@@ -74,6 +74,10 @@ class Prepared:
         empty_cache(self.device)
         return seconds
 
+    def rest(self) -> None:
+        """Hands cached memory back until it is sampled again."""
+        empty_cache(self.device)
+
     def trim(self) -> None:
         """From now on hands cached memory back between samples, because the neighbours need it."""
         self._trims = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -36,6 +36,14 @@ def schema(suite: Suite) -> str:
     return f"ditfast.bench.{suite}/{_VERSIONS.get(suite, 1)}"
 
 
+@dataclass(frozen=True)
+class Older:
+    """A row that the run keeps and has not measured again: ``why`` says what it lacks to be one of its rows."""
+
+    row: Any
+    why: str
+
+
 @dataclass
 class Results:
     """A run of one suite.
@@ -50,6 +58,8 @@ class Results:
         parts: how many processes measured it, one after another; more than 1 where a run was continued.
         rows: what was measured.
         complete: whether it came to its end.
+        older: rows of earlier parts, of other sources or of cases that were not finished, each until it is measured
+            again. No figure may set them beside ``rows``.
     """
 
     suite: Suite
@@ -60,6 +70,7 @@ class Results:
     parts: int = 1
     rows: list[Any] = field(default_factory=list)
     complete: bool = False
+    older: list[Older] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)
@@ -99,16 +110,25 @@ class Results:
 
 def _from_dict(suite: Suite, data: dict[str, Any]) -> Results:
     names = [item.name for item in fields(Results) if item.name != "suite"]
+    data = {"older": [], **data}  # which files had not before there were any
     missing, unknown = [n for n in names if n not in data], [n for n in data if n not in names]
     if missing or unknown:
         raise ValueError(f"results must hold {', '.join(names)}; missing: {missing}, unknown: {unknown}")
     kinds = get_type_hints(Results)
     row_type = ROW_TYPES[suite]
     values = {name: parse(kinds[name], data[name], f"results.{name}") for name in names}
-    values["rows"] = [parse(row_type, row, f"results.rows[{index}]") for index, row in enumerate(values["rows"])]
-    for index, row in enumerate(values["rows"]):
-        _check_row(getattr(row, "row", row), f"results.rows[{index}]")
+    values["rows"] = [_row(row_type, row, f"results.rows[{index}]") for index, row in enumerate(values["rows"])]
+    values["older"] = [
+        replace(item, row=_row(row_type, item.row, f"results.older[{index}].row"))
+        for index, item in enumerate(values["older"])
+    ]
     return Results(suite, **values)
+
+
+def _row(kind: type[Any], value: Any, where: str) -> Any:
+    row = parse(kind, value, where)
+    _check_row(getattr(row, "row", row), where)
+    return row
 
 
 def _check_row(row: Any, where: str) -> None:

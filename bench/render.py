@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from rich import box
@@ -162,6 +163,8 @@ def closing_notes(results: Results) -> list[str]:
             lines.append(f"{what}{f', {unit}' if unit else ' of the host'}: {', '.join(values)}")
     if results.parts > 1:
         lines.append(f"Measured in {results.parts} parts, one after another.")
+    whys = Counter(item.why for item in results.older)
+    lines += [f"Kept in the file and not measured again: {count} rows, {why}." for why, count in whys.items()]
     if not results.complete:
         lines.append("Interrupted or out of time: these are the rows so far.")
     return lines

@@ -14,7 +14,7 @@ from .judging import Judge
 from .metrics import flops_per_image, images_per_second, tflops, with_speedups
 from .preparing import UNJUDGED, Prepared, blank_row, clear, empty_cache, failed, make_work, prepare
 from .providers import Provider
-from .rows import ModelRow
+from .rows import ModelRow, is_ours
 from .timing import AGAIN, Clock, Sampler, Spread, measure, noise, with_repeat
 from .workload import Workload
 
@@ -100,19 +100,43 @@ class Runner:
         providers: Sequence[Provider],
         report: Report = lambda what: None,
         out_of_time: Callable[[], bool] = lambda: False,
+        save: Callable[[list[ModelRow]], None] | None = None,
     ) -> list[ModelRow]:
-        """Measures every provider on a case.
+        """Measures every provider on a case, ours first.
 
         Args:
             case, providers: what to measure; the order of the rows.
             report: told what was done, for a progress bar.
             out_of_time: asked before each provider but the first; from then on those that are ready are timed.
+            save: handed the rows so far whenever another provider is ready: all that are have then been timed side by
+                side, ours at first without a rival. Without it they are timed once, in the end.
 
         Returns:
             a row for each that was begun, without shares of the ceilings (see metrics.with_shares). A provider that
             runs out of memory, fails or cannot run here has a row that says so.
         """
-        return _Run(case, providers, self._device, self._settings, self._workers, report, out_of_time).rows()
+        run = _Run(case, providers, self._device, self._settings, self._workers, report, out_of_time, save)
+        return run.rows()
+
+    def warm_up(self, cases: Sequence[Case], providers: Sequence[Provider], report: Report) -> list[str]:
+        """Has each provider make its first steps in each case, in a process of its own beside the others'.
+
+        Nothing is judged or timed; what compiles fills its caches. Returns what failed, as sentences.
+        """
+        failures = []
+        for case in cases:
+            able = [provider.name for provider in providers if provider.unavailable(case, self._device) is None]
+            workers = {name: self._workers.get(name) for name in able}
+            for worker in workers.values():
+                worker.begin_trial(case)
+            for name, worker in workers.items():
+                try:
+                    worker.finish_trial()
+                except ProviderFailed as error:
+                    failures.append(f"{case.label}: {name}: {error.note}")
+                    self._workers.stop(name)
+                report(f"{case.label}: {name}")
+        return failures
 
 
 class _Run:
@@ -127,11 +151,13 @@ class _Run:
         workers: _Workers,
         report: Report,
         out_of_time: Callable[[], bool],
+        save: Callable[[list[ModelRow]], None] | None,
     ) -> None:
         self._case, self._providers, self._device, self._out_of_time = case, providers, device, out_of_time
-        self._settings, self._workers, self._report = settings, workers, report
+        self._settings, self._workers, self._report, self._save = settings, workers, report, save
         self._rows = {provider.name: blank_row(case, provider) for provider in providers}
         self._work: tuple[Workload, Judge] | None = None
+        self._begun: set[str] = set()  # whose rows say what became of them
         self._crowded = False  # whether a provider had neighbours in memory
 
     def rows(self) -> list[ModelRow]:
@@ -149,11 +175,12 @@ class _Run:
             if row.status == "ok" and self._rows[provider.name].parity is None:
                 self._rows[provider.name] = row  # timed side by side, at least
         self._say("timed side by side" if able else "nothing to time")
-        return with_speedups(self._with_noise())
+        return self._so_far()
 
     def _is_able(self, provider: Provider) -> bool:
         reason = provider.unavailable(self._case, self._device)
         if reason is not None:
+            self._begun.add(provider.name)
             self._rows[provider.name] = replace(self._rows[provider.name], status="unavailable", note=reason)
             self._say(f"{provider.name}: {reason}")
         return reason is None
@@ -165,29 +192,28 @@ class _Run:
             for provider in providers:
                 if self._isolates(provider):
                     self._workers.get(provider.name)  # they import torch while the first is prepared
-            for provider in providers:
+            # ours first: a run may be over before the rivals are compiled
+            for provider in sorted(providers, key=lambda provider: not is_ours(provider.name)):
                 name = provider.name
                 if prepared and self._out_of_time():
                     del self._rows[name]  # not measured, and not said to be
                     continue
+                self._begun.add(name)
                 try:
                     prepared[name] = self._prepare(provider)
                 except Exception as error:  # a provider's failure is its row
                     self._fail(name, error)
                 empty_cache(self._device)
+                if self._save is not None and not note:
+                    if name in prepared:
+                        self._time(prepared)
+                        self._rest(prepared)
+                    self._save(self._so_far())
                 if not note:
                     self._say(name)
             self._crowded = self._crowded or (bool(prepared) and len(providers) > 1)
-            self._trim(prepared)
-            measured = measure(_samplers(prepared), self._device, self._settings.seconds)
-            share = _noise(measured.times)
-            for name, entry in prepared.items():
-                if name in measured.failures:
-                    self._fail(name, measured.failures[name])
-                    continue
-                notes = "; ".join(text for text in (entry.row.note, note) if text)
-                row = replace(entry.row, status="ok", noise=share, note=notes)
-                self._rows[name] = _derive(row, self._case, measured.times[name])
+            if self._save is None or note:
+                self._time(prepared, note)
         except KeyboardInterrupt:
             prepared.clear()  # the workers are ended, which takes less than having them clear up
             raise
@@ -195,6 +221,20 @@ class _Run:
             for entry in prepared.values():
                 entry.close()
             prepared.clear()
+
+    def _time(self, prepared: dict[str, Prepared | Remote], note: str = "") -> None:
+        """Times those that are prepared side by side; one that fails is out."""
+        self._trim(prepared)
+        measured = measure(_samplers(prepared), self._device, self._settings.seconds)
+        share = _noise(measured.times)
+        for name, entry in list(prepared.items()):
+            if name in measured.failures:
+                prepared.pop(name).close()
+                self._fail(name, measured.failures[name])
+                continue
+            notes = "; ".join(text for text in (entry.row.note, note) if text)
+            row = replace(entry.row, status="ok", noise=share, note=notes)
+            self._rows[name] = _derive(row, self._case, measured.times[name])
 
     def _prepare(self, provider: Provider) -> Prepared | Remote:
         if self._isolates(provider):
@@ -229,6 +269,15 @@ class _Run:
                 self._fail(name, error)
                 del prepared[name]
 
+    def _rest(self, prepared: dict[str, Prepared | Remote]) -> None:
+        """Has every provider hand its cache back, which the next one may need to be prepared."""
+        for name, entry in list(prepared.items()):
+            try:
+                entry.rest()
+            except ProviderFailed as error:
+                self._fail(name, error)
+                del prepared[name]
+
     @contextmanager
     def _cleared(self) -> Iterator[None]:
         """Frees weights, inputs and oracles of this process in the end."""
@@ -238,14 +287,27 @@ class _Run:
             self._work = None
             clear(self._device)
 
-    def _with_noise(self) -> list[ModelRow]:
-        """The rows; one that was timed alone has the case's noise, if there is one."""
-        found = [row.noise for row in self._rows.values() if row.noise is not None]
-        share = max(found, default=None)
-        return [row if row.ms is None else replace(row, noise=share) for row in self._rows.values()]
+    def _so_far(self) -> list[ModelRow]:
+        """The rows of those that were begun; one that was timed alone has the case's noise, if there is one."""
+        begun = [row for name, row in self._rows.items() if name in self._begun]
+        share = max((row.noise for row in begun if row.noise is not None), default=None)
+        rows = [row if row.ms is None else replace(row, noise=share) for row in begun]
+        beside = with_speedups([row for row in rows if not row.note.endswith(_ALONE)])
+        found = {row.provider: row for row in beside}
+        apart = [row for row in rows if row.provider not in found and not row.is_ours]
+        alone = min((row.ms.median for row in apart if row.ms), default=None)
+        # nobody was timed beside a rival that ran alone and was the fastest
+        return [_without_speedup(found.get(row.provider, row), alone) for row in rows]
 
     def _say(self, what: str) -> None:
         self._report(f"{self._case.label}: {what}")
+
+
+def _without_speedup(row: ModelRow, alone_ms: float | None) -> ModelRow:
+    """The row; its speed-up stands only where the rival is at least as fast as the fastest of those timed alone."""
+    if row.ms is None or row.speedup is None or alone_ms is None or row.speedup * row.ms.median <= alone_ms:
+        return row
+    return replace(row, speedup=None, rival=None)
 
 
 def _samplers(prepared: Mapping[str, Prepared | Remote]) -> dict[str, Sampler]:

@@ -84,6 +84,7 @@ def sample(
                 continue
             if recorder.out_of_time():
                 return
+            recorder.set_aside(case.row(name).key for name in chosen)
             recorder.add(rows(case, chosen, where, duration))
             recorder.report(case.label)
 

@@ -145,6 +145,7 @@ def scaling(
                     continue
                 if recorder.out_of_time():
                     return
+                recorder.set_aside(blank.key for blank in blanks)
                 rows = runner.rows(point.case, chosen, recorder.report, recorder.out_of_time)
                 recorder.add([ScalingRow(point.axis, point.value, row) for row in rows], with_scaling_shares)
 

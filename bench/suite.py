@@ -13,27 +13,23 @@ import typer
 
 from .machine import part
 from .progress import progress, terminated_as_interrupted
+from .records import Older, Results
 
 if TYPE_CHECKING:
     import torch
     from rich.console import RenderableType
 
     from .ceilings import Ceilings
-    from .records import Results, Suite
+    from .records import Suite
 
 INTERRUPTED = 130
 _REFRESH_SECONDS = 0.2
 
 # where these differ, two parts are no one run
-_SAME = ("source",)
-_SAME_PARTS = (
-    ("gpu", "name"),
-    ("gpu", "driver"),
-    ("cpu", "model"),
-    ("cpu", "torch_threads"),
-    ("packages", "torch"),
-    ("packages", "triton"),
-)
+_SAME = (("gpu", "name"), ("packages", "torch"), ("packages", "triton"))
+# where only these do, what was measured is kept, and measured again
+_RENEWING = (("", "source"), ("gpu", "driver"), ("cpu", "model"), ("cpu", "torch_threads"))
+_UNFINISHED = "of an earlier part, which did not come to the end of the case"
 _SAME_SETTINGS = ("device", "seconds", "seed", "model", "dtype", "mode")
 
 
@@ -65,6 +61,13 @@ class Recorder:
         rows = [self._known.get(key) for key in keys]
         return all(row is not None and getattr(row, "row", row).status != "error" for row in rows)
 
+    def set_aside(self, keys: Iterable[tuple[object, ...]]) -> None:
+        """Makes older rows of those there are of a case that begins again: they were not timed beside its new ones."""
+        found = {key: self._known.pop(key) for key in keys if key in self._known}
+        kept = [item for item in self.results.older if item.row.key not in found]
+        self.results.older = kept + [Older(row, _UNFINISHED) for row in found.values()]
+        self.results.rows = list(self._known.values())
+
     def out_of_time(self) -> bool:
         """Whether the budget is spent; asked before each thing to begin, which must then be left out."""
         self.cut = self.cut or (self.deadline is not None and time.monotonic() > self.deadline)
@@ -79,17 +82,29 @@ class Recorder:
             self.results.ceilings = highest(self.results.ceilings, measured)
         return self.results.ceilings
 
-    def add(self, rows: Sequence[Any], shares: Callable[[list[Any], Ceilings], list[Any]] | None = None) -> None:
+    def add(
+        self,
+        rows: Sequence[Any],
+        shares: Callable[[list[Any], Ceilings], list[Any]] | None = None,
+        so_far: bool = False,
+    ) -> None:
         """Adds rows, in place of those that measure the same thing, and saves.
 
         Args:
             rows: of the suite's type.
             shares: recomputes all rows' shares of the limits, which are measured once more.
+            so_far: more of these rows are to come, and the limits with them.
         """
-        self._known |= {row.key: row for row in rows}
+        added = {row.key: row for row in rows}
+        places = [place for place, key in enumerate(self._known) if key in added]
+        there = list(self._known.items())
+        place = places[0] if places else len(there)
+        after = [item for item in there[place:] if item[0] not in added]
+        self._known = dict([*there[:place], *added.items(), *after])
         self.results.rows = list(self._known.values())
+        self.results.older = [item for item in self.results.older if item.row.key not in self._known]
         if shares is not None:
-            ceilings = self.measure_limits(_REFRESH_SECONDS)
+            ceilings = self.results.ceilings if so_far else self.measure_limits(_REFRESH_SECONDS)
             if ceilings is not None:
                 self.results.rows = shares(self.results.rows, ceilings)
                 self._known = {row.key: row for row in self.results.rows}
@@ -136,7 +151,7 @@ def run_suite(
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    results = _begin(suite, settings, path, resume)
+    results = begin(suite, settings, path, resume)
     load = os.getloadavg()[0]  # other people's: from now on it is ours
     with terminated_as_interrupted():
         measured = len(results.rows)
@@ -166,20 +181,28 @@ def run_suite(
     return results
 
 
-def _begin(suite: Suite, settings: dict[str, Any], path: Path | None, resume: bool) -> Results:
+def begin(suite: Suite, settings: dict[str, Any], path: Path | None, resume: bool) -> Results:
+    """New results, or those to go on with. After a change of the sources their rows are older ones.
+
+    Raises:
+        ValueError: the file was measured under conditions that are not to be mixed with these, or is damaged.
+    """
     from .environment import collect
-    from .records import Results
 
     if not resume or path is None or not path.exists():
         return Results(suite, collect(), settings)
     results = Results.load(path, suite)
-    found = [differences(results.environment, collect())]
+    environment = collect()
+    found = [differences(results.environment, environment)]
     for name in _SAME_SETTINGS:
         if results.settings.get(name) != settings.get(name):
             found.append(f"{name} was {results.settings.get(name)!r} there, is {settings.get(name)!r} here")
     if any(found):
         raise ValueError(f"--continue needs the conditions of {path}: {'; '.join(filter(None, found))}")
-    results.settings = settings
+    if changed := renewing(results.environment, environment):
+        results.older += [Older(row, changed) for row in results.rows]
+        results.rows, results.ceilings = [], None
+    results.environment, results.settings = environment, settings
     results.parts += 1
     results.complete = False
     return results
@@ -187,7 +210,18 @@ def _begin(suite: Suite, settings: dict[str, Any], path: Path | None, resume: bo
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
     """Which of the conditions that make two parts one run differ between two environments; "" where none does."""
-    pairs = [(name, then.get(name), now.get(name)) for name in _SAME]
-    for group, name in _SAME_PARTS:
-        pairs.append((f"{group} {name}", part(then, group).get(name), part(now, group).get(name)))
-    return "; ".join(f"{name} was {was!r} there, is {is_now!r} here" for name, was, is_now in pairs if was != is_now)
+    return _changes(_SAME, then, now)
+
+
+def renewing(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """Which conditions have changed so that everything is to be measured again; "" where none has."""
+    return _changes(_RENEWING, then, now)
+
+
+def _changes(names: Sequence[tuple[str, str]], then: dict[str, Any], now: dict[str, Any]) -> str:
+    found = []
+    for group, name in names:
+        was, is_now = ((part(where, group) if group else where).get(name) for where in (then, now))
+        if was != is_now:
+            found.append(f"{f'{group} {name}'.strip()} was {was!r} there, is {is_now!r} here")
+    return "; ".join(found)

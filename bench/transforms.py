@@ -20,6 +20,9 @@ from .workload import Call, Inputs
 
 def compile_unavailable(device: torch.device) -> str | None:
     """Why torch.compile cannot work on a device, or None."""
+    for name in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"):
+        if os.environ.get(name) == "1":  # what it returns would be eager under another name
+            return f"torch.compile is switched off by {name}"
     if device.type == "cuda":
         return None if find_spec("triton") is not None else "torch.compile on a GPU needs the package triton"
     return _no_compiler()

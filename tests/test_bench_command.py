@@ -125,7 +125,8 @@ def test_interruption_keeps_the_rows_so_far(how: str, tmp_path: Path, monkeypatc
     results = Results.load(path)
     assert not results.complete
     kept = [(row.provider, row.batch, row.status) for row in results.rows]
-    assert kept == [("patient", 1, "ok"), ("ditfast", 1, "ok")]
+    assert kept == [("patient", 1, "ok"), ("ditfast", 1, "ok"), ("ditfast", 2, "ok")]
+    assert results.rows[2].speedup is None  # its rival was not there yet
     assert [item.name for item in tmp_path.iterdir()] == ["r.json"]
     assert signal.getsignal(signal.SIGTERM) == handler
 

@@ -93,6 +93,39 @@ def test_slow_provider_is_caught() -> None:
     assert (slow.parity, slow.rival, slow.speedup) == (True, "rival", pytest.approx(0.8))
 
 
+def test_each_provider_is_saved_when_it_is_ready_ours_first() -> None:
+    """And timed again with each that comes: a speed-up is of one round alone."""
+    clock, saved = FakeTime(), []
+    providers = [clock.provider("slow", 10.0), clock.provider("fast", 8.0), clock.provider("ditfast-fake", 4.0)]
+    with Runner(CPU, Settings(seconds=0.02, clock=clock)) as runner:
+        rows = runner.rows(Case(CONFIG, 2, torch.float32, "forward"), providers, save=saved.append)
+    found = [{row.provider: row.speedup for row in each} for each in saved]
+    assert [list(each) for each in found] == [
+        ["ditfast-fake"],
+        ["slow", "ditfast-fake"],
+        ["slow", "fast", "ditfast-fake"],
+    ]
+    assert [each["ditfast-fake"] for each in found] == [None, pytest.approx(2.5), pytest.approx(2.0)]
+    assert rows == saved[-1]
+
+
+@pytest.mark.parametrize(("alone_ms", "speedup"), [(12.0, 2.5), (8.0, None)])
+def test_no_speedup_where_a_faster_rival_ran_alone(alone_ms: float, speedup: float | None) -> None:
+    clock, tried = FakeTime(), []
+
+    def build(work: Workload) -> Variant:
+        tried.append(work)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("beside the others")
+        return inner.build(work)
+
+    inner = clock.provider("large", alone_ms)
+    providers = [clock.provider("slow", 10.0), replace(inner, build=build), clock.provider("ditfast-fake", 4.0)]
+    rows = run_one(providers, clock)
+    assert rows["large"].note.startswith("timed alone")
+    assert rows["ditfast-fake"].speedup == (None if speedup is None else pytest.approx(speedup))
+
+
 def test_wrong_provider_gets_no_tick_and_no_speedup() -> None:
     clock = FakeTime()
     rows = run_one(

@@ -1,0 +1,173 @@
+"""What a campaign ends with: each figure with its parity and its rival, or why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rich.console import Group, RenderableType
+
+from .campaign import Done, Step
+from .metrics import is_tie
+from .records import Results
+from .render import line, plain_table
+from .rows import OpRow
+from .text import digits, factor, percent, size
+
+_TIMED = ("models", "ops", "scaling", "sample")
+_NAMED = 5  # of what has no parity
+
+
+class Figure(NamedTuple):
+    """A line of the table: ``parity`` is None where nothing was judged."""
+
+    step: str
+    what: str
+    value: str
+    parity: bool | None
+    rival: str
+    note: str = ""
+
+
+def figures(steps: Sequence[Step], done: Mapping[str, Done], results: Mapping[str, Results]) -> list[Figure]:
+    """The figures of every step in order; of one without any, why.
+
+    Args:
+        steps: of the plan.
+        done: name -> what became of it.
+        results: name -> its result file, where there is one.
+    """
+    found: list[Figure] = []
+    for step in steps:
+        state, there = done.get(step.name), results.get(step.name)
+        lines = _figures_of(step, there) if there is not None else []
+        if not lines or (state is not None and state.state == "failed"):
+            lines.append(Figure(step.name, step.title, _state(state), _parity_of(state), ""))
+        found += lines
+    return found
+
+
+def _state(done: Done | None) -> str:
+    if done is None:
+        return "not reached"
+    if done.state in ("skipped", "failed"):
+        return f"{done.state}: {done.note}"
+    return "cut before its first figure" if done.state == "cut" else "done" + f", {done.note}" * bool(done.note)
+
+
+def _parity_of(done: Done | None) -> bool | None:
+    return False if done is not None and done.state == "failed" else None
+
+
+def _figures_of(step: Step, results: Results) -> list[Figure]:
+    kept: dict[str, list[Any]] = {}
+    for item in results.older:
+        kept.setdefault(item.why, []).append(item.row)
+    of = {"verify": _verified, "memory": _memory}.get(results.suite, _timed)
+    found = [*of(step, results.rows, "")]
+    for why, rows in kept.items():
+        found += of(step, rows, f"older: {why}")
+    return found
+
+
+def _verified(step: Step, rows: Sequence[Any], note: str) -> Iterable[Figure]:
+    missed = [row for row in rows if not row.ok]
+    if rows:
+        names = [f"{row.subject}, {row.backend}, {row.dtype}" for row in missed[:_NAMED]]
+        names += [f"{len(missed) - _NAMED} more"] if len(missed) > _NAMED else []
+        value = f"{len(rows) - len(missed)} of {len(rows)} hold"
+        yield Figure(step.name, step.title, value, not missed, "fp64", "; ".join(filter(None, [*names, note])))
+
+
+def _memory(step: Step, rows: Sequence[Any], note: str) -> Iterable[Figure]:
+    for row in rows:
+        if row.is_ours:
+            rival = next((other for other in rows if other.key[:-1] == row.key[:-1] and not other.is_ours), None)
+            value, beside = (
+                "-" if found is None or found.peak_bytes is None else f"{size(found.peak_bytes)} at its peak"
+                for found in (row, rival)
+            )
+            beside = beside if rival is None else f"{rival.provider}: {beside}"
+            yield Figure(step.name, _named(row), value, None, beside, "; ".join(filter(None, (row.note, note))))
+
+
+def _timed(step: Step, rows: Sequence[Any], note: str) -> Iterable[Figure]:
+    """The fastest of ours in each case that has its tick, else the first of ours."""
+    cases: dict[tuple[object, ...], list[Any]] = {}
+    for item in rows:
+        row = getattr(item, "row", item)
+        cases.setdefault((getattr(item, "axis", None), *row.case), []).append(row)
+    for case in cases.values():
+        ours = [row for row in case if row.is_ours and row.status != "unavailable"]
+        ticked = [row for row in ours if row.ms is not None and row.parity is True]
+        if not ours:
+            yield Figure(step.name, _named(case[0]), "no row of ditfast", None, "", note)
+            continue
+        best = min(ticked, key=lambda row: row.ms.median) if ticked else ours[0]
+        wrong = [row for row in ours if row.status == "error" or (row.ms is not None and row.parity is not True)]
+        notes = [f"{row.provider}: {row.note or 'no parity'}" for row in wrong]
+        rivals = [row for row in case if not row.is_ours and row.ms is None and row.status != "unavailable"]
+        notes += [f"{row.provider}: {row.note}" for row in rivals]
+        value = _value(best)
+        judged = not wrong if any(row.parity is not None or row.status == "error" for row in ours) else None
+        told = "; ".join(filter(None, [*notes, note]))
+        yield Figure(step.name, _named(best), value, judged, _rival(best, case), told)
+
+
+def _value(row: Any) -> str:
+    if row.ms is None:
+        return f"{row.provider}: {row.status}"
+    parts = [f"{row.provider}: {digits(row.ms.median)} ms"]
+    if getattr(row, "images_per_s", None) is not None:
+        parts.append(f"{digits(row.images_per_s)} images/s")
+    if isinstance(row, OpRow):
+        if row.rate is not None:
+            parts.append(f"{digits(row.rate)} {row.unit}")
+        if row.share is not None:
+            parts.append(f"{percent(row.share)} of {'copy' if row.unit == 'GB/s' else 'matmul'}")
+    elif getattr(row, "ceiling_share", None) is not None:
+        parts.append(f"{percent(row.ceiling_share)} of {row.ceiling}")
+    return ", ".join(parts)
+
+
+def _rival(row: Any, case: Sequence[Any]) -> str:
+    """The speed-up over the fastest rival, which only rows timed side by side have; and over the yardstick."""
+    parts = []
+    if row.speedup is not None:
+        tie = ", a tie" if is_tie(row.speedup, row.noise or 0.0) else ""
+        parts.append(f"{factor(row.speedup)} over {row.rival}{tie}")
+    alone = next((other for other in case if other.provider == "gemm" and other.ms is not None), None)
+    if alone is not None and row.ms is not None:
+        parts.append(f"{percent(row.ms.median / alone.ms.median)} of the GEMM alone")
+    return ", ".join(parts) or "no rival yet"
+
+
+def _named(row: Any) -> str:
+    if isinstance(row, OpRow):
+        return f"{row.operator}, {row.direction}, {row.size}, {row.dtype}"
+    how = row.mode if hasattr(row, "mode") else f"{row.steps} steps of {row.sampler}"
+    tokens = f", {row.tokens} tokens" if hasattr(row, "tokens") else ""
+    return f"{row.model}, {how}, batch {row.batch}{tokens}, {row.dtype}"
+
+
+def has_parity(found: Iterable[Figure]) -> bool:
+    """Whether nothing of what was judged failed."""
+    return all(figure.parity is not False for figure in found)
+
+
+def table(found: Sequence[Figure], title: str) -> RenderableType:
+    """The figures for a terminal or a log."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from .render import tick
+
+    ascii_only = Console().options.ascii_only
+    shown = plain_table()
+    for header in ("step", "what", "value", "parity", "rival", ""):
+        shown.add_column(header, justify="right" if header == "parity" else "left", no_wrap=header == "step")
+    for index, figure in enumerate(found):
+        first = index == 0 or found[index - 1].step != figure.step
+        cells = (figure.step if first else "", figure.what, figure.value)
+        shown.add_row(*map(escape, cells), tick(figure.parity, ascii_only), escape(figure.rival), escape(figure.note))
+    return Group(line(title, "bold"), shown)
