@@ -222,7 +222,9 @@ class Campaign:
                     time.sleep(_POLL_SECONDS)
         except BaseException:
             for item in running:
-                self._note(item.step, Done("cut", item.seconds, None, "interrupted"))
+                code = item.process.poll()  # it may have come to its end since it was asked
+                ended = None if code is None else self._outcome(item, code, False)
+                self._note(item.step, ended or Done("cut", item.seconds, None, "interrupted"))
                 item.process.terminate()
             for item in running:
                 _stop(item.process, grace)
