@@ -7,7 +7,6 @@ every row and goes on where it was cut, so a campaign can be interrupted, killed
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from .child_processes import end_with_parent
 from .environment import collect
 from .files import write_json
 from .parsing import parse
@@ -28,8 +28,6 @@ from .suite import differences
 SCHEMA = "ditfast.bench.campaign/1"
 State = Literal["done", "cut", "failed", "skipped"]
 
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _STATE_FILE = "campaign.state"  # not .json: DIR/*.json are results
 _GRACE_SECONDS = 20.0  # for a step to save and print after its time is up
 _MIN_SECONDS = 20.0  # importing torch and measuring the limits take as long: less is not worth a start
@@ -180,7 +178,7 @@ class Campaign:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,  # it would measure on beside the next campaign
             )
             try:
                 code = process.wait(timeout=limit)
@@ -220,12 +218,6 @@ def _outcome(path: Path) -> State:
     if results.complete:
         return "done"
     return "cut" if results.readings and results.readings[-1].get("when") == "after" else "failed"
-
-
-def _end_with_parent() -> None:
-    """Has a step end when the campaign is killed: it would go on measuring beside the next one."""
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

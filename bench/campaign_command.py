@@ -77,7 +77,7 @@ def make_steps(device: torch.device) -> list[Step]:
     from .campaign import Step
 
     on = ("--device", str(device))
-    verify = Step("verify", ("-m", "ditfast", "verify", *on, "--json", "{json}"), 0.2, suite=True)
+    verify = Step("verify", ("-m", "ditfast", "verify", *on, "--continue", "--json", "{json}"), 0.2, suite=True)
     ours = ("--providers", "reference,ditfast")
     if device.type != "cuda":
         small = ("--seconds", "0.1", *on)

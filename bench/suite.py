@@ -136,7 +136,7 @@ def run_suite(
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    results = _begin(suite, settings, path, resume)
+    results = begin(suite, settings, path, resume)
     load = os.getloadavg()[0]  # other people's: from now on it is ours
     with terminated_as_interrupted():
         measured = len(results.rows)
@@ -166,7 +166,12 @@ def run_suite(
     return results
 
 
-def _begin(suite: Suite, settings: dict[str, Any], path: Path | None, resume: bool) -> Results:
+def begin(suite: Suite, settings: dict[str, Any], path: Path | None, resume: bool) -> Results:
+    """New results, or those of the file where they are to be continued.
+
+    Raises:
+        ValueError: the file to go on with was measured under other conditions.
+    """
     from .environment import collect
     from .records import Results
 
