@@ -8,7 +8,6 @@ that a campaign can be interrupted, killed, and run again, here or from its arch
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -20,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from .child_processes import end_with_parent
 from .environment import collect
 from .files import write_json
 from .parsing import parse
@@ -30,8 +30,6 @@ SCHEMA = "ditfast.bench.campaign/2"
 State = Literal["done", "older", "cut", "failed", "skipped"]
 STATE_FILE = "campaign.state"  # not .json: DIR/*.json are results
 
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _GRACE_SECONDS = 20.0  # for a step to save and print after its time is up
 _MIN_SECONDS = 15.0  # importing torch and measuring the limits take as long: less is not worth a start
 _PLANNED_SECONDS = 480.0  # the budget that the steps' limits are made for; a longer one stretches them
@@ -247,7 +245,7 @@ class Campaign:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **self.variables},
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,  # it would measure on beside the next campaign
             )
         return _Running(step, process, time.monotonic(), limit)
 
@@ -288,12 +286,6 @@ def _said(path: Path) -> State:
     if results.complete:
         return "done"
     return "cut" if results.readings and results.readings[-1].get("when") == "after" else "failed"
-
-
-def _end_with_parent() -> None:
-    """Has a step end when the campaign is killed: it would go on measuring beside the next one."""
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

@@ -50,7 +50,7 @@ def collect(device_index: int | None = None) -> dict[str, Any]:
         "packages": {name: package_version(name) for name in _PACKAGES},
         # not the kernel's release, which names a host rather than a condition
         "os": " ".join(part for part in (platform.system(), platform.machine(), *platform.libc_ver()) if part),
-        "cpu": {"model": _cpu_model(), "cores": _cpu_cores(), "torch_threads": _torch_threads()},
+        "cpu": {"model": _cpu_model(), "cores": cpu_cores(), "torch_threads": _torch_threads()},
         "gpu": _gpu(device_index),
     }
 
@@ -130,7 +130,7 @@ def _cpu_model() -> str | None:
     return platform.processor() or None
 
 
-def _cpu_cores() -> int | None:
+def cpu_cores() -> int | None:
     """The cores this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count()

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 
 from .cases import Case
+from .child_processes import describe_exit
 from .preparing import Prepared, empty_cache, explain, make_work, prepare, trial_bytes
 from .providers import Provider, get_provider, load_plugins
 from .rows import ModelRow, Status
@@ -146,7 +147,7 @@ class Worker:
             kind, value = self._connection.recv()
         except (EOFError, OSError):
             self._process.join(_STOP_SECONDS)
-            raise ProviderFailed("error", f"its process died: {_exit(self._process.exitcode)}") from None
+            raise ProviderFailed("error", f"its process died: {describe_exit(self._process.exitcode)}") from None
         except KeyboardInterrupt:
             self._process.kill()  # its answer would be taken for that to the next question
             raise
@@ -173,12 +174,6 @@ class Remote:
 
     def close(self) -> None:
         self.worker.release()
-
-
-def _exit(code: int | None) -> str:
-    if code is None:
-        return "it does not answer"
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def _serve(

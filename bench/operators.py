@@ -37,9 +37,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator: the function in question, its formula, and how to draw its inputs in fp32."""
+    """One operator: the function in question, its formula, and how to draw its inputs in fp32.
+
+    Its family are the operators whose kernels it shares: ``ditfast verify`` gives each family processes of its own.
+    """
 
     name: str
+    family: str
     fused: Callable[..., Any]
     formula: Callable[..., Any]
     draw: Callable[[Shape, torch.Generator], Inputs]
@@ -149,6 +153,7 @@ OPERATORS: dict[str, Operator] = {
     for operator in (
         Operator(
             "layer_norm_modulate",
+            "adaln",
             ops.layer_norm_modulate,
             formulas.layer_norm_modulate,
             _draw_norm,
@@ -157,6 +162,7 @@ OPERATORS: dict[str, Operator] = {
         ),
         Operator(
             "gated_residual",
+            "adaln",
             ops.gated_residual,
             formulas.gated_residual,
             _draw_residual,
@@ -165,24 +171,27 @@ OPERATORS: dict[str, Operator] = {
         ),
         Operator(
             "gated_residual_layer_norm_modulate",
+            "adaln",
             ops.gated_residual_layer_norm_modulate,
             formulas.gated_residual_layer_norm_modulate,
             _draw_fused,
             mixed=("residual",),
             kernel=True,
         ),
-        Operator("linear_gelu", ops.linear_gelu, formulas.linear_gelu, _draw_linear_gelu, kernel=True),
+        Operator("linear_gelu", "gemm", ops.linear_gelu, formulas.linear_gelu, _draw_linear_gelu, kernel=True),
         Operator(
             "linear_gated_residual",
+            "gemm",
             ops.linear_gated_residual,
             formulas.linear_gated_residual,
             _draw_linear_residual,
             mixed=("residual",),
             kernel=True,
         ),
-        Operator("gelu_mlp", ops.gelu_mlp, formulas.gelu_mlp, _draw_mlp, kernel=True),
+        Operator("gelu_mlp", "gemm", ops.gelu_mlp, formulas.gelu_mlp, _draw_mlp, kernel=True),
         Operator(
             "self_attention",
+            "attention",
             ops.self_attention,
             formulas.self_attention,
             _draw_attention,
@@ -191,6 +200,7 @@ OPERATORS: dict[str, Operator] = {
         ),
         Operator(
             "self_attention+bias",
+            "attention",
             ops.self_attention,
             formulas.self_attention,
             _draw_biased_attention,
@@ -200,6 +210,7 @@ OPERATORS: dict[str, Operator] = {
         # its kernel is for inference: where a gradient is wanted the formula would be compared with itself
         Operator(
             "conditioning",
+            "embedding",
             ops.conditioning,
             _conditioning_formula,
             _draw_conditioning,
@@ -207,7 +218,13 @@ OPERATORS: dict[str, Operator] = {
             gradients=False,
         ),
         Operator(
-            "timestep_embedding", _timesteps, _timesteps_formula, _draw_timesteps, kernel=True, gradients=False
+            "timestep_embedding",
+            "embedding",
+            _timesteps,
+            _timesteps_formula,
+            _draw_timesteps,
+            kernel=True,
+            gradients=False,
         ),
     )
 }

@@ -29,7 +29,7 @@ _HUGE = 1 << 63
 _POSITIVE = ("batch", "tokens", "hidden_size", "depth", "width", "images_per_s", "tflops", "rate", "speedup", "bytes")
 
 
-_VERSIONS: dict[Suite, int] = {"ops": 2}  # 2: num_heads
+_VERSIONS: dict[Suite, int] = {"ops": 2, "verify": 2}  # ops, 2: num_heads; verify, 2: note
 
 
 def schema(suite: Suite) -> str:

@@ -310,16 +310,25 @@ class CostRow(_CaseRow):
 
 @dataclass(frozen=True)
 class VerifyRow:
-    """The worst tensor of one operator or model in one dtype (``ditfast verify``)."""
+    """The worst tensor of one operator or model in one dtype (``ditfast verify``).
+
+    Attributes:
+        subject, backend, dtype: what was judged.
+        tensor: the worst; "" where none was judged.
+        error, yardstick, bound: of that tensor; None where not finite, or where none was judged.
+        ok: whether it passed.
+        note: why nothing was judged: an exception, a process that died or hung; else "".
+    """
 
     subject: str
     backend: str
     dtype: str
     tensor: str
     error: float | None
-    yardstick: float
-    bound: float
+    yardstick: float | None
+    bound: float | None
     ok: bool
+    note: str = ""
 
     @property
     def key(self) -> tuple[object, ...]:

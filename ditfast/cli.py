@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +14,7 @@ from ._cli_evaluate import evaluate
 from ._cli_sample import sample
 from .bench.command import app as bench_app
 from .bench.tune_command import tune
+from .bench.verify_command import verify
 
 
 class _Group(TyperGroup):
@@ -174,49 +173,8 @@ def _parse_size(text: str) -> int | tuple[int, int]:
 app.command("sample")(sample)
 app.add_typer(bench_app, name="bench")
 app.command("tune")(tune)
+app.command("verify")(verify)
 app.command("evaluate")(evaluate)
-
-
-@app.command()
-def verify(
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N. By default cuda where there is one.", show_default=False)
-    ] = None,
-    dtype: Annotated[
-        list[str] | None,
-        typer.Option(help="fp32, bf16 or fp16; may be repeated, all three by default.", show_default=False),
-    ] = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", help="Write the rows here, one after another.", show_default=False, metavar="FILE"),
-    ] = None,
-) -> None:
-    """Check every operator and model design against fp64 on this machine; exit 1 where one fails."""
-    # without a GPU the kernels are checked in Triton's interpreter, which must be known before triton is imported
-    if device in (None, "cpu") and "triton" not in sys.modules:
-        import torch
-
-        if device == "cpu" or not torch.cuda.is_available():
-            os.environ.setdefault("TRITON_INTERPRET", "1")
-    from .bench import verify as module
-    from .bench.environment import collect
-    from .bench.files import check_target
-    from .bench.records import Results
-    from .bench.render import print_tables
-
-    check_target(json_file)
-    results = Results("verify", collect(), {"device": device, "dtypes": dtype})
-    for row in module.verify(device, dtype):
-        typer.echo(f"{'ok  ' if row.ok else 'FAIL'} {row.subject}, {row.backend}, {row.dtype}", err=True)
-        results.rows.append(row)
-        if json_file is not None:
-            results.save(json_file)
-    results.complete = True
-    if json_file is not None:
-        results.save(json_file)
-    print_tables(module.render(results.rows))
-    if not all(row.ok for row in results.rows):
-        raise typer.Exit(1)
 
 
 @app.command()

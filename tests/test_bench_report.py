@@ -112,6 +112,8 @@ def test_bad_news_is_said_as_plainly() -> None:
     assert "NUMERICS FAILED in 1 of 2 checks: layer_norm_modulate, triton, fp16 (d_x)." in text_of(
         results("verify", made.verify_rows(ok=False))
     )
+    unjudged = replace(made.verify_rows()[0], tensor="", error=None, yardstick=None, bound=None, ok=False, note="Boom")
+    assert "in 1 of 1 check: layer_norm_modulate, triton, bf16 (Boom)." in text_of(results("verify", [unjudged]))
 
 
 def test_the_other_suites_in_sentences() -> None:

@@ -128,6 +128,9 @@ def test_rows_of_costs_and_numerics() -> None:
     row = VerifyRow("gelu_mlp", "triton", "fp16", "d_x", 1.5e-3, 2.5e-4, 3.5e-2, False)
     [table] = verify_tables(machine_of("verify", [row]))
     assert cells(table) == ["gelu_mlp", "triton", "fp16", "d_x", "1.5e-03", "2.5e-04", "3.5e-02", "✗ failed"]
+    row = VerifyRow("gelu_mlp", "triton", "fp16", "", None, None, None, False, "ValueError: no")
+    [table] = verify_tables(machine_of("verify", [row]))
+    assert cells(table) == ["gelu_mlp", "triton", "fp16", "ValueError: no", "-", "-", "-", "✗ failed"]
 
 
 def lines(*found: Any) -> list[str]:

@@ -149,7 +149,7 @@ def _left_out(machine: Machine) -> dict[str, str]:
 def _verdicts(rows: Sequence[VerifyRow]) -> list[str]:
     if not rows:
         return []
-    failed = [f"{row.subject}, {row.backend}, {row.dtype} ({row.tensor})" for row in rows if not row.ok]
+    failed = [f"{row.subject}, {row.backend}, {row.dtype} ({row.note or row.tensor})" for row in rows if not row.ok]
     if failed:
         return [f"NUMERICS FAILED in {len(failed)} of {count(len(rows), 'check')}: {listed(failed)}."]
     return [f"All {count(len(rows), 'check')} of the numerics against fp64 passed."]

@@ -134,7 +134,7 @@ def verify_tables(machine: Machine) -> list[Table]:
     for row in rows:
         numbers = [_science(row.error), _science(row.yardstick), _science(row.bound)]
         verdict = Cell("✓", "good") if row.ok else Cell("✗ failed", "bad")
-        found.append([*map(Cell, [row.subject, row.backend, row.dtype, row.tensor, *numbers]), verdict])
+        found.append([*map(Cell, [row.subject, row.backend, row.dtype, row.note or row.tensor, *numbers]), verdict])
     text = ("subject", "backend", "dtype", "worst tensor", "verdict")
     return [Table(f"Numerics on {machine.label}", columns_of(columns, text), found)] if found else []
 

@@ -1,0 +1,23 @@
+"""What is to be said of child processes: that they end with their parent, and how one has ended."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
+    """Has this process get the signal when its parent is killed: it would go on, holding the device. On Linux."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, number)
+
+
+def describe_exit(code: int | None) -> str:
+    """``"signal SIGKILL"`` or ``"exit code 3"`` of multiprocessing's exit code; None is a process that lives."""
+    if code is None:
+        return "it does not answer"
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
