@@ -9,10 +9,12 @@ import typer
 from . import options
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import RenderableType
 
     from .operators import Shape
     from .records import Results
+    from .rows import Direction, OpRow
 
 
 def ops(
@@ -52,7 +54,7 @@ def ops(
     from .environment import parse_device
     from .files import check_target
     from .operators import OPERATORS
-    from .rows import Direction, OpRow
+    from .preparing import computes
     from .suite import Recorder, run_suite
 
     check_target(json)
@@ -75,8 +77,8 @@ def ops(
     directions: list[Direction] = [direction] if direction else ["forward", "backward"]
     shapes = _shapes(model, width, tokens, batch or ([8, 256] if gpu else [4]), gpu)
     asked = shapes if model or width or tokens or batch or not gpu else None
-    cases = [
-        (shape, name, way, precision)
+    cases: list[tuple[str, Direction, Shape, torch.dtype]] = [
+        (name, way, shape, precision)
         for shape in dict.fromkeys([*shapes, *ops_attention.SHAPES])
         for name in names
         if shape in ops_bench.shapes_of(name, asked, shapes)
@@ -84,14 +86,16 @@ def ops(
         for way in directions
     ]
     duration = options.positive("--seconds", seconds, 0.5)
-    if not any(item in chosen for _, name, way, _ in cases for item in ops_bench.providers(name, way, where)):
+    if not any(item in chosen for name, way, _, _ in cases for item in ops_bench.providers(name, way, where)):
         raise ValueError(f"none of the providers {', '.join(chosen)} runs one of these operators on {where}")
 
     def measure(recorder: Recorder) -> None:
         def save(rows: list[OpRow]) -> None:
             recorder.add(rows, ops_bench.with_op_shares, so_far=True)
 
-        for shape, name, direction, dtype in cases:
+        failed = {row.case for row in recorder.results.rows if row.status == "error"}
+        # what has failed comes last: it may have taken the GPU's context with it
+        for name, direction, shape, dtype in sorted(cases, key=lambda item: _case_of(*item) in failed):
             label = f"{name}, {direction}, B={shape.batch} T={shape.tokens} D={shape.width}, {dtype_name(dtype)}"
             competing = [item for item in ops_bench.providers(name, direction, where) if item in chosen]
             keys = [ops_bench.blank_row(name, direction, shape, dtype, provider).key for provider in competing]
@@ -101,9 +105,15 @@ def ops(
             if recorder.out_of_time():
                 return
             recorder.set_aside(keys)
-            case = (OPERATORS[name], direction, shape, dtype, where, duration, chosen)
-            recorder.add(ops_bench.run_operator(*case, save if recorder.path else None), ops_bench.with_op_shares)
+            saving = save if recorder.path else None
+            rows = ops_bench.run_operator(OPERATORS[name], direction, shape, dtype, where, duration, chosen, saving)
+            lost = any(row.status == "error" for row in rows) and not computes(where)
+            recorder.add(rows, ops_bench.with_op_shares, so_far=lost)  # of a lost GPU no limits can be measured
             recorder.report(label)
+            if lost:
+                typer.echo(f"{label}: left the GPU in an error; another run goes on with the others", err=True)
+                recorder.cut = True
+                return
 
     settings = {
         "device": str(where),
@@ -111,7 +121,7 @@ def ops(
         "directions": directions,
         "dtypes": list(map(dtype_name, dtypes)),
         "providers": chosen,
-        "shapes": [[shape.batch, shape.tokens, shape.width] for shape in dict.fromkeys(case[0] for case in cases)],
+        "shapes": [[shape.batch, shape.tokens, shape.width] for shape in dict.fromkeys(case[2] for case in cases)],
         "seconds": duration,
     }
     results = run_suite(
@@ -128,6 +138,13 @@ def ops(
     )
     if any(row.is_ours and (row.parity is not True or row.ms is None) for row in results.rows):
         raise typer.Exit(1)
+
+
+def _case_of(name: str, direction: Direction, shape: Shape, dtype: torch.dtype) -> tuple[object, ...]:
+    """What its rows have in common."""
+    from .ops_bench import blank_row
+
+    return blank_row(name, direction, shape, dtype, "ditfast").case
 
 
 def _shapes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import sys
@@ -188,6 +189,17 @@ def is_oom(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in said)
 
 
+def computes(device: torch.device) -> bool:
+    """Whether a device still does: after a CUDA error that sticks, every later call of the process fails."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+        return torch.ones(2, device=device).sum().item() == 2.0
+    except Exception:
+        return False
+
+
 def clear(device: torch.device) -> None:
     """Frees what is referenced no more."""
     # compiled code counts towards a limit per function, and a later case would hit it
@@ -199,7 +211,8 @@ def clear(device: torch.device) -> None:
 
 def empty_cache(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # of a context that an error has broken, which is a row already
+            torch.cuda.empty_cache()
 
 
 def _finite(value: float) -> float | None:

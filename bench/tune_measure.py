@@ -15,7 +15,7 @@ from ditfast.kernels.tables import Fields
 
 from .operators import Inputs, Shape
 from .parity import judge
-from .preparing import explain
+from .preparing import computes, explain
 from .timing import AGAIN, Sampler, Spread, measure, noise, sampler, with_repeat
 from .transforms import captured
 from .tune_family import Family, Results, Target
@@ -214,11 +214,8 @@ class _Contest:
     def _leaves(self, name: str, error: BaseException) -> None:
         """Takes a candidate out; raises where every launch after it would fail as well."""
         self.out[name] = explain(error)[1]
-        if self.device.type == "cuda":
-            try:
-                torch.cuda.synchronize(self.device)
-            except RuntimeError:
-                raise GpuLost(f"{self.task.key}: {name} left the GPU in an error: {self.out[name]}") from None
+        if not computes(self.device):
+            raise GpuLost(f"{self.task.key}: {name} left the GPU in an error: {self.out[name]}") from None
 
     def _check_time(self) -> None:
         if self.deadline is not None and time.monotonic() > self.deadline:

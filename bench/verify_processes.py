@@ -19,6 +19,7 @@ import torch
 
 from .child_processes import describe_exit, end_with_parent
 from .environment import cpu_cores
+from .preparing import computes
 from .rows import VerifyRow
 from .verify import Check, failed, groups, run_check
 
@@ -54,17 +55,6 @@ def run_checks(
         return (run_check(item, device) for item in checks)
     jobs = max(1, min(jobs, len(parts)))
     return _in_processes(parts, device, jobs, max(1, cores // jobs), limit)
-
-
-def computes(device: torch.device) -> bool:
-    """Whether a device still does: after a CUDA error that sticks, every later call of the process fails."""
-    if device.type != "cuda":
-        return True
-    try:
-        torch.cuda.synchronize(device)
-        return torch.ones(2, device=device).sum().item() == 2.0
-    except Exception:
-        return False
 
 
 def _in_processes(

@@ -23,10 +23,11 @@ import ditfast
 from ditfast.bench import verify_processes
 from ditfast.bench.cases import DTYPES
 from ditfast.bench.operators import OPERATORS
+from ditfast.bench.preparing import computes
 from ditfast.bench.records import Results
 from ditfast.bench.rows import VerifyRow
 from ditfast.bench.verify import Check, checks, failed, groups, render, run_check
-from ditfast.bench.verify_processes import computes, run_checks
+from ditfast.bench.verify_processes import run_checks
 from ditfast.cli import app
 from ditfast.config import Conditioning
 
