@@ -156,8 +156,7 @@ def _measure(
             # on the very shape that is timed: launch configurations depend on it
             # and the implementation on whether gradients are wanted
             if name != "gemm":
-                wanted = () if direction == "forward" else None
-                verdicts = check(replace(operator, fused=function), shape, dtype, device, wanted=wanted)
+                verdicts = check(replace(operator, fused=function), shape, dtype, device, wanted=_wanted(direction))
                 parity = all(verdict.ok for verdict in verdicts.values())
                 rows[name] = replace(rows[name], parity=parity, note="" if parity else _failing(verdicts))
             maker = partial(_call, function, operator, shape, pool, direction)
@@ -182,6 +181,22 @@ def _measure(
         rate = least.rate(spread.median)
         rows[name] = replace(rows[name], status="ok", ms=spread, rate=rate, timed=timed, noise=share, note=notes)
     return rows
+
+
+def launch_once(
+    operator: Operator, direction: Direction, shape: Shape, dtype: torch.dtype, device: torch.device
+) -> None:
+    """What :func:`run_operator` launches of ours, once and untimed: the judged call, and the timed one."""
+    functions = {"ditfast": operator.fused}
+    if ops_attention.is_attention(operator.name):
+        functions["ditfast-triton"] = ops_attention.implementation("ditfast-triton")
+    for function in functions.values():
+        check(replace(operator, fused=function), shape, dtype, device, wanted=_wanted(direction))
+        _call(function, operator, shape, [draw_inputs(operator, shape, dtype, device)], direction)(0)
+
+
+def _wanted(direction: Direction) -> tuple[str, ...] | None:
+    return () if direction == "forward" else None
 
 
 def _failing(verdicts: dict[str, Any]) -> str:
