@@ -65,7 +65,9 @@ def warm(
     archive: Annotated[
         Path | None,
         typer.Option(
-            help="Pack what launches need of the kernels and their launchers.", show_default=False, metavar="FILE.tar.xz"
+            help="Pack what launches need: compiled kernels and their launchers.",
+            show_default=False,
+            metavar="FILE.tar.xz",
         ),
     ] = None,
     unpack: Annotated[

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 #: what --for takes; without it the models' own forward and training
 PURPOSES = ("verify", "bench", "tune")
-#: of the models: tiles change with the rows, and what a batch between two of these takes one of them takes too
+#: of the models: tiles change with the rows, and at XL/2 no batch between launches anything else
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _DEPTH = 2  # no block after the second launches anything else
 _OPS_BATCHES = (8, 256)  # of ``ditfast bench ops`` on a GPU
@@ -131,7 +131,8 @@ def _benchmarked(config: DiTConfig, part: Part) -> Iterator[Run]:
 def _benchmark(case: Case) -> None:
     """What the provider ditfast launches; not the optimiser, none of whose kernels are ours."""
     inputs = make_inputs(case, _CPU, 0)
-    variant = get_provider("ditfast").build(Workload(case, _CPU, build_model(case.config, _CPU, case.dtype, 0), [inputs]))
+    model = build_model(case.config, _CPU, case.dtype, 0)
+    variant = get_provider("ditfast").build(Workload(case, _CPU, model, [inputs]))
     if case.training:
         variant.gradients(inputs)
     else:
