@@ -133,7 +133,7 @@ def make_manifest(architecture: str, warmed: Iterable[str], folders: Iterable[st
 
     Args:
         architecture: such as sm_90.
-        warmed: what was launched, in words.
+        warmed: what is compiled as a whole, in words.
         folders: of the kernels.
 
     Returns:
@@ -172,9 +172,9 @@ def fits(manifest: dict[str, Any]) -> str:
         return f"made with another build of triton {here['triton']}"
     if here["ptxas"] != there["ptxas"]:
         return f"made with ptxas {there['ptxas']}, and here is {here['ptxas']} (TRITON_PTXAS_PATH)"
-    if here["variables"] != there["variables"]:
-        names = [name for name, value in sorted(here["variables"].items()) if value != there["variables"].get(name)]
-        return f"made with other values of {', '.join(names) or 'environment variables'}"
+    names = sorted(dict(here["variables"].items() ^ there["variables"].items()))
+    if names:
+        return f"made with other values of {', '.join(names)}"
     changed = sorted(name for name, digest in here["sources"].items() if there["sources"].get(name) != digest)
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -217,7 +217,7 @@ def render(found: dict[str, Any]) -> str:
     """The same as lines for people."""
     lines = ["Triton's cache", f"  {found['folder']}: {found['kernels']} compiled kernels of ditfast"]
     for name, what in (found["warmed"] or {}).items():
-        lines.append(f"  compiled ahead for {name}: {'; '.join(what)}")
+        lines.append(f"  compiled ahead for {name}: {'; '.join(what) or 'a part, cut short'}")
     if found["warmed"] is not None:
         lines.append(f"  which are not taken here: {found['misfit']}" if found["misfit"] else "  which are taken here")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -78,14 +78,21 @@ class Workers:
 
     def find(self, parts: Iterable[Part]) -> Iterator[Found]:
         """What each part launches, as it ends."""
-        return self._ended([self._pool.submit(find, part) for part in parts])
+        futures = {self._pool.submit(find, part): part for part in parts}
+        for future in as_completed(futures):
+            try:
+                yield future.result()
+            except BrokenExecutor as error:
+                yield Found(futures[future], failures=[f"{futures[future].label}: {explain(error)[1]}"])
 
     def compile(self, kernels: Iterable[Kernel]) -> Iterator[Compiled]:
         """Each kernel, as it ends."""
-        return self._ended([self._pool.submit(compile_kernel, kernel) for kernel in kernels])
-
-    def _ended(self, futures: list[Future[Any]]) -> Iterator[Any]:
-        return (future.result() for future in as_completed(futures))
+        futures = {self._pool.submit(compile_kernel, kernel): kernel for kernel in kernels}
+        for future in as_completed(futures):
+            try:
+                yield future.result()
+            except BrokenExecutor as error:  # the compiler took its process down, and the others' with it
+                yield Compiled(futures[future], failure=explain(error)[1])
 
 
 def unique(found: Iterable[Found]) -> list[Kernel]:

@@ -193,7 +193,9 @@ def _warm(arch: str, parts: Sequence[Part], cache: Path, jobs: int | None) -> bo
                     step(f"{arch}: {result.kernel.name}{' (in the cache)' if result.hit else ''}")
         finally:  # an interrupted run says what there is as well
             folders = [result.folder for result in compiled if result.folder]
-            manifest = kernel_cache.make_manifest(arch, [part.label for part in parts], folders)
+            whole = len(compiled) == len(kernels) and all(result.folder for result in compiled)
+            labels = [item.part.label for item in found if whole and not item.failures]
+            manifest = kernel_cache.make_manifest(arch, labels, folders)
             write_json(kernel_cache.merged(kernel_cache.read_manifest(cache), manifest), cache / kernel_cache.MANIFEST)
     return _report(arch, found, compiled, cache, time.monotonic() - begin)
 
