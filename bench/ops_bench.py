@@ -181,8 +181,8 @@ def _measure(case: _Case, functions: dict[str, Callable[..., Any]], rows: dict[s
             # on the very shape that is timed: launch configurations depend on it
             # and the implementation on whether gradients are wanted
             if name != "gemm" and rows[name].parity is None:
-                wanted = () if case.direction == "forward" else None
-                verdicts = check(replace(case.operator, fused=function), shape, dtype, case.device, wanted=wanted)
+                judged, wanted = replace(case.operator, fused=function), _wanted(case.direction)
+                verdicts = check(judged, shape, dtype, case.device, wanted=wanted)
                 parity = all(verdict.ok for verdict in verdicts.values())
                 rows[name] = replace(rows[name], parity=parity, note="" if parity else _failing(verdicts))
             maker = partial(_call, function, case.operator, shape, pool, case.direction)
@@ -207,6 +207,22 @@ def _measure(case: _Case, functions: dict[str, Callable[..., Any]], rows: dict[s
         row = replace(rows[name], status="ok", ms=spread, rate=rate, timed=timed, noise=share)
         rows[name] = replace(row, note="; ".join(notes))
     return rows
+
+
+def launch_once(
+    operator: Operator, direction: Direction, shape: Shape, dtype: torch.dtype, device: torch.device
+) -> None:
+    """What :func:`run_operator` launches of ours, once and untimed: the judged call, and the timed one."""
+    functions = {"ditfast": operator.fused}
+    if ops_attention.is_attention(operator.name):
+        functions["ditfast-triton"] = ops_attention.implementation("ditfast-triton")
+    for function in functions.values():
+        check(replace(operator, fused=function), shape, dtype, device, wanted=_wanted(direction))
+        _call(function, operator, shape, [draw_inputs(operator, shape, dtype, device)], direction)(0)
+
+
+def _wanted(direction: Direction) -> tuple[str, ...] | None:
+    return () if direction == "forward" else None
 
 
 def _failing(verdicts: dict[str, Any]) -> str:

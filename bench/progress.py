@@ -10,8 +10,12 @@ import typer
 
 
 @contextmanager
-def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on a terminal, plain lines elsewhere, both on stderr; yields what to call after each of ``total`` steps."""
+def progress(total: int, first: str = "measuring the limits") -> Iterator[Callable[[str], None]]:
+    """A bar on a terminal, plain lines elsewhere, both on stderr; yields what to call after each of ``total`` steps.
+
+    Args:
+        first: what is being done before the first step has ended.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -28,7 +32,7 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("measuring the limits", total=total)
+        task = bar.add_task(first, total=total)
         yield lambda what: bar.update(task, advance=1, description=what)
 
 

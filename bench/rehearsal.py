@@ -14,9 +14,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import import_module
 from multiprocessing import get_context
-from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
@@ -31,6 +29,7 @@ from ditfast.ops._backend import Backend
 
 from .cases import DTYPES
 from .inputs import random_batch
+from .kernel_cache import kernel_functions
 from .operators import OPERATORS, Inputs, Operator, Shape, draw_inputs
 from .precision import float32_precision
 from .uncomputed import Uncomputed
@@ -288,12 +287,10 @@ def _train(
 
 def unreached(outcomes: Sequence[Outcome]) -> list[str]:
     """Kernels that no case has launched, as sentences; TMA's is for some architectures alone."""
-    from ditfast import kernels
     from ditfast.kernels.gemm_config import PERSISTENT
     from ditfast.kernels.rehearsal import GPUS
 
-    modules = [import_module(f"{kernels.__name__}.{found.name}") for found in iter_modules(kernels.__path__)]
-    known = {name for module in modules for name in vars(module) if name.startswith("_") and name.endswith("_kernel")}
+    known = set(kernel_functions())
     found = []
     for arch in dict.fromkeys(outcome.part.arch for outcome in outcomes):
         wanted = known if GPUS[arch].capability[0] in PERSISTENT else known - {"_gemm_tma_kernel"}

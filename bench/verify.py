@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ditfast import DiT, DiTConfig, reference
 from ditfast.config import Conditioning
+from ditfast.kernels import launch
 from ditfast.ops import interpreter_unavailable, use_backend
 
 from .cases import DTYPES
@@ -118,10 +119,11 @@ def _operator_checks(device: torch.device, dtypes: Sequence[str]) -> Iterator[Ch
 
     Kernels run on a GPU, or in Triton's interpreter where it is on; elsewhere there are rows of the formulas only.
     """
+    on_gpu = launch.on_gpu(torch.empty(0, device=device))  # in a rehearsal too
     interpreted = device.type == "cpu" and interpreter_unavailable() is None
     for operator in OPERATORS.values():
         # on a GPU the choice among candidates, and the kernel whatever the choice
-        backends = (["auto", "kernel"] if operator.kernel else ["auto"]) if device.type == "cuda" else ["torch"]
+        backends = (["auto", "kernel"] if operator.kernel else ["auto"]) if on_gpu else ["torch"]
         if operator.kernel and interpreted:
             backends.append("interpreter")
         for backend, dtype in itertools.product(backends, dtypes):

@@ -15,6 +15,7 @@ from ._cli_sample import sample
 from .bench.command import app as bench_app
 from .bench.tune_command import tune
 from .bench.verify_command import verify
+from .bench.warm_command import warm
 
 
 class _Group(TyperGroup):
@@ -82,15 +83,25 @@ def info(
         ),
     ] = None,
     dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Of the attention.")] = "bf16",
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Tell of this Triton cache; by default of Triton's own.", show_default=False, metavar="DIR"),
+    ] = None,
 ) -> None:
     """Versions, devices, and the operators' backends: which are available, and why the others are not.
 
-    Of attention also which backend a shape takes, by the GPU's tuned table or the heuristic.
+    Of attention also which backend a shape takes, by the GPU's tuned table or the heuristic; of Triton's cache whether
+    the kernels that were compiled ahead are taken here, and why not.
     """
     from . import info as module
+    from .bench import kernel_cache
 
     facts = module.collect(attention or module.SHAPES, dtype)
-    typer.echo(json.dumps(facts, indent=2) if as_json else module.render(facts, reasons=bool(attention)))
+    facts["kernel_cache"] = kernel_cache.facts(kernel_cache.cache_folder() if cache is None else cache)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        typer.echo(f"{module.render(facts, reasons=bool(attention))}\n\n{kernel_cache.render(facts['kernel_cache'])}")
 
 
 @app.command()
@@ -174,6 +185,7 @@ app.command("sample")(sample)
 app.add_typer(bench_app, name="bench")
 app.command("tune")(tune)
 app.command("verify")(verify)
+app.command("warm")(warm)
 app.command("evaluate")(evaluate)
 
 

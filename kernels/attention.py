@@ -28,8 +28,6 @@ from . import launch
 from .launch import gpu_index, interpreting, on_device
 from .tables import tuned
 
-LOG2E = tl.constexpr(math.log2(math.e))
-
 
 class AttentionConfig(NamedTuple):
     """How an attention kernel is launched: rows the program owns, rows of the loop, warps, stages of its pipeline."""
@@ -87,7 +85,9 @@ def load_bias(ptr, rows, cols, stride_row, stride_col, tokens, COLS_EVEN: tl.con
 @triton.jit
 def power(x, EXACT: tl.constexpr):
     """exp(x) where EXACT, else 2^x."""
-    return tl.exp2(x * LOG2E) if EXACT else tl.exp2(x)
+    # log2(e), written out: what a caller's kernel is looked up by in Triton's cache holds a module's constant or not,
+    # depending on which kernel came first in the process
+    return tl.exp2(x * 1.4426950408889634) if EXACT else tl.exp2(x)
 
 
 @triton.jit
