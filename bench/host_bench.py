@@ -5,38 +5,32 @@ Triton launches on a GPU that is not there, and torch's CPU kernels are replaced
 shapes, allocation, Triton's launchers. Stubs in Python in the place of operators would hide torch's own share, and a
 dispatch mode or meta tensors would add Python to every operator; neither is in what is timed.
 
-What differs from a GPU's host stands in DIFFERENCES, and is said with every result.
+What differs from a GPU's host is said below every table (host_command.py, DIFFERENCES).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from ditfast import _model_blocks, ops
 from ditfast.training import diffusion_loss
 
 from .cases import Case
 from .cost_bench import BUILDERS, trace
-from .rows import HostPart, HostRow
+from .rows import Direction, HostPart, HostRow
 from .timing import Call, Spread, measure, sampler
 from .workload import Inputs, make_inputs
 
 PROVIDERS = ("reference", "ditfast")
-DIFFERENCES = (
-    "In neither: what the driver takes for each launch, the choice of a kernel within cuBLAS, cuDNN and SDPA.",
-    "Not as on a GPU's host: memory comes from the CPU's allocator, a Linear's bias is one more kernel's call, a backward",
-    "needs no thread of its own, and ditfast's launches do not make their GPU the current one.",
-)
-
 # what ditfast's models call, by where they look it up
 _OPERATORS = {
     ops: (
@@ -73,7 +67,8 @@ def measure_case(case: Case, seconds: float, arch: str, report: Callable[[str], 
     }
     inputs = make_inputs(case, _CPU, _SEED)
     # the loss keeps the tables of its first call
-    diffusion_loss(lambda x, t, y: x, inputs[0], *inputs[1:3], inputs[0])
+    x0, times, labels, *_ = inputs
+    diffusion_loss(lambda x, t, y: x, x0, times, labels, x0)
     with rehearse(arch) as seen, nothing_computed() as replaced:
         calls = {name: _call(case, name, inputs) for name in PROVIDERS}
         report(f"{case.label}: compiling kernels, where Triton's cache lacks them")
@@ -84,7 +79,7 @@ def measure_case(case: Case, seconds: float, arch: str, report: Callable[[str], 
             call(0)
             counts[name] = seen.launches - before[0], replaced() - before[1]
         report(f"{case.label}: timing")
-        times = _times(dict(calls), seconds)
+        found = _times(dict(calls), seconds)
         report(f"{case.label}: timing ditfast's parts")
         parts = _parts(case, calls["ditfast"], seconds * _PART_SHARE, lambda: seen.launches)
     return [
@@ -92,7 +87,7 @@ def measure_case(case: Case, seconds: float, arch: str, report: Callable[[str], 
             **case.columns,
             provider=name,
             arch=arch,
-            process_ms=times[name],
+            process_ms=found[name],
             launches=launches[name],
             triton_launches=counts[name][0],
             replaced=counts[name][1],
@@ -166,65 +161,53 @@ def _parts(case: Case, call: Call, seconds: float, launches: Callable[[], int]) 
     return [part for recorded in found.values() for part in _part(case, recorded, seconds, launches)]
 
 
-def _part(case: Case, recorded: _Recorded, seconds: float, launches: Callable[[], int]) -> Iterator[HostPart]:
+def _part(case: Case, recorded: _Recorded, seconds: float, launches: Callable[[], int]) -> list[HostPart]:
     """Forward, and backward where the operator's results want a gradient."""
 
     def leaf(value: Any) -> Any:
         return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
 
     args, kwargs = tree_map(leaf, recorded.args), tree_map(leaf, recorded.kwargs)
-    no_gradients = torch.no_grad if case.training else torch.inference_mode
 
     def forward(_: int = 0) -> Any:
         return recorded.function(*args, **kwargs)
 
-    def measured(direction: Any, public: Call, grad: bool) -> HostPart:
-        recording: AbstractContextManager[Any] = torch.enable_grad() if grad else no_gradients()
-        with recording, _layers() as layers:
-            public(0)
+    def measured(direction: Direction, public: Call) -> HostPart:
         before = launches()
-        calls = {"public": _within(torch.enable_grad if grad else no_gradients, public)}
-        calls |= {name: _within(no_gradients, _replay(made)) for name, made in layers.items() if made}
-        calls["public"](0)
+        with _layers() as layers:
+            public(0)
         made = launches() - before
+        calls = {"public": public, **{name: _replay(below) for name, below in layers.items() if below}}
         times = _times(calls, seconds)
-        rest = [times.get(name) for name in ("torch_op", "launcher", "launch")]
-        return HostPart(recorded.name, direction, recorded.uses, made, times["public"], *rest)
+        below = [times.get(name) for name in ("torch_op", "launcher", "launch")]
+        return HostPart(recorded.name, direction, recorded.uses, made, times["public"], *below)
 
-    yield measured("forward", forward, case.training)
-    if not case.training:
-        return
-    leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.requires_grad]
-    outputs = [x for x in tree_leaves(forward()) if isinstance(x, Tensor) and x.requires_grad and x.numel()]
-    if not (leaves and outputs):
-        return
-    gradients = [torch.empty_like(x) for x in outputs]
+    with torch.inference_mode(not case.training):
+        found = [measured("forward", forward)]
+        leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.requires_grad]
+        if case.training and leaves:
+            outputs = [x for x in tree_leaves(forward()) if isinstance(x, Tensor) and x.requires_grad and x.numel()]
+            gradients = [torch.empty_like(x) for x in outputs]
 
-    def backward(_: int = 0) -> None:
-        torch.autograd.grad(outputs, leaves, gradients, retain_graph=True, allow_unused=True)
+            def backward(_: int = 0) -> None:
+                torch.autograd.grad(outputs, leaves, gradients, retain_graph=True, allow_unused=True)
 
-    yield measured("backward", backward, True)
+            found.append(measured("backward", backward))
+    return found
 
 
 _Made = list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]
 
 
 def _replay(made: _Made) -> Call:
+    # in an autograd node nothing that it calls wants a gradient
+    made = [(function, *tree_map_only(Tensor, Tensor.detach, given)) for function, *given in made]
+
     def replay(_: int) -> None:
         for function, args, kwargs in made:
             function(*args, **kwargs)
 
     return replay
-
-
-def _within(context: Callable[[], AbstractContextManager[Any]], call: Call) -> Call:
-    """The call in a context that is entered once, for all of a sample's calls would pay for it."""
-
-    def within(number: int) -> object:
-        with context():
-            return call(number)
-
-    return within
 
 
 @contextmanager

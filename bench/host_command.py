@@ -29,6 +29,11 @@ CAPTION = (
     "not there. train: forward, loss and backward, without the optimiser, which is the same for both.",
     "launches: of a call on a GPU, as ditfast bench cost counts them, and those among them that Triton made here.",
 )
+DIFFERENCES = (
+    "In neither: what the driver takes for each launch, the choice of a kernel within cuBLAS, cuDNN and SDPA.",
+    "Not as on a GPU's host: memory comes from the CPU's allocator, a Linear's bias is one more kernel's call, the",
+    "backward has no thread of its own, and ditfast's launches do not make their GPU the current one.",
+)
 PARTS_CAPTION = (
     "A level's time holds those below it: the public operator with its checks and autograd node, torch's operator,",
     "the launcher in kernels/, Triton's launches alone. backward: by torch.autograd.grad, whose own start counts too.",
@@ -133,9 +138,9 @@ def tables(results: Results) -> RenderableType:
     """The models of each mode, and the parts of ditfast's."""
     from rich.console import Group
 
-    from .host_bench import DIFFERENCES
     from .machine import device_label
     from .render import closing_notes, line
+    from .text import model_name
 
     rows: list[HostRow] = results.rows
     title = f"ditfast bench host: process time, {results.settings.get('dtype')}, {device_label(results)}"
@@ -144,7 +149,7 @@ def tables(results: Results) -> RenderableType:
         parts += [_table(rows), *map(line, CAPTION), *map(line, DIFFERENCES), line("")]
     for row in rows:
         if row.parts:
-            what = f"ditfast's parts, microseconds a call: {_label(row)} batch {row.batch}, {row.mode}"
+            what = f"ditfast's parts, microseconds a call: {model_name(row)} batch {row.batch}, {row.mode}"
             parts += [line(what, "bold"), _parts_table(row.parts)]
     if any(row.parts for row in rows):
         parts += map(line, PARTS_CAPTION)
@@ -155,7 +160,7 @@ def _table(rows: Sequence[HostRow]) -> Table:
     from rich.markup import escape
 
     from .render import plain_table
-    from .text import digits
+    from .text import digits, model_name
 
     table = plain_table()
     for header in ("model", "batch", "mode", "provider"):
@@ -167,7 +172,7 @@ def _table(rows: Sequence[HostRow]) -> Table:
         case = row.key[:-1]
         first = index == 0 or rows[index - 1].key[:-1] != case
         last = index + 1 == len(rows) or rows[index + 1].key[:-1] != case
-        names = (_label(row), str(row.batch), row.mode) if first else ("", "", "")
+        names = (model_name(row), str(row.batch), row.mode) if first else ("", "", "")
         spread = row.process_ms
         cells = [f"{digits(spread.median)} +- {digits((spread.p75 - spread.p25) / 2)}"]
         cells.append(f"{spread.median / bases[case]:.2f}x" if case in bases else "-")
@@ -193,9 +198,3 @@ def _parts_table(parts: Sequence[HostPart]) -> Table:
         levels = map(microseconds, (part.public, part.torch_op, part.launcher, part.launch))
         table.add_row(part.operator, part.direction, str(part.uses), str(part.launches), *levels)
     return table
-
-
-def _label(row: HostRow) -> str:
-    from .text import model_name
-
-    return model_name(row)

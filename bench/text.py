@@ -85,8 +85,8 @@ def model_order(name: str) -> tuple[int, str]:
     return (_PAPER.index(name), "") if name in _PAPER else (len(_PAPER), name)
 
 
-def case_name(row: ModelRow | MemoryRow | CostRow) -> str:
-    mode = cost_mode_name(row.mode) if isinstance(row, CostRow) else mode_name(row.mode)
+def case_name(row: ModelRow | MemoryRow | CostRow | HostRow) -> str:
+    mode = cost_mode_name(row.mode) if isinstance(row, (CostRow, HostRow)) else mode_name(row.mode)
     return f"{model_name(row)}, batch {row.batch}, {row.dtype}, {mode}"
 
 
