@@ -62,7 +62,8 @@ def made_up() -> Results:
         HostRow(*case, "reference", "sm_90", of(4.0), 585, 0, 787),
         HostRow(*case, "ditfast", "sm_90", of(10.0), 207, 87, 267, [part]),
     ]
-    return results("host", rows, CPU_ENVIRONMENT, ceilings=None, readings=[], settings={"device": "cpu", "dtype": "bf16"})
+    settings = {"device": "cpu", "dtype": "bf16"}
+    return results("host", rows, CPU_ENVIRONMENT, ceilings=None, readings=[], settings=settings)
 
 
 @rehearsed
@@ -124,7 +125,7 @@ def test_kernels_come_back_after_an_exception():
 @rehearsed
 def test_a_torch_that_keeps_them_elsewhere_is_refused(monkeypatch):
     monkeypatch.setattr(torch_kernels, "KERNELS", (*torch_kernels.KERNELS, "no_such_stub"))
-    with pytest.raises(RuntimeError, match=r"keeps them elsewhere, it has no at::native::no_such_stub"), nothing_computed():
+    with pytest.raises(RuntimeError, match="elsewhere, it has no at::native::no_such_stub"), nothing_computed():
         pass
     monkeypatch.setattr(torch_kernels, "KERNELS", ("mul_stub",))
     with pytest.raises(RuntimeError, match="keeps them elsewhere, add in bf16 was computed"), nothing_computed():
@@ -221,7 +222,7 @@ def test_the_command(tmp_path, monkeypatch):
     assert torch.get_num_threads() == threads
     loaded = Results.load(Path("host.json"), "host")
     assert loaded.complete and loaded.environment["cpu"]["torch_threads"] == 1
-    assert [(row.provider, row.batch, row.dtype) for row in loaded.rows] == [("reference", 1, "bf16"), ("ditfast", 1, "bf16")]
+    assert [(row.provider, row.batch) for row in loaded.rows] == [("reference", 1), ("ditfast", 1)]
     assert loaded.settings["seconds"] == 0.02 and loaded.settings["arch"] == "sm_90"
     assert "what the driver takes for each launch" in result.output
     assert "gated_residual_layer_norm_modulate" in result.output and "compiling kernels" in result.output

@@ -138,13 +138,13 @@ def host_tables(machine: Machine) -> list[Table]:
     models, parts = [], []
     for row in rows:
         case = [model_name(row), str(row.batch), f"{cost_mode_name(row.mode)}, {row.dtype}"]
-        spread = row.process_ms
-        numbers = [digits(spread.median), f"{digits(spread.p25)} to {digits(spread.p75)}"]
+        whole = row.process_ms
+        numbers = [digits(whole.median), f"{digits(whole.p25)} to {digits(whole.p75)}"]
         numbers += [f"{row.launches:,}", f"{row.triton_launches:,}"]
         models.append([Cell(text) for text in (*case, row.provider, *numbers)])
         for part in row.parts:
-            levels = (part.public, part.torch_op, part.launcher, part.launch)
-            times = ["-" if level is None else digits(level.median * 1e3) for level in levels]
+            spreads = (part.public, part.torch_op, part.launcher, part.launch)
+            times = ["-" if spread is None else digits(spread.median * 1e3) for spread in spreads]
             name = f"{part.operator}, {part.direction}"
             parts.append([Cell(text) for text in (*case, name, str(part.uses), str(part.launches), *times)])
     text = ("model", "mode", "provider", "quartiles", "operator")
@@ -152,9 +152,10 @@ def host_tables(machine: Machine) -> list[Table]:
     title = f"The host's time of an eager call, on {machine.label}"
     tables = [Table(title, columns_of(columns, text), models, [_HOST_NOTE])]
     if parts:
-        columns = ("model", "batch", "mode", "operator", "uses", "launches", "public", "torch's", "launcher", "launch")
+        levels = ("public", "torch's", "launcher", "launch")
+        names = columns_of(("model", "batch", "mode", "operator", "uses", "launches", *levels), text)
         title = "ditfast's operators on the host, microseconds a call, each level with those below it"
-        tables.append(Table(title, columns_of(columns, text), parts, [" ".join(PARTS_CAPTION)]))
+        tables.append(Table(title, names, parts, [" ".join(PARTS_CAPTION)]))
     return tables
 
 
