@@ -10,8 +10,9 @@ What differs from a GPU's host is said below every table (host_command.py, DIFFE
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +28,7 @@ from ditfast.training import diffusion_loss
 from .cases import Case
 from .cost_bench import BUILDERS, trace
 from .rows import Direction, HostPart, HostRow
-from .timing import Call, Spread, measure, sampler
+from .timing import Call, Sampler, Spread, measure, sampler
 from .workload import Inputs, make_inputs
 
 PROVIDERS = ("reference", "ditfast")
@@ -67,8 +68,8 @@ def measure_case(case: Case, seconds: float, arch: str, report: Callable[[str], 
     }
     inputs = make_inputs(case, _CPU, _SEED)
     # the loss keeps the tables of its first call
-    x0, times, labels, *_ = inputs
-    diffusion_loss(lambda x, t, y: x, x0, times, labels, x0)
+    x0, timesteps, labels, *_ = inputs
+    diffusion_loss(lambda x, t, y: x, x0, timesteps, labels, x0)
     with rehearse(arch) as seen, nothing_computed() as replaced:
         calls = {name: _call(case, name, inputs) for name in PROVIDERS}
         report(f"{case.label}: compiling kernels, where Triton's cache lacks them")
@@ -79,7 +80,7 @@ def measure_case(case: Case, seconds: float, arch: str, report: Callable[[str], 
             call(0)
             counts[name] = seen.launches - before[0], replaced() - before[1]
         report(f"{case.label}: timing")
-        found = _times(dict(calls), seconds)
+        times, least = _times(calls, seconds)
         report(f"{case.label}: timing ditfast's parts")
         parts = _parts(case, calls["ditfast"], seconds * _PART_SHARE, lambda: seen.launches)
     return [
@@ -87,7 +88,8 @@ def measure_case(case: Case, seconds: float, arch: str, report: Callable[[str], 
             **case.columns,
             provider=name,
             arch=arch,
-            process_ms=found[name],
+            process_ms=times[name],
+            least_ms=least[name],
             launches=launches[name],
             triton_launches=counts[name][0],
             replaced=counts[name][1],
@@ -120,12 +122,24 @@ def _call(case: Case, name: str, inputs: Inputs) -> Call:
     return train
 
 
-def _times(calls: dict[str, Call], seconds: float) -> dict[str, Spread]:
-    """Process times of calls that take turns; what fails raises."""
-    measured = measure({name: sampler(call, _CPU, _process_clock) for name, call in calls.items()}, _CPU, seconds)
+def _times(calls: Mapping[str, Call], seconds: float) -> tuple[dict[str, Spread], dict[str, float]]:
+    """(spreads, the least) of the process times in ms of calls that take turns; what fails raises."""
+    least: dict[str, float] = {}
+
+    def noted(name: str, call: Call) -> Sampler:
+        sample = sampler(call, _CPU, _process_clock)
+
+        def noting(count: int) -> float:
+            taken = sample(count)
+            least[name] = min(least.get(name, math.inf), taken / count * 1e3)
+            return taken
+
+        return noting
+
+    measured = measure({name: noted(name, call) for name, call in calls.items()}, _CPU, seconds)
     for error in measured.failures.values():
         raise error
-    return measured.times
+    return measured.times, least
 
 
 def _process_clock(thunk: Callable[[], None]) -> float:
@@ -178,7 +192,7 @@ def _part(case: Case, recorded: _Recorded, seconds: float, launches: Callable[[]
             public(0)
         made = launches() - before
         calls = {"public": public, **{name: _replay(below) for name, below in layers.items() if below}}
-        times = _times(calls, seconds)
+        times, _none = _times(calls, seconds)
         below = [times.get(name) for name in ("torch_op", "launcher", "launch")]
         return HostPart(recorded.name, direction, recorded.uses, made, times["public"], *below)
 

@@ -24,9 +24,9 @@ _MODES = ("forward", "train")
 _SECONDS = 4.0
 
 CAPTION = (
-    "ms: process time of one thread, median and half the interquartile range; the models take turns. Nothing is",
-    "computed: torch's CPU kernels (GEMMs, attention, all others) return at once, and Triton launches on a GPU that is",
-    "not there. train: forward, loss and backward, without the optimiser, which is the same for both.",
+    "Process time of one thread: the least, which a busy machine adds to, and median and half the interquartile range.",
+    "Nothing is computed: torch's CPU kernels (GEMMs, attention, all others) return at once, Triton launches on a GPU",
+    "that is not there. train: forward, loss and backward, without the optimiser, which is the same for both.",
     "launches: of a call on a GPU, as ditfast bench cost counts them, and those among them that Triton made here.",
 )
 DIFFERENCES = (
@@ -35,8 +35,8 @@ DIFFERENCES = (
     "backward has no thread of its own, and ditfast's launches do not make their GPU the current one.",
 )
 PARTS_CAPTION = (
-    "A level's time holds those below it: the public operator with its checks and autograd node, torch's operator,",
-    "the launcher in kernels/, Triton's launches alone. backward: by torch.autograd.grad, whose own start counts too.",
+    "Medians; each level holds those below it: the public operator with its checks and autograd node, the operator of",
+    "torch, the launcher in kernels/, Triton's launches. backward: by torch.autograd.grad, whose own start counts too.",
 )
 
 
@@ -165,17 +165,17 @@ def _table(rows: Sequence[HostRow]) -> Table:
     table = plain_table()
     for header in ("model", "batch", "mode", "provider"):
         table.add_column(header, justify="right" if header == "batch" else "left", no_wrap=True)
-    for header in ("ms", "of reference", "launches", "by Triton"):
+    for header in ("ms", "of reference", "median, ms", "launches", "by Triton"):
         table.add_column(header, justify="right", no_wrap=True)
-    bases = {row.key[:-1]: row.process_ms.median for row in rows if row.provider == "reference"}
+    bases = {row.key[:-1]: row.least_ms for row in rows if row.provider == "reference"}
     for index, row in enumerate(rows):
         case = row.key[:-1]
         first = index == 0 or rows[index - 1].key[:-1] != case
         last = index + 1 == len(rows) or rows[index + 1].key[:-1] != case
         names = (model_name(row), str(row.batch), row.mode) if first else ("", "", "")
         spread = row.process_ms
-        cells = [f"{digits(spread.median)} +- {digits((spread.p75 - spread.p25) / 2)}"]
-        cells.append(f"{spread.median / bases[case]:.2f}x" if case in bases else "-")
+        cells = [digits(row.least_ms), f"{row.least_ms / bases[case]:.2f}x" if case in bases else "-"]
+        cells.append(f"{digits(spread.median)} +- {digits((spread.p75 - spread.p25) / 2)}")
         cells += [f"{row.launches:,}", f"{row.triton_launches:,}"]
         table.add_row(*names, escape(row.provider), *cells, end_section=last)
     return table

@@ -341,6 +341,7 @@ class HostRow(_CaseRow):
     Attributes:
         arch: of the GPU that is not there.
         process_ms: process time of a call in one thread.
+        least_ms: of all samples: what else runs on the machine's cores only adds to it.
         launches: of a call on a GPU, as ``ditfast bench cost`` counts them.
         triton_launches: those among them that Triton made of a GPU that is not there.
         replaced: calls of torch's kernels that returned at once.
@@ -349,6 +350,7 @@ class HostRow(_CaseRow):
 
     arch: str
     process_ms: Spread
+    least_ms: float
     launches: int
     triton_launches: int
     replaced: int

@@ -190,7 +190,7 @@ def host_lines(rows: Sequence[HostRow]) -> list[str]:
     """Ours beside the reference's in every case; each line says what is not in it."""
     lines = []
     for mine, base in (pair for pairs in _beside_reference(rows).values() for pair in pairs):
-        own, other = mine.process_ms.median, base.process_ms.median
+        own, other = mine.least_ms, base.least_ms
         text = f"The host's time of one eager call, {case_name(mine)}: ditfast {digits(own)} ms, the reference"
         text += f" {digits(other)} ms ({factor(own / other)}), without what a driver takes for their {mine.launches:,}"
         lines.append(f"{text} and {base.launches:,} launches.")
