@@ -6,6 +6,7 @@ import typer
 
 from .campaign_command import campaign
 from .cost_command import cost
+from .host_command import host
 from .memory_command import memory
 from .models_command import bench
 from .ops_command import ops
@@ -22,6 +23,7 @@ app.command("sample")(sample)
 app.command("memory")(memory)
 app.command("scaling")(scaling)
 app.command("cost")(cost)
+app.command("host")(host)
 app.command("campaign")(campaign)
 app.command("report")(report)
 app.command("readme")(readme)

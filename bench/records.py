@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args, get_type_hints
 from .ceilings import Ceilings
 from .files import write_json
 from .parsing import parse
-from .rows import CostRow, MemoryRow, ModelRow, OpRow, SampleRow, ScalingRow, VerifyRow
+from .rows import CostRow, HostRow, MemoryRow, ModelRow, OpRow, SampleRow, ScalingRow, VerifyRow
 
-Suite = Literal["models", "ops", "scaling", "memory", "cost", "verify", "sample"]
+Suite = Literal["models", "ops", "scaling", "memory", "cost", "verify", "sample", "host"]
 SUITES: tuple[Suite, ...] = get_args(Suite)
 
 ROW_TYPES: dict[Suite, type[Any]] = {
@@ -23,6 +23,7 @@ ROW_TYPES: dict[Suite, type[Any]] = {
     "cost": CostRow,
     "verify": VerifyRow,
     "sample": SampleRow,
+    "host": HostRow,
 }
 
 _HUGE = 1 << 63

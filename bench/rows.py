@@ -309,6 +309,55 @@ class CostRow(_CaseRow):
 
 
 @dataclass(frozen=True)
+class HostPart:
+    """One operator of ditfast as a model calls it; each level is timed with those below it in it, process time in ms.
+
+    Attributes:
+        operator, direction: backward is the public operator's by torch.autograd.grad.
+        uses: calls in one call of the model.
+        launches: of Triton's kernels in one call of the operator.
+        public: the operator with its checks and autograd node.
+        torch_op: the operators of torch (``torch.ops.ditfast``) that it calls; None where it calls none.
+        launcher: the functions in kernels/ that these call.
+        launch: Triton's launches that those make.
+    """
+
+    operator: str
+    direction: Direction
+    uses: int
+    launches: int
+    public: Spread
+    torch_op: Spread | None
+    launcher: Spread | None
+    launch: Spread | None
+
+
+@dataclass(frozen=True)
+class HostRow(_CaseRow):
+    """What a host spends on one eager call of a model before and between its launches (``ditfast bench host``).
+
+    Its mode "train" is the forward, the loss and the backward, without the optimiser.
+
+    Attributes:
+        arch: of the GPU that is not there.
+        process_ms: process time of a call in one thread.
+        least_ms: of all samples: what else runs on the machine's cores only adds to it.
+        launches: of a call on a GPU, as ``ditfast bench cost`` counts them.
+        triton_launches: those among them that Triton made of a GPU that is not there.
+        replaced: calls of torch's kernels that returned at once.
+        parts: of ditfast's row.
+    """
+
+    arch: str
+    process_ms: Spread
+    least_ms: float
+    launches: int
+    triton_launches: int
+    replaced: int
+    parts: list[HostPart] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class VerifyRow:
     """The worst tensor of one operator or model in one dtype (``ditfast verify``).
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ditfast.config import MODELS, VAE_FACTOR
 
-from .rows import CostRow, MemoryRow, ModelRow, OpRow, SampleRow, ScalingRow
+from .rows import CostRow, HostRow, MemoryRow, ModelRow, OpRow, SampleRow, ScalingRow
 
 STATUS = {"ok": "ran", "oom": "out of memory", "error": "failed", "unavailable": "unavailable"}
 # where there is room for a word or two
@@ -70,7 +70,7 @@ def pixels(latent_size: tuple[int, int]) -> str:
     return f"{height} px" if height == width else f"{height}x{width} px"
 
 
-def model_name(row: ModelRow | MemoryRow | CostRow | SampleRow) -> str:
+def model_name(row: ModelRow | MemoryRow | CostRow | HostRow | SampleRow) -> str:
     """The model's name, with what differs from the paper's default."""
     parts = [row.model]
     if tuple(row.latent_size) != (32, 32):
@@ -85,8 +85,8 @@ def model_order(name: str) -> tuple[int, str]:
     return (_PAPER.index(name), "") if name in _PAPER else (len(_PAPER), name)
 
 
-def case_name(row: ModelRow | MemoryRow | CostRow) -> str:
-    mode = cost_mode_name(row.mode) if isinstance(row, CostRow) else mode_name(row.mode)
+def case_name(row: ModelRow | MemoryRow | CostRow | HostRow) -> str:
+    mode = cost_mode_name(row.mode) if isinstance(row, (CostRow, HostRow)) else mode_name(row.mode)
     return f"{model_name(row)}, batch {row.batch}, {row.dtype}, {mode}"
 
 

@@ -18,6 +18,7 @@ from .tables import (
     Cell,
     Table,
     cost_tables,
+    host_tables,
     memory_tables,
     model_tables,
     op_tables,
@@ -89,6 +90,7 @@ def _machine(anchor: str, machine: Machine, plots: Sequence[Plot], report: Repor
         ("sample", "Sampling", sample_tables(machine)),
         ("scaling", "Scaling", scaling_tables(machine)),
         ("memory", "Memory", memory_tables(machine)),
+        ("host", "The host", host_tables(machine)),
         ("verify", "Numerics", verify_tables(machine)),
     )
     for group, title, tables in groups:

@@ -1,4 +1,4 @@
-"""The summary's sentences about operators, scaling, memory and computed costs."""
+"""The summary's sentences about operators, scaling, memory, the host's time and computed costs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from ..fits import fit_exponent, is_power_law
 from ..metrics import is_tie
-from ..rows import Axis, CostRow, MemoryRow, OpRow, ScalingRow
+from ..rows import Axis, CostRow, HostRow, MemoryRow, OpRow, ScalingRow
 from ..text import (
     case_name,
     count,
@@ -184,6 +184,17 @@ def computed_lines(rows: Sequence[CostRow]) -> list[str]:
         moved = f"moves {percent(_ratio(mine, base, 'bytes'))} of its bytes{_over(ratios)}"
         lines.append(f"{text}, and {moved}; computed, not measured.")
     return lines or ["No case holds both ditfast and the reference."]
+
+
+def host_lines(rows: Sequence[HostRow]) -> list[str]:
+    """Ours beside the reference's in every case; each line says what is not in it."""
+    lines = []
+    for mine, base in (pair for pairs in _beside_reference(rows).values() for pair in pairs):
+        own, other = mine.least_ms, base.least_ms
+        text = f"The host's time of one eager call, {case_name(mine)}: ditfast {digits(own)} ms, the reference"
+        text += f" {digits(other)} ms ({factor(own / other)}), without what a driver takes for their {mine.launches:,}"
+        lines.append(f"{text} and {base.launches:,} launches.")
+    return lines
 
 
 def _beside_reference(rows: Iterable[Any]) -> dict[tuple[str, str], list[tuple[Any, Any]]]:

@@ -10,7 +10,7 @@ from ..text import STATUS, case_name, count, digits, factor, listed, mode_name, 
 from .compared import comparison_lines
 from .data import Machine, Report
 from .headline import Headline, headlines, noise, work
-from .suites import computed_lines, memory_lines, op_lines, scaling_lines
+from .suites import computed_lines, host_lines, memory_lines, op_lines, scaling_lines
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ def _machine_lines(machine: Machine) -> list[str]:
         lines += [_headline(machine.label, cases), *_tally(f"{mode_name(mode)}, {dtype}", cases)]
     lines += _outcomes(machine.rows("models"), _left_out(machine))
     lines += op_lines(machine.rows("ops")) + scaling_lines(machine.rows("scaling"))
-    lines += memory_lines(machine.rows("memory")) + _verdicts(machine.rows("verify"))
+    lines += memory_lines(machine.rows("memory")) + host_lines(machine.rows("host"))
+    lines += _verdicts(machine.rows("verify"))
     return lines or ["Nothing was measured."]
 
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..cost_command import CAPTION, SAVINGS_CAPTION
+from ..host_command import CAPTION as HOST_CAPTION
+from ..host_command import DIFFERENCES, PARTS_CAPTION
 from ..metrics import is_tie
-from ..rows import CostRow, MemoryRow, ModelRow, OpRow, SampleRow, ScalingRow, VerifyRow
+from ..rows import CostRow, HostRow, MemoryRow, ModelRow, OpRow, SampleRow, ScalingRow, VerifyRow
 from ..text import STATUS, cost_mode_name, digits, mode_name, model_name, percent, size, tick
 from .data import Machine
 from .headline import noise, speedup_text
@@ -25,6 +27,7 @@ _COST_NOTE = " ".join(CAPTION).replace(" /s: images a second.", "")
 _SAVINGS_NOTE = " ".join(SAVINGS_CAPTION).replace(
     ": launches, and bytes as a share of all that the reference moves.", "."
 )
+_HOST_NOTE = " ".join((*HOST_CAPTION, *DIFFERENCES)).replace(", and median and half the interquartile range", "")
 
 Tone = Literal["", "good", "bad", "quiet"]
 
@@ -125,6 +128,35 @@ def memory_tables(machine: Machine) -> list[Table]:
         "Memory, traced on meta tensors, not measured" if machine.is_traced else f"Memory on {machine.label}"
     )
     return [Table(title, columns_of(columns, text), found)] if found else []
+
+
+def host_tables(machine: Machine) -> list[Table]:
+    """The host's time of eager calls, and of the operators of which ditfast's consist."""
+    rows: list[HostRow] = machine.rows("host")
+    if not rows:
+        return []
+    models, parts = [], []
+    for row in rows:
+        case = [model_name(row), str(row.batch), f"{cost_mode_name(row.mode)}, {row.dtype}"]
+        whole = row.process_ms
+        numbers = [digits(row.least_ms), digits(whole.median), f"{digits(whole.p25)} to {digits(whole.p75)}"]
+        numbers += [f"{row.launches:,}", f"{row.triton_launches:,}"]
+        models.append([Cell(text) for text in (*case, row.provider, *numbers)])
+        for part in row.parts:
+            spreads = (part.public, part.torch_op, part.launcher, part.launch)
+            times = ["-" if spread is None else digits(spread.median * 1e3) for spread in spreads]
+            name = f"{part.operator}, {part.direction}"
+            parts.append([Cell(text) for text in (*case, name, str(part.uses), str(part.launches), *times)])
+    text = ("model", "mode", "provider", "quartiles", "operator")
+    columns = ("model", "batch", "mode", "provider", "least, ms", "median", "quartiles", "launches", "by Triton")
+    title = f"The host's time of an eager call, on {machine.label}"
+    tables = [Table(title, columns_of(columns, text), models, [_HOST_NOTE])]
+    if parts:
+        levels = ("public", "torch's", "launcher", "launch")
+        names = columns_of(("model", "batch", "mode", "operator", "uses", "launches", *levels), text)
+        title = "ditfast's operators on the host, microseconds a call, each level with those below it"
+        tables.append(Table(title, names, parts, [" ".join(PARTS_CAPTION)]))
+    return tables
 
 
 def verify_tables(machine: Machine) -> list[Table]:

@@ -79,7 +79,7 @@ class Rehearsal:
         return self._counts()[1]
 
     def _counts(self) -> tuple[int, int]:
-        library = _library()
+        library = stub_library()
         return self._counted or (library.rehearsal_launches(), library.rehearsal_tensor_maps())
 
     def _note(self, *, fn: Any, compile: dict[str, Any], **_: Any) -> None:
@@ -124,7 +124,7 @@ class _Driver(CudaDriver):
 
 def unavailable() -> str | None:
     """Why kernels cannot be rehearsed in this process, or None."""
-    if _library.cache_info().currsize == 0 and _has_driver():
+    if stub_library.cache_info().currsize == 0 and _has_driver():
         return "this machine has NVIDIA's driver, whose library would be taken for the stub"
     if launch.interpreting():
         return "kernels run in Triton's interpreter: unset TRITON_INTERPRET before the process starts"
@@ -160,7 +160,7 @@ def rehearse(arch: str) -> Iterator[Rehearsal]:
         raise RuntimeError(f"cannot rehearse: {reason or 'a rehearsal is under way'}")
     index = next(_INDICES)
     rehearsal = Rehearsal(GPUS[arch])
-    library, active = _library(), triton.runtime.driver._active
+    library, active = stub_library(), triton.runtime.driver._active
     library.rehearsal_begin(rehearsal.gpu.multiprocessors, _SHARED[arch])
     hook = triton.knobs.runtime.jit_post_compile_hook
     triton.runtime.driver.set_active(_Driver(index, rehearsal.gpu))
@@ -176,7 +176,7 @@ def rehearse(arch: str) -> Iterator[Rehearsal]:
 
 
 @lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL:
+def stub_library() -> ctypes.CDLL:
     """The stub, built against the cuda.h in Triton's wheel, and in the place where launchers look for the driver."""
     folder = Path(tempfile.mkdtemp(prefix="ditfast-rehearsal-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -190,5 +190,6 @@ def _library() -> ctypes.CDLL:
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
     torch.cuda.is_available()  # answered once and for all, before a driver is found that torch cannot use
     loaded = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    loaded.rehearsal_launches.restype = loaded.rehearsal_tensor_maps.restype = ctypes.c_long
+    for name in ("launches", "tensor_maps", "replaced_calls"):
+        getattr(loaded, f"rehearsal_{name}").restype = ctypes.c_long
     return loaded
