@@ -108,13 +108,18 @@ def _make_plan(
     kinds = [parse_mode(kind) for kind in _MODES if kind in (modes or _MODES)]
     cases = make_cases(configs, batches or [1], [torch.bfloat16], kinds)
     try:
-        from ditfast.kernels.rehearsal import GPUS, unavailable
+        from ditfast.kernels.rehearsal import GPUS, nothing_computed, unavailable
     except ImportError as error:
         raise ValueError(f"bench host needs the package triton: {error}") from None
     if arch not in GPUS:
         raise ValueError(unknown("arch", arch, GPUS))
     if (reason := unavailable()) is not None:
         raise ValueError(f"bench host launches on a GPU that is not there, and cannot here: {reason}")
+    try:
+        with nothing_computed():
+            pass
+    except RuntimeError as error:  # of this version of torch
+        raise ValueError(f"bench host needs a call without its kernels, and {error}") from None
     settings = {
         "device": "cpu",
         "models": [config.name for config in configs],

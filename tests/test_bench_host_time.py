@@ -127,6 +127,8 @@ def test_a_torch_that_keeps_them_elsewhere_is_refused(monkeypatch):
     monkeypatch.setattr(torch_kernels, "KERNELS", (*torch_kernels.KERNELS, "no_such_stub"))
     with pytest.raises(RuntimeError, match="elsewhere, it has no at::native::no_such_stub"), nothing_computed():
         pass
+    with pytest.raises(ValueError, match="bench host needs a call without its kernels, and torch's kernels cannot be"):
+        host_command._make_plan((), (), (), None, "sm_90")
     monkeypatch.setattr(torch_kernels, "KERNELS", ("mul_stub",))
     with pytest.raises(RuntimeError, match="keeps them elsewhere, add in bf16 was computed"), nothing_computed():
         pass
@@ -268,13 +270,13 @@ def test_a_case_that_is_not_measured():
         host_bench.measure_case(Case(TINY, 1, torch.float32), 1.0, "sm_90", print)
 
 
+@rehearsed
 def test_the_plan():
-    plan = host_command._make_plan((), (), (), None, "sm_90") if unavailable() is None else None
-    if plan is not None:
-        assert [(case.config.name, case.batch, case.mode) for case in plan.cases] == [
-            ("DiT-XL/2", 1, "forward"),
-            ("DiT-XL/2", 1, "train"),
-        ]
+    plan = host_command._make_plan((), (), (), None, "sm_90")
+    assert [(case.config.name, case.batch, case.mode) for case in plan.cases] == [
+        ("DiT-XL/2", 1, "forward"),
+        ("DiT-XL/2", 1, "train"),
+    ]
 
 
 def test_results_load_again(tmp_path):

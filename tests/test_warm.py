@@ -163,7 +163,7 @@ def test_what_verify_launches(monkeypatch):
     assert {"_adaln_bwd_kernel", "_gemm_tma_kernel", "_attention_dbias_kernel", "_sinusoid_kernel"} <= kernels
 
     def run():
-        rows = [*verify.verify_operators(CPU, {"bf16": BF16}), *verify.verify_models(CPU, {"bf16": BF16})]
+        rows = [verify.run_check(item, CPU) for item in verify.checks(CPU, ["bf16"])]
         assert {row.backend for row in rows} == {"auto", "kernel"}
 
     assert keys == launched(run)
