@@ -17,16 +17,15 @@ _SDPA = "sdpa-cudnn,sdpa-flash,sdpa-efficient,flash-attn-2,flash-attn-3,flash-at
 # which models a step is about, by their size at patch size 2
 _XL, _S, _OTHERS = ("XL",), ("S",), ("S", "B", "L")
 
-#: what stands for a model's or operator's size while the plan is rehearsed on a CPU
+#: what stands for sizes, and for who compiles, while the plan is rehearsed on a CPU
 _TINY = {
-    "--model": dict.fromkeys(("DiT-XL/2", "DiT-L/2", "DiT-B/2", "DiT-S/2"), "DiT-S/8"),
     "--batch": {"256": "3", "128": "2", "64": "3", "32": "2", "16": "1", "8": "2"},
     "--tokens": {"256": "16", "1024": "17"},
     "--width": {"1152": "144", "1024": "64"},
     "--steps": {"50": "2"},
+    "--image-size": {"256": "64"},
     "--providers": {"reference-compile": "reference"},  # nobody else is asked for, and nothing is compiled
 }
-_TINY_SECONDS = "0.01"
 #: for the steps of a rehearsal: the formulas, and no compiler
 REHEARSAL_VARIABLES = {
     "TRITON_INTERPRET": "0",
@@ -106,7 +105,7 @@ def _case(sizes: Sequence[str], mode: str, batch: int, providers: str) -> tuple[
 
 def _warm_up(name: str, mode: str, batch: int, providers: str) -> Step:
     command = (*_BENCH, "models", *_case(_XL, mode, batch, providers), "--warm-up")
-    return Step(name, command, "the compilers' caches", limit=150, beside=True)
+    return Step(name, command, "the compilers' caches", limit=150, beside=True, fine=())
 
 
 def _verify() -> Step:
@@ -165,19 +164,18 @@ def _gpu_tests() -> Step:
 
 
 def _tiny(step: Step) -> Step:
-    """The step on a CPU, every size in it replaced."""
+    """The step on a CPU, with small models of the same names and every other size replaced."""
     if step.name == "gpu-tests":
         return replace(step, skip=step.skip or "they need a GPU")
     words: list[str] = []
     for word in step.command:
         words.append(_TINY.get(words[-1], {}).get(word, word) if words else word)
-    if step.name == "tune":
-        return replace(step, command=(*words, "--dry-run"))
-    more = ["--device", "cpu"]
-    if words[3:4] and words[3] in ("models", "ops", "sample", "scaling"):
-        more += ["--seconds", _TINY_SECONDS]
-    if step.name == "scaling":
-        more += ["--model", "DiT-S/8", "--batch", "1", "--batch", "2", "--tokens", "16", "--width", "384"]
-    if step.name == "verify":
-        more += ["--dtype", "fp32"]
-    return replace(step, command=(*words, *more))
+    words[1] = "ditfast.bench.rehearsed"
+    suite = words[3] if words[2] == "bench" else words[2]
+    more = {
+        "tune": ("--dry-run",),
+        "verify": ("--device", "cpu", "--dtype", "fp32"),
+        "memory": ("--device", "cpu"),
+        "scaling": ("--device", "cpu", "--seconds", "0.01", "--batch", "1", "--tokens", "16", "--width", "36"),
+    }
+    return replace(step, command=(*words, *more.get(suite, ("--device", "cpu", "--seconds", "0.01"))))

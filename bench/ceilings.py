@@ -12,8 +12,9 @@ from .cases import DTYPES
 from .precision import float32_precision
 
 _GPU_MATMUL = 8192
-_CPU_MATMUL = 1024
-_CPU_MATMUL_MAX = 4096
+CPU_MATMUL = 1024
+CPU_MATMUL_MAX = 4096
+CPU_COPY_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def highest(first: Ceilings | None, second: Ceilings) -> Ceilings:
 
 
 def _copy(device: torch.device, seconds: float) -> tuple[float, int]:
-    size = 256 << 20
+    size = CPU_COPY_BYTES
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         size = min(1 << 30, free // 8)
@@ -82,13 +83,13 @@ def _matmul(device: torch.device, precision: str, seconds: float) -> tuple[float
     dtype = torch.float32 if precision == "tf32" else DTYPES[precision]
     mode = "high" if precision == "tf32" else "highest"
     with float32_precision(mode):
-        size = _GPU_MATMUL if device.type == "cuda" else _CPU_MATMUL
+        size = _GPU_MATMUL if device.type == "cuda" else CPU_MATMUL
         while True:
             a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
             out = torch.empty_like(a)
             best = _best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, seconds)  # type: ignore[misc]
             # a short matmul understates a fast machine
-            if device.type == "cuda" or best > 0.05 or size >= _CPU_MATMUL_MAX:
+            if device.type == "cuda" or best > 0.05 or size >= CPU_MATMUL_MAX:
                 return 2 * size**3 / best / 1e12, size
             size *= 2
 
