@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -158,9 +159,11 @@ def found(part):
 def test_what_verify_launches(monkeypatch):
     """On a GPU, whose backends and shapes these are: computed here by the formulas, as far as they are computed."""
     monkeypatch.setattr(verify, "_SHAPES", (Shape(3, 7, 200, num_heads=5),))
+    monkeypatch.setattr(verify, "OPERATORS", {name: OPERATORS[name] for name in ("linear_gelu", "gated_residual")})
+    monkeypatch.setattr(verify, "Conditioning", Literal["adaln"])
     keys = found(Part("sm_90", "verify", BF16))
     kernels = {name for _, name, _ in keys}
-    assert {"_adaln_bwd_kernel", "_gemm_tma_kernel", "_attention_dbias_kernel", "_sinusoid_kernel"} <= kernels
+    assert {"_adaln_bwd_kernel", "_gemm_tma_kernel", "_attention_dkv_kernel", "_sinusoid_kernel"} <= kernels
 
     def run():
         rows = [*verify.verify_operators(CPU, {"bf16": BF16}), *verify.verify_models(CPU, {"bf16": BF16})]
