@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from .warm_parts import Part
 
 _INTERRUPTED, _FAILED = 130, 1
-_SHOWN = 3  # failures of one kind
 
 
 def warm(
@@ -201,16 +200,17 @@ def _warm(arch: str, parts: Sequence[Part], cache: Path, jobs: int | None) -> bo
 
 
 def _report(arch: str, found: Sequence[Found], compiled: Sequence[Compiled], cache: Path, seconds: float) -> bool:
-    failures = [failure for item in found for failure in item.failures]
+    """Prints what came of it; returns whether something failed. That tuning asks for too much is no failure."""
     refused = [result for result in compiled if result.refused and result.kernel.candidate]
-    failures += [f"{result.kernel.name}: {result.failure}" for result in compiled if result.failure and
-                 result not in refused]
-    hits = sum(result.hit for result in compiled)
+    failures = [failure for item in found for failure in item.failures]
+    failures += [f"{item.kernel.name}: {item.failure}" for item in compiled if item.failure and item not in refused]
     for failure in failures:
         typer.echo(f"FAIL {arch}, {failure}", err=True)
-    text = f"{arch}: {len(compiled) - hits} kernels compiled, {hits} taken from the cache, {seconds:.0f} s; {cache}"
+    hits = sum(result.hit for result in compiled)
+    made = sum(bool(result.folder) for result in compiled) - hits
+    text = f"{arch}: {made} kernels compiled, {hits} taken from the cache, {seconds:.0f} s; {cache}"
     if refused:
-        text += f"; {len(refused)} candidates of tune ask for more than the GPU has"
+        text += f"; {len(refused)} candidates of tune take more than the GPU has"
     typer.echo(text)
     return bool(failures)
 

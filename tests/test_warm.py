@@ -9,12 +9,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from ditfast.bench import kernel_cache, rehearsal, verify, warm
+from ditfast.bench import kernel_cache, ops_attention, ops_bench, rehearsal, verify, warm, warm_parts
 from ditfast.bench.cases import Case
 from ditfast.bench.operators import OPERATORS, Shape
 from ditfast.bench.options import named_configs
@@ -25,6 +26,8 @@ from ditfast.bench.warm_parts import Part, plan
 from ditfast.cli import app
 
 pytest.importorskip("triton", reason="needs the package triton")
+from ditfast.bench import tune, tune_family  # noqa: E402
+from ditfast.bench.tune_measure import _Contest  # noqa: E402
 from ditfast.kernels import gemm_config, linear  # noqa: E402
 from ditfast.kernels.rehearsal import rehearse, unavailable  # noqa: E402
 
@@ -158,9 +161,11 @@ def found(part):
 def test_what_verify_launches(monkeypatch):
     """On a GPU, whose backends and shapes these are: computed here by the formulas, as far as they are computed."""
     monkeypatch.setattr(verify, "_SHAPES", (Shape(3, 7, 200, num_heads=5),))
+    monkeypatch.setattr(verify, "OPERATORS", {name: OPERATORS[name] for name in ("linear_gelu", "gated_residual")})
+    monkeypatch.setattr(verify, "Conditioning", Literal["adaln"])
     keys = found(Part("sm_90", "verify", BF16))
     kernels = {name for _, name, _ in keys}
-    assert {"_adaln_bwd_kernel", "_gemm_tma_kernel", "_attention_dbias_kernel", "_sinusoid_kernel"} <= kernels
+    assert {"_adaln_bwd_kernel", "_gemm_tma_kernel", "_attention_dkv_kernel", "_sinusoid_kernel"} <= kernels
 
     def run():
         rows = [verify.run_check(item, CPU) for item in verify.checks(CPU, ["bf16"])]
@@ -187,6 +192,31 @@ def test_what_bench_models_launches(mode):
     assert own and (mode in ("forward", "train") or own == keys)  # with these come the operators
 
 
+@pytest.mark.parametrize(("mode", "direction"), [("forward", "forward"), ("train", "backward")])
+def test_what_bench_ops_launches(mode, direction, monkeypatch):
+    """Judged and timed, as the command does it."""
+    names = ("gated_residual", "linear_gelu", "self_attention")
+    monkeypatch.setattr(ops_bench, "MEASURED", names)
+    monkeypatch.setattr(ops_attention, "SHAPES", (Shape(1, 64, 144, num_heads=2, ratio=4),))
+    monkeypatch.setattr(ops_attention, "unavailable", lambda *given: None)
+    monkeypatch.setattr(warm_parts, "_benchmark", lambda case: None)  # the models
+    keys = found(Part("sm_90", "bench", BF16, SMALL, mode, (2,)))
+    own = Shape(2, SMALL.num_tokens, SMALL.hidden_size, num_heads=SMALL.num_heads, ratio=4)
+
+    def run():
+        for name in names:
+            for shape in (own, *ops_attention.SHAPES[: name == "self_attention"]):
+                functions = {"ditfast": OPERATORS[name].fused}
+                if name == "self_attention":
+                    functions["ditfast-triton"] = ops_attention.implementation("ditfast-triton")
+                rows = {key: ops_bench.blank_row(name, direction, shape, BF16, key) for key in functions}
+                with Uncomputed():
+                    rows = ops_bench._measure(OPERATORS[name], functions, rows, direction, shape, BF16, CPU, 0.001)
+                assert all(row.ms for row in rows.values())
+
+    assert keys and launched(run) == keys
+
+
 @pytest.mark.parametrize(("mode", "run"), [("forward", rehearsal.infer), ("train", rehearsal.train)])
 def test_what_a_model_launches_at_any_batch(mode, run):
     keys = found(Part("sm_90", "model", BF16, SMALL, mode))
@@ -210,6 +240,14 @@ def test_what_tuning_tries_is_a_candidate():
     shared = [kernel for kernel in both if not kernel.candidate]
     assert {replace(kernel, candidate=False) for kernel in model.kernels} == set(shared)
     assert len(both) < len(result.kernels) + len(model.kernels)
+
+    def run():  # as the command judges them
+        target = tune_family.Target("a GPU", 9, 132)
+        for task in tune.plan({SMALL.name: SMALL}, [BF16], (2,)):
+            with torch.no_grad(), task.family.conditions(BF16), Uncomputed():
+                _Contest(task, target, CPU, None).right()
+
+    assert launched(run) == {(kernel.module, kernel.name, kernel.specialisation) for kernel in result.kernels}
 
 
 def test_a_kernel_that_does_not_fit_is_refused(tmp_path, monkeypatch):
@@ -241,6 +279,71 @@ def test_what_fails_is_named_and_the_rest_goes_on(monkeypatch):
         "bench DiT-S/8 256 px forward bf16, gelu_mlp at B=2 T=16 D=384: RuntimeError: no such kernel"
     ]
     assert len(result.kernels) > 5
+
+
+def test_a_compiler_that_dies_is_reported(tmp_path, monkeypatch):
+    (tmp_path / "deadly.py").write_text("import os; os._exit(3)")
+    monkeypatch.syspath_prepend(tmp_path)
+    with warm.Workers("sm_80", tmp_path / "cache", 1) as workers:
+        [result] = workers.compile([warm.Kernel("deadly", "_kernel", "{}")])
+    assert "terminated abruptly" in result.failure and not result.folder
+
+
+class FakeWorkers:
+    """One part that fails, and kernels that were compiled, in the cache, refused and broken."""
+
+    def __init__(self, arch, cache, processes):
+        self.broken = cache.name == "broken"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def find(self, parts):
+        kernels = [warm.Kernel("m", name, "", candidate=name == "_c_kernel") for name in KERNELS]
+        for part in parts:
+            yield warm.Found(part, kernels, ["a part: RuntimeError: no"] if self.broken else [])
+
+    def compile(self, kernels):
+        yield warm.Compiled(kernels[0], folder="A")
+        yield warm.Compiled(kernels[1], True, "B")
+        yield warm.Compiled(kernels[2], folder="C", failure="too much", refused=True)
+        if self.broken:
+            yield warm.Compiled(kernels[3], failure="ValueError: no such type")
+        else:
+            yield warm.Compiled(kernels[3], True, "D")
+
+
+KERNELS = ("_a_kernel", "_b_kernel", "_c_kernel", "_d_kernel")
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "failures", "counts", "warmed"),
+    [
+        ("whole", 0, [], "2 kernels compiled, 2 taken", ["verify bf16"]),
+        (
+            "broken",
+            1,
+            ["FAIL sm_90, a part: RuntimeError: no", "FAIL sm_90, _d_kernel: ValueError: no such type"],
+            "2 kernels compiled, 1 taken",
+            [],
+        ),
+    ],
+)
+def test_what_the_command_says(name, code, failures, counts, warmed, tmp_path, monkeypatch):
+    monkeypatch.setattr(warm, "Workers", FakeWorkers)
+    cache = tmp_path / name
+    result = CliRunner().invoke(
+        app, ["warm", "--arch", "sm_90", "--for", "verify", "--dtype", "bf16", "--cache", str(cache)]
+    )
+    assert result.exit_code == code
+    assert [line for line in result.stderr.splitlines() if line.startswith("FAIL")] == failures
+    assert result.stdout.startswith(f"sm_90: {counts} from the cache, ") and f" s; {cache}" in result.stdout
+    assert result.stdout.endswith("; 1 candidates of tune take more than the GPU has\n")
+    entry = kernel_cache.read_manifest(cache)["architectures"]["sm_90"]
+    assert entry == {"warmed": warmed, "kernels": ["A", "B", "C", "D"][: 4 - bool(failures)]}
 
 
 def test_the_plan():
