@@ -84,10 +84,13 @@ def campaign(
     for sentence in caches.fill(cache or ()):
         typer.echo(sentence, err=True)
     steps = plan(str(where), rehearse)
+    warm = False  # whether the caches have been packed since what fills them
 
     def renew() -> None:
+        nonlocal warm
         module.pack_results(opened, packed)
-        if all(step.name in opened.steps for step in steps if step.beside):
+        if not warm and all(step.name in opened.steps for step in steps if step.beside):
+            warm = True  # and no more until the end: it takes time that is for measuring
             caches.pack()
 
     interrupted = False
@@ -102,6 +105,7 @@ def campaign(
     print_tables(table(found, title))
     typer.echo(f"results: {out}; archives: {packed}", err=True)
     typer.echo(f"ditfast bench report {out}/*.json --out {out}/report renders them", err=True)
+    caches.pack()
     if interrupted:
         raise typer.Exit(_INTERRUPTED)
     if not has_parity(found):
