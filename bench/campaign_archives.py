@@ -8,7 +8,7 @@ from pathlib import Path
 from .archives import extract, read_archive, write_archives
 from .campaign import STATE_FILE, Campaign
 from .files import write_bytes
-from .kernel_cache import kernel_files, unpack
+from .kernel_cache import MANIFEST, fits, kernel_files, read_manifest, unpack
 
 RESULTS, KERNELS, INDUCTOR = "results", "triton-cache", "inductor-cache"
 _LOG_BYTES = 500_000  # the end of each log
@@ -55,13 +55,19 @@ class Caches:
                 kernels.append(archive)
         if kernels:
             said.append(f"{', '.join(map(str, kernels))}: {unpack(kernels, self._kernels)} kernels")
+            manifest = read_manifest(self._kernels)
+            if manifest is not None and (misfit := fits(manifest)):
+                said.append(f"which are not taken here, but compiled when they are needed: {misfit}")
         return said
 
     def pack(self) -> list[Path]:
         """Writes the archives of what has changed since the last call."""
         written = []
         inductor = [(f"{_INDUCTOR_PREFIX}{path.relative_to(self._inductor)}", path) for path in _files(self._inductor)]
-        for stem, files in ((KERNELS, list(kernel_files(self._kernels))), (INDUCTOR, inductor)):
+        kernels = list(kernel_files(self._kernels))
+        if (manifest := self._kernels / MANIFEST).is_file():
+            kernels.append((MANIFEST, manifest))
+        for stem, files in ((KERNELS, kernels), (INDUCTOR, inductor)):
             there = [(name, path.stat().st_size) for name, path in files]
             if there != self._packed.get(stem, []):
                 written += write_archives(files, self._archives, stem)
