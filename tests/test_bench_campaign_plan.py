@@ -12,12 +12,13 @@ import pytest
 import torch
 from campaign_helpers import states, step, write
 
-from ditfast.bench import campaign_command
+from ditfast.bench import campaign_command, kernel_cache
 from ditfast.bench.archives import read_archive, write_archive
 from ditfast.bench.campaign import Campaign, Done
 from ditfast.bench.campaign_archives import Caches, pack_results, unpack_results
 from ditfast.bench.campaign_plan import plan
 from ditfast.bench.campaign_table import Figure, figures, has_parity
+from ditfast.bench.kernel_cache import MANIFEST, SCHEMA
 from ditfast.bench.records import Older, Results
 from ditfast.bench.rows import ModelRow, VerifyRow
 from ditfast.bench.timing import Spread
@@ -86,7 +87,9 @@ def test_only_a_campaigns_archive_is_gone_on_with_and_only_in_a_new_folder(tmp_p
         unpack_results(archive, tmp_path / "out")
 
 
-def test_caches_are_packed_when_they_have_changed_and_come_back(tmp_path: Path) -> None:
+def test_caches_are_packed_when_they_have_changed_and_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caches = Caches(tmp_path / "caches", tmp_path)
     kernels, inductor = (Path(folder) for folder in caches.variables.values())
     folder = kernels / "KEY"
@@ -108,6 +111,11 @@ def test_caches_are_packed_when_they_have_changed_and_come_back(tmp_path: Path) 
     assert found == {group, "triton/KEY/k.cubin", "triton/KEY/k.json", "inductor/fxgraph/graph"}
     paths = json.loads((tmp_path / "there" / group).read_text())["child_paths"]
     assert paths["k.cubin"] == str(tmp_path / "there" / "triton" / "KEY" / "k.cubin")
+    # what was compiled ahead says whether it fits
+    (kernels / MANIFEST).write_text(json.dumps({"schema": SCHEMA, "identity": {"triton": "0.1"}, "architectures": {}}))
+    monkeypatch.setattr(kernel_cache, "_identity", lambda: {"triton": "9.9"})
+    [archive] = caches.pack()
+    assert there.fill([archive])[1].endswith("made with triton 0.1, and here is 9.9")
     with pytest.raises(ValueError, match="damaged"):
         (tmp_path / "bad.tar.xz").write_text("no archive")
         there.fill([tmp_path / "bad.tar.xz"])
