@@ -211,7 +211,9 @@ def test_what_bench_ops_launches(mode, direction, monkeypatch):
                     functions["ditfast-triton"] = ops_attention.implementation("ditfast-triton")
                 rows = {key: ops_bench.blank_row(name, direction, shape, BF16, key) for key in functions}
                 with Uncomputed():
-                    rows = ops_bench._measure(OPERATORS[name], functions, rows, direction, shape, BF16, CPU, 0.001)
+                    pool = ops_bench._pool(OPERATORS[name], shape, BF16, CPU)
+                    case = ops_bench._Case(OPERATORS[name], direction, shape, BF16, CPU, 0.001, pool)
+                    rows = ops_bench._measure(case, functions, rows)
                 assert all(row.ms for row in rows.values())
 
     assert keys and launched(run) == keys
