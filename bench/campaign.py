@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -48,6 +49,8 @@ class Step:
         beside: whether it may run beside the steps next to it that say the same, for nothing in them is timed.
         suite: whether its result file says itself whether it came to its end; an exit code alone does not, for a
             missed parity and a crash are both 1.
+        left_over: a pattern of the last line of its output that says that there is more to do, or "".
+        serves: the steps that it is for, once all of which are done it has no purpose; none: one of its own.
         fine: exit codes besides 0 after which it has come to its end (a missed parity is a result).
         skip: why there is nothing to run here, or "".
     """
@@ -58,6 +61,8 @@ class Step:
     limit: float = _PLANNED_SECONDS
     beside: bool = False
     suite: bool = False
+    left_over: str = ""
+    serves: tuple[str, ...] = ()
     fine: tuple[int, ...] = (1,)
     skip: str = ""
 
@@ -80,6 +85,7 @@ class _Running:
     process: subprocess.Popen[bytes]
     start: float
     limit: float
+    before: tuple[int, int] | None  # of the result file, when it began
 
     @property
     def seconds(self) -> float:
@@ -126,7 +132,7 @@ class Campaign:
             campaign.steps = there["steps"]
             if changed := renewing(there["environment"], campaign.environment):
                 for done in campaign.steps.values():
-                    if done.state == "done":
+                    if done.state in ("done", "failed"):
                         done.state, done.note = "older", changed
         campaign.save()
         return campaign
@@ -147,7 +153,11 @@ class Campaign:
         return self.folder / "logs" / f"{step.name}.txt"
 
     def is_over(self, step: Step) -> bool:
-        done = self.steps.get(step.name)
+        """Whether nothing is left to do: it is done and what it found is there, or what it serves is over."""
+        return self._is_done(step.name) or (step.serves != () and all(map(self._is_done, step.serves)))
+
+    def _is_done(self, name: str) -> bool:
+        done = self.steps.get(name)
         return done is not None and done.state == "done"
 
     def run(
@@ -159,7 +169,8 @@ class Campaign:
         grace: float = _GRACE_SECONDS,
         minimum: float = _MIN_SECONDS,
     ) -> None:
-        """Runs what is not done yet: first each step within its limit, then what was cut while time remains.
+        """Runs what is not done yet: first each step within its limit, then, while time remains, what was cut, and what
+        failed before this call.
 
         Args:
             steps: in order of value.
@@ -174,12 +185,16 @@ class Campaign:
         """
         deadline = time.monotonic() + max(budget - grace, 0)
         stretch = max(budget / _PLANNED_SECONDS, 1.0)
+        self._set_damaged_aside(steps, report)
+        failed_before = {name for name, done in self.steps.items() if done.state == "failed"}
         for first in (True, False):
             for group in _groups(steps):
                 begun = []
                 for step in group:
                     done = self.steps.get(step.name)
-                    if self.is_over(step) or (done is not None and done.state == "failed" and not first):
+                    failed = done is not None and done.state == "failed"
+                    # it may fail again, and what has not had its turn goes first
+                    if self.is_over(step) or (failed and first == (step.name in failed_before)):
                         continue
                     if step.skip:
                         self._note(step, Done("skipped", 0.0, None, step.skip))
@@ -197,35 +212,49 @@ class Campaign:
                     finally:
                         renew()
 
+    def _set_damaged_aside(self, steps: Sequence[Step], report: Callable[[str], None]) -> None:
+        """Has a step begin anew where its result file cannot be read, which stays beside under another name."""
+        for step in steps:
+            path, done = self.result_file(step), self.steps.get(step.name)
+            if not step.suite or done is None or done.state == "skipped":
+                continue
+            try:
+                Results.load(path)
+            except (ValueError, OSError) as error:
+                if path.exists():
+                    aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+                    path.rename(aside)
+                    report(f"{step.name}: begins anew: {error}; kept as {aside.name}")
+                if done.state == "done":
+                    done.state, done.note = "cut", "its result file cannot be read"
+
     def _attempt(self, begun: Sequence[tuple[Step, float]], report: Callable[[str], None], grace: float) -> None:
         """Runs steps side by side, each for at most its seconds."""
-        running = []
+        running: list[_Running] = []
         try:
             for step, limit in begun:
                 running.append(self._start(step, limit))
             while running:
+                overdue = [item for item in running if item.process.poll() is None and item.seconds > item.limit]
+                codes = _stop([item.process for item in overdue], grace)
                 for item in list(running):
-                    code, cut = item.process.poll(), False
-                    if code is None and item.seconds > item.limit:
-                        code, cut = _stop(item.process, grace), True
+                    code = item.process.poll()
                     if code is None:
                         continue
                     _kill_group(item.process)  # a worker it left behind would measure on beside the next step
                     running.remove(item)
-                    done = self._outcome(item, code, cut)
+                    done = self._outcome(item, code, item in overdue)
                     self._note(item.step, done)
                     told = ": ".join(filter(None, (f"{done.state} after {done.seconds:.0f} s", done.note)))
                     report(f"{item.step.name}: {told}")
-                if running:
+                if running and not codes:
                     time.sleep(_POLL_SECONDS)
         except BaseException:
             for item in running:
                 code = item.process.poll()  # it may have come to its end since it was asked
                 ended = None if code is None else self._outcome(item, code, False)
                 self._note(item.step, ended or Done("cut", item.seconds, None, "interrupted"))
-                item.process.terminate()
-            for item in running:
-                _stop(item.process, grace)
+            _stop([item.process for item in running], grace)
             raise
 
     def _start(self, step: Step, limit: float) -> _Running:
@@ -236,6 +265,7 @@ class Campaign:
             for name, value in values.items():
                 part = part.replace(name, value)
             command.append(part)
+        before = _identity(self.result_file(step))
         with self.log(step).open("ab") as output:
             # a group of its own: the terminal's interruption reaches this process, which passes it on
             process = subprocess.Popen(
@@ -247,17 +277,24 @@ class Campaign:
                 start_new_session=True,
                 preexec_fn=end_with_parent,  # it would measure on beside the next campaign
             )
-        return _Running(step, process, time.monotonic(), limit)
+        return _Running(step, process, time.monotonic(), limit, before)
 
     def _outcome(self, item: _Running, code: int, cut: bool) -> Done:
         step, log = item.step, self.log(item.step)
-        fine = code == 0 or code in step.fine
-        state: State = _said(self.result_file(step)) if step.suite and fine else "done"
-        if cut or (fine and state == "cut"):
+        last, path = _last_line(log), self.result_file(item.step)
+        if cut:
             return Done("cut", item.seconds, code, "its time was up")
-        if fine and state == "done":
-            return Done("done", item.seconds, code, "" if code == 0 else f"exit code {code}: see {log.name}")
-        return Done("failed", item.seconds, code, f"exit code {code}: {_last_line(log)}")
+        if code != 0 and code not in step.fine:
+            return Done("failed", item.seconds, code, f"exit code {code}: {last}")
+        if step.left_over and re.search(step.left_over, last):
+            return Done("cut", item.seconds, code, last)
+        if step.suite:
+            # every orderly end saves: what lies there untouched is of an earlier attempt
+            untouched: tuple[State, str] = ("failed", last)
+            state, note = untouched if _identity(path) == item.before else _said(path)
+            if state != "done":
+                return Done(state, item.seconds, code, note or f"exit code {code}: {last}")
+        return Done("done", item.seconds, code, "" if code == 0 else f"exit code {code}: see {log.name}")
 
     def _note(self, step: Step, done: Done) -> None:
         before = self.steps.get(step.name)
@@ -277,15 +314,28 @@ def _groups(steps: Sequence[Step]) -> list[list[Step]]:
     return groups
 
 
-def _said(path: Path) -> State:
-    """What a suite's result file says: complete, ended in order before that, or neither."""
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What changes whenever a file is written anew."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino
+
+
+def _said(path: Path) -> tuple[State, str]:
+    """What a suite's result file says: complete, ended in order before that, or with rows that failed and may not fail
+    again."""
     try:
         results = Results.load(path)
-    except (ValueError, OSError):
-        return "failed"
-    if results.complete:
-        return "done"
-    return "cut" if results.readings and results.readings[-1].get("when") == "after" else "failed"
+    except (ValueError, OSError) as error:
+        return "failed", str(error)
+    if not results.complete:
+        ended = results.suite == "verify" or (results.readings and results.readings[-1].get("when") == "after")
+        return ("cut", "its time was up") if ended else ("failed", "")
+    rows = [getattr(row, "row", row) for row in results.rows]
+    failed = [row for row in rows if getattr(row, "status", "") == "error" or (hasattr(row, "ok") and row.note)]
+    return ("failed", f"{len(failed)} of its rows: {failed[0].note}") if failed else ("done", "")
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
@@ -293,17 +343,21 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _stop(process: subprocess.Popen[bytes], grace: float) -> int:
-    """Asks a step to save and end, then ends it and everything it started."""
+def _stop(processes: Sequence[subprocess.Popen[bytes]], grace: float) -> list[int]:
+    """Asks steps to save and end, then ends them and everything they started; their exit codes."""
     # not SIGINT, which a shell's background job has its children ignore; and to the step alone, for a worker of
     # its that died first would be taken for a failure of the provider
-    process.terminate()
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + grace
     try:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=grace)
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=max(deadline - time.monotonic(), 0))
     finally:  # also where a second interruption comes
-        _kill_group(process)
-    return process.wait()
+        for process in processes:
+            _kill_group(process)
+    return [process.wait() for process in processes]
 
 
 def _last_line(log: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -106,4 +107,11 @@ def unpack_results(archive: Path, folder: Path) -> None:
         raise ValueError(f"--resume {archive}: {folder} holds a campaign already, which goes on without it")
     if STATE_FILE not in {name for name, _ in read_archive(archive)}:
         raise ValueError(f"--resume must be given the results.tar.xz of a campaign, got {archive}")
-    extract(archive, folder)
+    staged = folder / ".unpacked"
+    shutil.rmtree(staged, ignore_errors=True)
+    paths = extract(archive, staged)
+    for path in sorted(paths, key=lambda path: path.name == STATE_FILE):  # at last: it says that the others are there
+        target = folder / path.relative_to(staged.resolve())
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    shutil.rmtree(staged)

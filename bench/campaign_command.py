@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +15,8 @@ if TYPE_CHECKING:
     from .campaign import Campaign
     from .records import Results
 
-_INTERRUPTED, _FAILED = 130, 1
+_FAILED = 1
+_LEAST_SECONDS = 60.0
 
 
 def campaign(
@@ -64,9 +67,12 @@ def campaign(
     from .environment import parse_device
     from .progress import terminated_as_interrupted
     from .render import print_tables
+    from .suite import INTERRUPTED
 
     seconds = options.parse_budget(budget)
     assert seconds is not None
+    if seconds < _LEAST_SECONDS:
+        raise ValueError(f"--budget must be at least a minute, in which the first step fits, got {budget!r}")
     if rehearse and device is not None:
         raise ValueError("--rehearse runs on a CPU, and --device does not go with it")
     where = parse_device("cpu" if rehearse else device)
@@ -79,6 +85,7 @@ def campaign(
     opened = Campaign.open(out, caches.variables | (REHEARSAL_VARIABLES if rehearse else {}))
     try:
         packed.mkdir(parents=True, exist_ok=True)
+        module.pack_results(opened, packed)  # what cannot be written is to be known at once
     except OSError as error:
         raise ValueError(f"--archives must be a folder that can be written, got {packed}: {error.strerror}") from error
     for sentence in caches.fill(cache or ()):
@@ -88,38 +95,75 @@ def campaign(
 
     def renew() -> None:
         nonlocal warm
-        module.pack_results(opened, packed)
-        if not warm and all(step.name in opened.steps for step in steps if step.beside):
-            warm = True  # and no more until the end: it takes time that is for measuring
-            caches.pack()
+        with _unwritten_is_said():
+            module.pack_results(opened, packed)
+            if not warm and all(step.name in opened.steps or opened.is_over(step) for step in steps if step.beside):
+                warm = True  # and no more until the end: it takes time that is for measuring
+                caches.pack()
 
     interrupted = False
-    try:
-        with terminated_as_interrupted():
-            opened.run(steps, seconds, lambda what: typer.echo(what, err=True), renew)
-    except KeyboardInterrupt:
-        interrupted = True
-    module.pack_results(opened, packed)
-    found = figures(steps, opened.steps, load(opened))
-    title = "A rehearsal: tiny models on a CPU, of which nothing counts" if rehearse else "What this campaign found"
-    print_tables(table(found, title))
+    with _alone(out):
+        try:
+            with terminated_as_interrupted():
+                opened.run(steps, seconds, lambda what: typer.echo(what, err=True), renew)
+        except KeyboardInterrupt:
+            interrupted = True
+        found = figures(steps, opened.steps, load(opened))
+        rehearsed = "A rehearsal: small models on a CPU, of which nothing counts"
+        print_tables(table(found, rehearsed if rehearse else "What this campaign found"))
+        with _unwritten_is_said():
+            module.pack_results(opened, packed)
+            caches.pack()
     typer.echo(f"results: {out}; archives: {packed}", err=True)
     typer.echo(f"ditfast bench report {out}/*.json --out {out}/report renders them", err=True)
-    caches.pack()
     if interrupted:
-        raise typer.Exit(_INTERRUPTED)
-    if not has_parity(found):
+        raise typer.Exit(INTERRUPTED)
+    # with an exit code of 0 it was a rival that failed
+    if not has_parity(found) or any(done.state == "failed" and done.exit_code for done in opened.steps.values()):
         raise typer.Exit(_FAILED)
 
 
+@contextmanager
+def _unwritten_is_said() -> Iterator[None]:
+    """An archive that cannot be written ends no campaign: what was measured lies in its folder."""
+    try:
+        yield
+    except OSError as error:
+        typer.echo(f"an archive is not written: {error}", err=True)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two campaigns in one folder would time against each other.
+
+    Raises:
+        ValueError: another one runs in it.
+    """
+    import fcntl
+
+    with (folder / "campaign.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"--out {folder}: another campaign runs in it") from None
+        yield
+
+
 def load(opened: Campaign) -> dict[str, Results]:
-    """Step -> its results; a file that is damaged is named and left out, the others count."""
-    from .records import Results
+    """Step -> its results, of which those of other sources are older ones; a file that is damaged is named and left
+    out, the others count."""
+    from .records import Older, Results
+    from .suite import renewing
 
     results = {}
     for path in opened.result_files():
         try:
-            results[path.stem] = Results.load(path)
+            found = Results.load(path)
         except ValueError as error:
             typer.echo(f"left out: {error}", err=True)
+            continue
+        if changed := renewing(found.environment, opened.environment):
+            found.older += [Older(row, changed) for row in found.rows]
+            found.rows = []
+        results[path.stem] = found
     return results

@@ -24,7 +24,12 @@ _TINY = {
     "--width": {"1152": "144", "1024": "64"},
     "--steps": {"50": "2"},
     "--image-size": {"256": "64"},
-    "--providers": {"reference-compile": "reference"},  # nobody else is asked for, and nothing is compiled
+    # where nobody else is asked for
+    "--providers": {
+        "reference-compile": "reference",
+        "reference-compile,ditfast-graph": "reference,ditfast",
+        "reference-reduce-overhead,ditfast-graph": "ditfast",
+    },
 }
 #: for the steps of a rehearsal: the formulas, and no compiler
 REHEARSAL_VARIABLES = {
@@ -57,9 +62,9 @@ def _steps() -> list[Step]:
     fused = ("gated_residual_layer_norm_modulate",)
     return [
         # nothing of these is timed
-        _warm_up("warm-up-forward", "forward", 256, "reference-compile,ditfast,ditfast-graph"),
-        _warm_up("warm-up-batch-1", "forward", 1, "reference-reduce-overhead,ditfast,ditfast-graph"),
-        _warm_up("warm-up-train", "train", 128, "reference-compile"),
+        _warm_up("warm-up-forward", "forward-xl2", "forward", 256, "reference-compile,ditfast-graph"),
+        _warm_up("warm-up-batch-1", "forward-xl2-1", "forward", 1, "reference-reduce-overhead,ditfast-graph"),
+        _warm_up("warm-up-train", "train-xl2-compile", "train", 128, "reference-compile"),
         _verify(),
         _models("forward-xl2", 80, "DiT-XL/2, forward", _XL, "forward", 256, graphs),
         _ops("adaln", 30, "the fused adaLN operator", fused, *_of(_XL), *("--batch", "256", "--providers", eager)),
@@ -75,11 +80,11 @@ def _steps() -> list[Step]:
             *("epilogues", 40, "GEMMs with an epilogue beside the library's", ("linear_gelu", "linear_gated_residual")),
             *("--direction", "forward", *_of(_XL), "--batch", "256", "--providers", "eager,compile,gemm,ditfast"),
         ),
-        _models("train-s2", 60, "DiT-S/2, training step", _S, "train", 256, few),
+        _models("train-s2", 90, "DiT-S/2, training step", _S, "train", 256, few),
         _tune(),
-        _gpu_tests(),
         _models("forward-others", 200, "the other sizes, forward", _OTHERS, "forward", 256, graphs),
         _models("train-others", 200, "the other sizes, training step", _OTHERS, "train", 128, few),
+        _gpu_tests(),
         _sample("sample", 100, "sampling with DiT-XL/2", *_of(_XL), "--batch", "1", "--batch", "8", "--steps", "50"),
         _memory("memory", 60, "memory of the training step", (*_XL, *_S), "train", 32, "reference,ditfast"),
         _models("guided", 100, "guided forward", (*_XL, *_OTHERS), "cfg", 32, graphs),
@@ -103,9 +108,9 @@ def _case(sizes: Sequence[str], mode: str, batch: int, providers: str) -> tuple[
     return (*_of(sizes), "--mode", mode, "--batch", str(batch), "--providers", providers, "--image-size", "256")
 
 
-def _warm_up(name: str, mode: str, batch: int, providers: str) -> Step:
+def _warm_up(name: str, serves: str, mode: str, batch: int, providers: str) -> Step:
     command = (*_BENCH, "models", *_case(_XL, mode, batch, providers), "--warm-up")
-    return Step(name, command, "the compilers' caches", limit=150, beside=True, fine=())
+    return Step(name, command, "the compilers' caches", limit=150, beside=True, fine=(), serves=(serves,))
 
 
 def _verify() -> Step:
@@ -147,7 +152,8 @@ def _tune() -> Step:
     """``ditfast tune``, into a file of its own: tables that changed on the way would be other conditions. Not .json,
     for it is no result; copied to kernels/configs/<gpu>.json it is in use."""
     command = ("-m", "ditfast", "tune", *_of(_XL), "--out", "{json}.table", "--budget", "{seconds}")
-    return Step("tune", command, "launch configurations of DiT-XL/2", limit=60, fine=())
+    left_over = r"\b[1-9]\d* left for another run"
+    return Step("tune", command, "launch configurations of DiT-XL/2", limit=60, left_over=left_over, fine=())
 
 
 def _gpu_tests() -> Step:

@@ -19,7 +19,7 @@ _NAMED = 5  # of what has no parity
 
 
 class Figure(NamedTuple):
-    """A line of the table: ``parity`` is None where nothing was judged."""
+    """A line of the table: ``parity`` is None where nothing was judged; ``older``: of other sources."""
 
     step: str
     what: str
@@ -27,6 +27,7 @@ class Figure(NamedTuple):
     parity: bool | None
     rival: str
     note: str = ""
+    older: bool = False
 
 
 def figures(steps: Sequence[Step], done: Mapping[str, Done], results: Mapping[str, Results]) -> list[Figure]:
@@ -41,22 +42,18 @@ def figures(steps: Sequence[Step], done: Mapping[str, Done], results: Mapping[st
     for step in steps:
         state, there = done.get(step.name), results.get(step.name)
         lines = _figures_of(step, there) if there is not None else []
-        if not lines or (state is not None and state.state == "failed"):
-            lines.append(Figure(step.name, step.title, _state(state), _parity_of(state), ""))
+        if not lines or (state is not None and state.state in ("cut", "failed")):
+            lines.append(Figure(step.name, step.title, _state(state, bool(lines)), None, ""))
         found += lines
     return found
 
 
-def _state(done: Done | None) -> str:
-    if done is None:
+def _state(done: Done | None, has_figures: bool) -> str:
+    if done is None or done.state == "older":
         return "not reached"
-    if done.state in ("skipped", "failed"):
-        return f"{done.state}: {done.note}"
-    return "cut before its first figure" if done.state == "cut" else "done" + f", {done.note}" * bool(done.note)
-
-
-def _parity_of(done: Done | None) -> bool | None:
-    return False if done is not None and done.state == "failed" else None
+    if done.state == "cut":
+        return f"cut, {done.note}: {'the rest' if has_figures else 'a first figure'} not reached"
+    return ": ".join(filter(None, (done.state, done.note)))
 
 
 def _figures_of(step: Step, results: Results) -> list[Figure]:
@@ -66,7 +63,7 @@ def _figures_of(step: Step, results: Results) -> list[Figure]:
     of = {"verify": _verified, "memory": _memory}.get(results.suite, _timed)
     found = [*of(step, results.rows, "")]
     for why, rows in kept.items():
-        found += of(step, rows, f"older: {why}")
+        found += [figure._replace(older=True) for figure in of(step, rows, f"older: {why}")]
     return found
 
 
@@ -101,13 +98,13 @@ def _timed(step: Step, rows: Sequence[Any], note: str) -> Iterable[Figure]:
         ours = [row for row in case if row.is_ours and row.status != "unavailable"]
         ticked = [row for row in ours if row.ms is not None and row.parity is True]
         if not ours:
-            yield Figure(step.name, _named(case[0]), "no row of ditfast", None, "", note)
+            if not note:  # of older ones ours may have been measured again
+                yield Figure(step.name, _named(case[0]), "no row of ditfast", None, "")
             continue
         best = min(ticked, key=lambda row: row.ms.median) if ticked else ours[0]
         wrong = [row for row in ours if row.status == "error" or (row.ms is not None and row.parity is not True)]
         notes = [f"{row.provider}: {row.note or 'no parity'}" for row in wrong]
-        rivals = [row for row in case if not row.is_ours and row.ms is None and row.status != "unavailable"]
-        notes += [f"{row.provider}: {row.note}" for row in rivals]
+        notes += [f"{row.provider}: {row.note}" for row in case if not row.is_ours and row.note]
         value = _value(best)
         judged = not wrong if any(row.parity is not None or row.status == "error" for row in ours) else None
         told = "; ".join(filter(None, [*notes, note]))
@@ -139,7 +136,7 @@ def _rival(row: Any, case: Sequence[Any]) -> str:
     alone = next((other for other in case if other.provider == "gemm" and other.ms is not None), None)
     if alone is not None and row.ms is not None:
         parts.append(f"{percent(row.ms.median / alone.ms.median)} of the GEMM alone")
-    return ", ".join(parts) or "no rival yet"
+    return ", ".join(parts) or "no rival"
 
 
 def _named(row: Any) -> str:
@@ -151,8 +148,8 @@ def _named(row: Any) -> str:
 
 
 def has_parity(found: Iterable[Figure]) -> bool:
-    """Whether nothing of what was judged failed."""
-    return all(figure.parity is not False for figure in found)
+    """Whether nothing of what was judged by these sources failed."""
+    return all(figure.parity is not False for figure in found if not figure.older)
 
 
 def table(found: Sequence[Figure], title: str) -> RenderableType:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 _PACKAGES = ("torch", "triton", "numpy", "diffusers", "safetensors", "flash-attn")
+_NO_SOURCE = ("test_", "conftest", "campaign", "readme", "render")
 _SMI_FIELDS = {
     "driver": "driver_version",
     "sm_clock_mhz": "clocks.current.sm",
@@ -105,14 +106,15 @@ def _git_state() -> tuple[str | None, bool | None]:
 
 @lru_cache(maxsize=1)
 def _source_digest() -> str:
-    """Of the Python files and launch tables that run, by path and content; results are none of them."""
+    """Of the Python files and launch tables that run, by path and content; results are none of them, nor is what only
+    plans and shows."""
     here = Path(ditfast.__file__).resolve().parent
     digest = hashlib.sha256()
     for room in ("", "kernels", "bench"):  # the latter two are links in a checkout
         base = (here / room).resolve()
         for path in sorted(item for item in base.rglob("*") if item.suffix in (".py", ".json")):
             name = path.relative_to(base)
-            if name.parts[0] not in ("kernels", "bench", "results") and not name.name.startswith(("test_", "conftest")):
+            if name.parts[0] not in ("kernels", "bench", "results", "report") and not name.name.startswith(_NO_SOURCE):
                 digest.update(f"{room}/{name.as_posix()}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 

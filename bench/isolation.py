@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 from .cases import Case
-from .child_processes import describe_exit
+from .child_processes import describe_exit, end_with_parent
 from .preparing import Prepared, empty_cache, explain, make_work, prepare, trial_bytes
 from .providers import Provider, get_provider, load_plugins
 from .rows import ModelRow, Status
@@ -181,6 +181,7 @@ def _serve(
 ) -> None:
     """The worker's process: answers until the connection ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's interruption is the parent's to handle
+    end_with_parent(signal.SIGKILL)
     torch.set_num_threads(threads)
     device = torch.device(device_name)
     prepared: Prepared | None = None

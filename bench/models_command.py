@@ -267,8 +267,14 @@ def measure(plan: Plan, recorder: Recorder) -> None:
                 _measure_case(plan, case, runner, recorder)
             known = [row for row in recorder.results.rows if row.series == blanks[0].series]
             short = any(row.batch == case.batch and row.status == "oom" for row in known)
-            if short and not any(_in_place_of(case) in row.note for row in known):
+            fitted = {row.batch for row in known if _in_place_of(case) in row.note}
+            if short and not fitted:
                 _measure_fitting(plan, case, runner, recorder)
+            for batch in sorted(fitted):  # one that was cut: it had not come to all providers
+                instead = replace(case, batch=batch)
+                complete = recorder.has(blank_row(instead, provider).key for provider in plan.providers)
+                if not complete and not recorder.out_of_time():
+                    _measure_case(plan, instead, runner, recorder, _in_place_of(case))
 
 
 def _measure_case(plan: Plan, case: Case, runner: Runner, recorder: Recorder, note: str = "") -> list[ModelRow]:

@@ -161,7 +161,10 @@ def _standard(judge: Judge, provider: Provider) -> Judgement | None:
 def failed(row: ModelRow, error: BaseException) -> ModelRow:
     """The row of a provider that raised. Nothing measured before counts any more."""
     status, note = explain(error)
-    unmeasured = ("ms", "first_call_ms", "peak_bytes", "error", "yardstick_error", "bound", "parity", "parity_samples")
+    unmeasured = (
+        *("ms", "first_call_ms", "images_per_s", "tflops", "ceiling_share", "ceiling", "peak_bytes", "noise"),
+        *("error", "yardstick_error", "bound", "parity", "parity_samples", "speedup", "rival"),
+    )
     blank = dict.fromkeys(unmeasured)
     return replace(row, status=status, note=note, **blank)  # type: ignore[arg-type]
 

@@ -248,10 +248,13 @@ class _Run:
         return wants_isolation(provider, self._device, self._settings.isolate)
 
     def _fail(self, name: str, error: Exception) -> None:
+        timed = self._rows[name].ms
         if isinstance(error, ProviderFailed):
             row = replace(failed(self._rows[name], error), status=error.status, note=error.note, isolated=True)
         else:
             row = failed(self._rows[name], error.with_traceback(None))
+        if timed is not None:
+            row = replace(row, note=f"{row.note}; timed before at {timed.median:.4g} ms")
         self._rows[name] = row
         self._workers.stop(name)  # a fault may have left its process, or its part of the GPU, useless
 

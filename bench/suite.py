@@ -214,14 +214,17 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def renewing(then: dict[str, Any], now: dict[str, Any]) -> str:
-    """Which conditions have changed so that everything is to be measured again; "" where none has."""
-    return _changes(_RENEWING, then, now)
+    """Which conditions have changed so that everything is to be measured again; "" where none has. One that cannot be
+    read, as where nvidia-smi fails, has not."""
+    return _changes(_RENEWING, then, now, unknown=(None,))
 
 
-def _changes(names: Sequence[tuple[str, str]], then: dict[str, Any], now: dict[str, Any]) -> str:
+def _changes(
+    names: Sequence[tuple[str, str]], then: dict[str, Any], now: dict[str, Any], unknown: Sequence[Any] = ()
+) -> str:
     found = []
     for group, name in names:
         was, is_now = ((part(where, group) if group else where).get(name) for where in (then, now))
-        if was != is_now:
+        if was != is_now and was not in unknown and is_now not in unknown:
             found.append(f"{f'{group} {name}'.strip()} was {was!r} there, is {is_now!r} here")
     return "; ".join(found)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ditfast.bench.campaign import Campaign, Step
+from ditfast.bench.rows import ModelRow
+from ditfast.bench.timing import Spread
 
 
 def step(name: str, code: str, **options: object) -> Step:
@@ -17,3 +21,10 @@ def write(text: str) -> str:
 
 def states(campaign: Campaign) -> dict[str, str]:
     return {name: done.state for name, done in campaign.steps.items()}
+
+
+def model_row(provider: str, ms: float | None = 10.0, parity: bool | None = True) -> ModelRow:
+    """A row of XL/2's forward at batch 256; without a time one that failed."""
+    blank = ModelRow("DiT-XL/2", "adaln_zero", (32, 32), 256, 1152, 28, 256, "bf16", "forward", provider, "bf16", "ok")
+    spread = None if ms is None else Spread(ms, ms, ms, 5, 1)
+    return replace(blank, status="error" if ms is None else "ok", ms=spread, parity=parity, note="" if ms else "boom")

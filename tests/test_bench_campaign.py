@@ -7,13 +7,16 @@ import json
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from campaign_helpers import states, step, write
+from campaign_helpers import model_row, states, step, write
 from typer.testing import CliRunner, Result
 
-from ditfast.bench.campaign import Campaign
+from ditfast.bench import campaign_archives, campaign_plan
+from ditfast.bench.campaign import Campaign, Done, Step
+from ditfast.bench.campaign_plan import plan
 from ditfast.bench.records import Results
 from ditfast.cli import app
 
@@ -101,23 +104,100 @@ while not other.exists():
         (True, True, 1, "done"),  # a missed parity is a result
         (False, True, 1, "cut"),
         (False, False, 1, "failed"),  # a crash, whose exit code is the same
+        ("untouched", True, 1, "failed"),  # one before the first row, which leaves an earlier attempt's file
+        ("error", True, 0, "failed"),  # a row that failed may not fail again
         (None, False, 1, "failed"),
         (True, True, 2, "failed"),
     ],
 )
 def test_a_suite_is_done_where_its_file_says_so(
-    complete: bool | None, ended: bool, code: int, state: str, tmp_path: Path
+    complete: bool | str | None, ended: bool, code: int, state: str, tmp_path: Path
 ) -> None:
     made = tmp_path / "made.json"
     copy = ""
     if complete is not None:
         readings = [{"when": "before"}, *([{"when": "after"}] if ended else [])]
-        Results("models", {}, {}, readings=readings, complete=complete).save(made)
+        rows = [replace(model_row("ditfast"), status="error", ms=None, note="boom")] if complete == "error" else []
+        Results("models", {}, {}, readings=readings, rows=rows, complete=bool(complete)).save(made)
         copy = f"import shutil; shutil.copy({str(made)!r}, r'{{json}}'); "
     campaign = Campaign.open(tmp_path / "out")
+    if complete == "untouched":
+        made.rename(tmp_path / "out" / "models.json")
+        copy = ""
     steps = [step("models", f"{copy}raise SystemExit({code})", suite=True)]
     campaign.run(steps, 25.0, lambda what: None, grace=0.0, minimum=20.0)
     assert states(campaign) == {"models": state}
+
+
+def test_what_failed_before_comes_last_and_once(tmp_path: Path) -> None:
+    campaign = Campaign.open(tmp_path)
+    steps = [step("broken", f"{write('x')}; raise SystemExit('no luck')", fine=()), step("new", "pass")]
+    campaign.run(steps[:1], 60, lambda what: None)
+    assert (tmp_path / "broken.json").read_text() == "x"
+    said: list[str] = []
+    Campaign.open(tmp_path).run(steps, 60, said.append)
+    assert [text.split(":")[0] for text in said if "up to" in text] == ["new", "broken"]
+    assert (tmp_path / "broken.json").read_text() == "xx"
+
+
+def test_more_to_do_is_no_end(tmp_path: Path) -> None:
+    def tune(left: int) -> Step:
+        return step("tune", f"print('12 measured, 0 failed, {left} left for another run')", left_over=plan_left_over())
+
+    campaign = Campaign.open(tmp_path)
+    campaign.run([tune(120)], 60, lambda what: None)
+    assert states(campaign) == {"tune": "cut"}
+    campaign.run([tune(0)], 60, lambda what: None)
+    assert states(campaign) == {"tune": "done"}
+
+
+def plan_left_over() -> str:
+    [found] = [item.left_over for item in plan() if item.name == "tune"]
+    return found
+
+
+def test_what_serves_a_step_that_is_done_has_no_purpose(tmp_path: Path) -> None:
+    campaign = Campaign.open(tmp_path)
+    campaign.run([step("figure", "pass")], 60, lambda what: None)
+    campaign.run([step("warm-up", "pass", serves=("figure",)), step("figure", "pass")], 60, lambda what: None)
+    assert states(campaign) == {"figure": "done"}
+
+
+OVERDUE = """
+import os, pathlib, signal, sys, time
+mine = pathlib.Path(r'{json}')
+def stop(*_):
+    mine.with_suffix('.asked').touch()
+    while len(list(mine.parent.glob('*.asked'))) < 3:
+        time.sleep(0.05)
+    sys.exit(7)
+signal.signal(signal.SIGTERM, stop)
+mine.touch()
+time.sleep(60)
+"""
+
+
+def test_all_that_are_overdue_are_asked_to_end_at_once(tmp_path: Path) -> None:
+    campaign = Campaign.open(tmp_path)
+    steps = [step(name, OVERDUE, beside=True, limit=4.0) for name in "abc"]
+    campaign.run(steps, 24.0, lambda what: None, grace=20.0, minimum=3.9)
+    assert [(done.state, done.exit_code) for done in campaign.steps.values()] == [("cut", 7)] * 3
+
+
+def test_a_result_file_that_cannot_be_read_is_set_aside(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    Results("models", {}, {}, complete=True).save(made)
+    good = step("models", f"import shutil; shutil.copy({str(made)!r}, r'{{json}}')", suite=True)
+    campaign = Campaign.open(tmp_path / "out")
+    campaign.run([good], 60, lambda what: None)
+    (tmp_path / "out" / "models.json").write_text("{")
+    said: list[str] = []
+    campaign.run([good], 60, said.append)
+    assert states(campaign) == {"models": "done"}
+    assert Results.load(tmp_path / "out" / "models.json").complete
+    [aside] = (tmp_path / "out").glob("models.json.damaged-*")
+    assert aside.read_text() == "{"
+    assert "begins anew" in said[0]
 
 
 def test_a_step_knows_its_own_budget(tmp_path: Path) -> None:
@@ -175,14 +255,15 @@ def test_another_machine_or_version_is_no_continuation(tmp_path: Path) -> None:
 
 def test_after_a_change_of_the_sources_what_was_done_is_done_again(tmp_path: Path) -> None:
     campaign = Campaign.open(tmp_path)
-    campaign.run([step("one", write("1"))], 60, lambda what: None)
+    campaign.run([step("one", write("1")), step("broken", "raise SystemExit(3)")], 60, lambda what: None)
+    campaign.steps["slow"] = Done("cut", 1.0, None)
     campaign.environment["source"] = "before"
     campaign.save()
     again = Campaign.open(tmp_path)
-    assert states(again) == {"one": "older"}
+    assert states(again) == {"one": "older", "broken": "older", "slow": "cut"}
     assert again.steps["one"].note.startswith("source was 'before' there, is ")
     again.run([step("one", write("1"))], 60, lambda what: None)
-    assert states(again) == {"one": "done"}
+    assert states(again)["one"] == "done"
     assert (tmp_path / "one.json").read_text() == "11"
 
 
@@ -195,6 +276,7 @@ def invoke(*arguments: object) -> Result:
     [
         (["--budget", "soon", "--rehearse"], "--budget must look like 90s, 9m or 1h, got 'soon'"),
         (["--budget", "-1m", "--rehearse"], "--budget must look like"),
+        (["--budget", "30s", "--rehearse"], "--budget must be at least a minute"),
         (["--device", "cuda:99"], "CUDA devices"),
         (["--rehearse", "--device", "cuda"], "--rehearse runs on a CPU, and --device does not go with it"),
         (["--device", "cpu"], "campaign measures a GPU, and there is none; --rehearse tries the plan on a CPU"),
@@ -213,3 +295,36 @@ def test_an_out_that_is_a_file(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "--out must be a folder that can be written" in result.stderr
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_two_campaigns_in_one_folder_are_refused(tmp_path: Path) -> None:
+    import fcntl
+
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out" / "campaign.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        result = invoke("--out", tmp_path / "out", "--rehearse")
+    assert result.exit_code == 2
+    assert "another campaign runs in it" in result.stderr
+
+
+def test_an_archive_that_cannot_be_written_ends_no_campaign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def pack(campaign: Campaign, archives: Path) -> list[Path]:
+        calls.append(1)
+        if len(calls) > 1:
+            raise OSError(28, "No space left on device", "results.tar.xz")
+        return []
+
+    monkeypatch.setattr(campaign_archives, "pack_results", pack)
+    monkeypatch.setattr(campaign_plan, "plan", lambda *given: [step("one", "pass"), step("two", "pass")])
+    result = invoke("--out", tmp_path / "out", "--rehearse", "--budget", "2m")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("an archive is not written: ") == len(calls) - 1 == 3
+    assert "one: done" in result.stderr and "two: done" in result.stderr
+
+    (tmp_path / "file").touch()
+    result = invoke("--out", tmp_path / "out", "--rehearse", "--archives", tmp_path / "file")
+    assert result.exit_code == 2
+    assert "--archives must be a folder that can be written" in result.stderr

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from campaign_helpers import states, step, write
+from campaign_helpers import model_row, states, step, write
 
 from ditfast.bench import campaign_command, kernel_cache
 from ditfast.bench.archives import read_archive, write_archive
@@ -20,8 +21,7 @@ from ditfast.bench.campaign_plan import plan
 from ditfast.bench.campaign_table import Figure, figures, has_parity
 from ditfast.bench.kernel_cache import MANIFEST, SCHEMA
 from ditfast.bench.records import Older, Results
-from ditfast.bench.rows import ModelRow, VerifyRow
-from ditfast.bench.timing import Spread
+from ditfast.bench.rows import VerifyRow
 
 
 def renew(campaign: Campaign, archives: Path) -> None:
@@ -87,6 +87,29 @@ def test_only_a_campaigns_archive_is_gone_on_with_and_only_in_a_new_folder(tmp_p
         unpack_results(archive, tmp_path / "out")
 
 
+def test_an_archive_that_was_laid_out_in_part_is_no_campaign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    campaign = Campaign.open(tmp_path / "out")
+    campaign.run([step(name, write(name)) for name in "xyz"], 60, lambda what: None)
+    [archive] = pack_results(campaign, tmp_path)
+    rename, renamed = Path.rename, []
+
+    def full(path: Path, target: Path) -> Path:
+        if len(renamed) == 2:
+            raise OSError(28, "No space left on device", str(target))
+        renamed.append(path)
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", full)
+        with pytest.raises(OSError, match="No space left"):
+            unpack_results(archive, tmp_path / "there")
+    assert not (tmp_path / "there" / "campaign.state").exists()
+    unpack_results(archive, tmp_path / "there")
+    assert states(Campaign.open(tmp_path / "there")) == states(campaign)
+    here, there = ({path.name for path in (tmp_path / name).iterdir()} for name in ("out", "there"))
+    assert here == there
+
+
 def test_caches_are_packed_when_they_have_changed_and_come_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,12 +156,6 @@ def test_without_diffusers_sampling_is_skipped_with_the_reason(
     assert {(done.state, done.note) for done in campaign.steps.values()} == {("skipped", reason)}
 
 
-def model_row(provider: str, ms: float | None = 10.0, parity: bool | None = True) -> ModelRow:
-    blank = ModelRow("DiT-XL/2", "adaln_zero", (32, 32), 256, 1152, 28, 256, "bf16", "forward", provider, "bf16", "ok")
-    spread = None if ms is None else Spread(ms, ms, ms, 5, 1)
-    return replace(blank, status="error" if ms is None else "ok", ms=spread, parity=parity, note="" if ms else "boom")
-
-
 def lines_of(results: Results | None, state: str | None = "done", note: str = "") -> list[Figure]:
     done = {} if state is None else {"one": Done(state, 1.0, 0, note)}  # type: ignore[arg-type]
     return figures([step("one", "", title="what for")], done, {} if results is None else {"one": results})
@@ -158,8 +175,9 @@ def test_the_table_says_value_parity_and_rival() -> None:
     [line] = lines_of(Results("models", {}, {}, rows=rows[1:2]))
     assert line.parity is True and has_parity([line])
     # alone: no rival, no speed-up
-    [line] = lines_of(Results("models", {}, {}, rows=[model_row("ditfast")]), "cut")
-    assert line.rival == "no rival yet"
+    line, rest = lines_of(Results("models", {}, {}, rows=[model_row("ditfast")]), "cut", "its time was up")
+    assert line.rival == "no rival"
+    assert rest == Figure("one", "what for", "cut, its time was up: the rest not reached", None, "")
     [line] = lines_of(Results("models", {}, {}, rows=[model_row("ditfast", parity=False)]))
     assert line.parity is False and not has_parity([line])
 
@@ -169,8 +187,9 @@ def test_the_table_says_value_parity_and_rival() -> None:
     [
         (None, "", "not reached", None),
         ("skipped", "no such package", "skipped: no such package", None),
-        ("failed", "exit code 2: why", "failed: exit code 2: why", False),
-        ("cut", "its time was up", "cut before its first figure", None),
+        ("failed", "exit code 2: why", "failed: exit code 2: why", None),
+        ("cut", "its time was up", "cut, its time was up: a first figure not reached", None),
+        ("older", "source was 'a'", "not reached", None),
         ("done", "", "done", None),
     ],
 )
@@ -181,10 +200,26 @@ def test_a_step_without_figures_says_why(state: str | None, note: str, value: st
 def test_older_rows_are_marked_and_beside_no_newer_one() -> None:
     older = [Older(model_row("reference", 30.0), "source was 'a'"), Older(model_row("ditfast", 15.0), "source was 'a'")]
     found = lines_of(Results("models", {}, {}, rows=[model_row("ditfast")], older=older), "cut")
-    assert [(line.value, line.rival, line.note) for line in found] == [
-        ("ditfast: 10.0 ms", "no rival yet", ""),
-        ("ditfast: 15.0 ms", "no rival yet", "older: source was 'a'"),
+    assert [(line.value, line.rival, line.note) for line in found[:2]] == [
+        ("ditfast: 10.0 ms", "no rival", ""),
+        ("ditfast: 15.0 ms", "no rival", "older: source was 'a'"),
     ]
+    wrong = Older(model_row("ditfast", 15.0, parity=False), "source was 'a'")
+    assert has_parity(lines_of(Results("models", {}, {}, rows=[model_row("ditfast")], older=[wrong])))
+    # ours was measured again, the rival not yet
+    assert len(lines_of(Results("models", {}, {}, rows=[model_row("ditfast")], older=older[:1]))) == 1
+
+
+def test_results_of_a_step_that_was_not_reached_again_are_older(tmp_path: Path) -> None:
+    """Their file says so itself, whatever became of its step."""
+    campaign = Campaign.open(tmp_path)
+    rows = [model_row("reference", 20.0), replace(model_row("ditfast"), speedup=2.0, rival="reference")]
+    environment = campaign.environment | {"source": "before"}
+    Results("models", environment, {}, rows=rows, complete=True).save(tmp_path / "one.json")
+    found = figures([step("one", "")], {"one": Done("older", 1.0, 0)}, campaign_command.load(campaign))
+    [line] = [line for line in found if line.older]
+    assert line.value == "ditfast: 10.0 ms" and line.note.startswith("older: source was 'before' there, is ")
+    assert all(line.older or line.value == "not reached" for line in found)
 
 
 def test_parity_of_verify_names_what_is_missed() -> None:
@@ -198,23 +233,24 @@ def test_the_whole_plan_is_rehearsed_interrupted_and_gone_on_with_from_its_archi
     out, archives = tmp_path / "out", tmp_path / "archives"
 
     def run(*arguments: object, until: str | None = None) -> tuple[int, str, str]:
+        """Interrupted, with ``until``, when that step has saved a row."""
         command = [sys.executable, "-m", "ditfast", "bench", "campaign", "--rehearse", "--budget", "1h"]
         process = subprocess.Popen(
             [*command, *map(str, arguments)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        assert process.stderr is not None
+        assert process.stderr is not None and process.stdout is not None
         said = []
         for text in process.stderr:
             said.append(text)
             if until is not None and text.startswith(f"{until}: up to"):
+                while not (out / f"{until}.json").exists() and process.poll() is None:
+                    time.sleep(0.05)
                 process.terminate()
-        assert process.stdout is not None
         return process.wait(), process.stdout.read(), "".join(said)
 
-    code, _, said = run("--out", out, "--archives", archives, until="warm-up-train")
-    assert code == 130, said
-    code, _, said = run("--out", out, "--archives", archives, until="adaln")
-    assert code == 130, said
+    for name in ("verify", "forward-xl2", "adaln"):
+        code, _, said = run("--out", out, "--archives", archives, until=name)
+        assert code == 130, said
     there = tmp_path / "there"
     code, printed, said = run("--out", there, "--resume", archives / "results.tar.xz", "--archives", archives)
     assert code == 0, said + printed

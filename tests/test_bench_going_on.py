@@ -14,7 +14,7 @@ from ditfast.bench.ceilings import Ceilings
 from ditfast.bench.environment import collect
 from ditfast.bench.records import Older, Results
 from ditfast.bench.rows import ModelRow
-from ditfast.bench.suite import Recorder, begin
+from ditfast.bench.suite import Recorder, begin, renewing
 from ditfast.bench.timing import Spread
 
 SETTINGS = {"device": "cpu"}
@@ -59,6 +59,13 @@ def test_after_a_change_rows_are_older_until_they_are_measured_again(cpu: bool, 
     assert [item.row.provider for item in results.older] == ["reference"]
     results.save(tmp_path / "r.json")
     assert Results.load(tmp_path / "r.json") == results
+
+
+def test_what_cannot_be_read_has_not_changed() -> None:
+    then = collect() | {"gpu": {"name": "A", "driver": "570"}}
+    now = then | {"gpu": {"name": "A", "driver": None}}
+    assert renewing(then, now) == renewing(now, then) == ""
+    assert renewing(then, then | {"gpu": {"name": "A", "driver": "580"}})
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])

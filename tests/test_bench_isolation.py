@@ -291,6 +291,34 @@ def test_the_largest_batch_that_fits_is_found_and_stated(tmp_path: Path, monkeyp
     assert "limited: the largest measured batch that fits is 9" in result.stdout
 
 
+def test_a_comparison_that_was_cut_at_the_batch_that_fits_is_made_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted = []
+
+    def limited(work: Workload) -> Variant:
+        out_of_memory_if(work.case.batch > 9)
+        if work.case.batch == 9 and not interrupted:
+            interrupted.append(work)
+            raise KeyboardInterrupt
+        return PROVIDERS["reference"].build(work)
+
+    monkeypatch.setitem(PROVIDERS, "limited", Provider("limited", "", limited))
+    monkeypatch.setattr("ditfast.config.MODELS", {**MODELS, "DiT-S/8": CONFIG})
+    monkeypatch.setattr("ditfast.bench.fitting.device_bytes", lambda device: 1 << 60)
+    path = tmp_path / "r.json"
+    arguments = ["bench", "models", "--model", "DiT-S/8", "--batch", "8", "--batch", "10", "--mode", "forward"]
+    arguments += ["--providers", "limited,ditfast", "--image-size", "64", "--device", "cpu", "--seconds", "0.01"]
+    assert CliRunner().invoke(app, [*arguments, "--json", str(path)]).exit_code == 130
+    assert {(row.batch, row.provider) for row in Results.load(path).rows} >= {(9, "ditfast")}
+    result = CliRunner().invoke(app, [*arguments, "--json", str(path), "--continue"])
+    assert result.exit_code == 0, result.output
+    results = Results.load(path)
+    found = {row.provider: row for row in results.rows if row.batch == 9}
+    assert {name: row.status for name, row in found.items()} == {"limited": "ok", "ditfast": "ok"}
+    assert found["ditfast"].rival == "limited" and results.complete and results.older == []
+
+
 @pytest.mark.subprocess
 def test_a_run_leaves_no_process_behind(plugin: str) -> None:
     load_plugins([plugin])

@@ -109,6 +109,32 @@ def test_each_provider_is_saved_when_it_is_ready_ours_first() -> None:
     assert rows == saved[-1]
 
 
+def test_what_fails_in_a_later_round_says_what_it_had_taken() -> None:
+    clock, saved = FakeTime(), []
+
+    def build(work: Workload) -> Variant:
+        variant = ours.build(work)
+        inner = variant.step
+
+        def step(inputs: Inputs) -> Tensor:
+            if saved:
+                raise RuntimeError("the GPU is gone")
+            return inner(inputs)
+
+        return replace(variant, step=step)
+
+    ours = clock.provider("ditfast-fake", 4.0)
+    providers = [clock.provider("reference", 10.0), replace(ours, build=build)]
+    with Runner(CPU, Settings(seconds=0.02, clock=clock)) as runner:
+        found = runner.rows(Case(CONFIG, 2, torch.float32, "forward"), providers, save=saved.append)
+    rows = {row.provider: row for row in found}
+    failed = rows["ditfast-fake"]
+    assert (failed.status, failed.note) == ("error", "RuntimeError: the GPU is gone; timed before at 4 ms")
+    unmeasured = (failed.ms, failed.images_per_s, failed.tflops, failed.noise, failed.speedup, failed.parity)
+    assert unmeasured == (None,) * 6
+    assert rows["reference"].status == "ok"
+
+
 @pytest.mark.parametrize(("alone_ms", "speedup"), [(12.0, 2.5), (8.0, None)])
 def test_no_speedup_where_a_faster_rival_ran_alone(alone_ms: float, speedup: float | None) -> None:
     clock, tried = FakeTime(), []
