@@ -265,6 +265,7 @@ def test_sliced_oracle_attention_is_the_same() -> None:
     assert judge("operator", sliced, whole, formula, torch.float64).ok
 
 
+@pytest.mark.usefixtures("quick_limits")
 def test_the_largest_batch_that_fits_is_found_and_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batch 20 does not fit one provider: the next attempts go to everybody, at a batch in between."""
 
@@ -291,6 +292,7 @@ def test_the_largest_batch_that_fits_is_found_and_stated(tmp_path: Path, monkeyp
     assert "limited: the largest measured batch that fits is 9" in result.stdout
 
 
+@pytest.mark.usefixtures("quick_limits")
 def test_a_comparison_that_was_cut_at_the_batch_that_fits_is_made_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
