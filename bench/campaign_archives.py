@@ -58,7 +58,7 @@ class Caches:
             said.append(f"{', '.join(map(str, kernels))}: {unpack(kernels, self._kernels)} kernels")
             manifest = read_manifest(self._kernels)
             if manifest is not None and (misfit := fits(manifest)):
-                said.append(f"which are not taken here, but compiled when they are needed: {misfit}")
+                said.append(f"not all of which are taken here, the others are compiled when needed: {misfit}")
         return said
 
     def pack(self) -> list[Path]:

@@ -176,7 +176,7 @@ def _tiny(step: Step) -> Step:
     words: list[str] = []
     for word in step.command:
         words.append(_TINY.get(words[-1], {}).get(word, word) if words else word)
-    words[1] = "ditfast.bench.rehearsed"
+    words[1] = "ditfast._cli_rehearsed"
     suite = words[3] if words[2] == "bench" else words[2]
     more = {
         "tune": ("--dry-run",),

@@ -20,4 +20,7 @@ def describe_exit(code: int | None) -> str:
     """``"signal SIGKILL"`` or ``"exit code 3"`` of multiprocessing's exit code; None is a process that lives."""
     if code is None:
         return "it does not answer"
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    if code >= 0:
+        return f"exit code {code}"
+    known = {number.value: number.name for number in signal.Signals}
+    return f"signal {known.get(-code, -code)}"

@@ -24,7 +24,7 @@ _MODES = ("forward", "train")
 _SECONDS = 4.0
 
 CAPTION = (
-    "Process time of one thread: the least, which a busy machine adds to, and median and half the interquartile range.",
+    "Process time, torch on one thread: the least, which a busy machine adds to, median and half the quartiles' range.",
     "Nothing is computed: torch's CPU kernels (GEMMs, attention, all others) return at once, Triton launches on a GPU",
     "that is not there. train: forward, loss and backward, without the optimiser, which is the same for both.",
     "launches: of a call on a GPU, as ditfast bench cost counts them, and those among them that Triton made here.",

@@ -27,6 +27,7 @@ from typing import Any
 
 from .archives import SUFFIX, read_archive, write_archive
 from .files import write_bytes, write_json
+from .parsing import parse
 
 SCHEMA = "ditfast.kernel-cache/1"
 MANIFEST = "ditfast-cache.json"
@@ -74,11 +75,10 @@ def unpack(source: Path | Iterable[Path], cache: Path) -> int:
         ValueError: an archive that is damaged; no kernels at all.
         OSError: what cannot be read or written.
     """
-    files: dict[str, bytes] = {}
     sources = [source] if isinstance(source, Path) else list(source)
-    for path in sources:
-        files |= _contents(path)
-    manifest = read_manifest(cache)
+    contents = [item for path in sources for item in _contents(path)]
+    files = dict(contents)
+    manifests = [found for name, data in contents if name == MANIFEST and (found := _manifest(data)) is not None]
     groups = {}
     for name, data in files.items():
         path = cache / name
@@ -92,18 +92,22 @@ def unpack(source: Path | Iterable[Path], cache: Path) -> int:
     count = sum(_place(path, data) for path, data in groups.items())  # at last: a group is what Triton looks for
     if not count:
         raise ValueError(f"{', '.join(map(str, sources))} must hold compiled kernels, got none")
-    if MANIFEST in files:
-        write_json(merged(manifest, json.loads(files[MANIFEST])), cache / MANIFEST)
+    there = read_manifest(cache)
+    for manifest in manifests:
+        if there is None or not fits(manifest) or fits(there):  # what does not fit says nothing of what does
+            there = merged(there, manifest)
+    if there is not None:
+        write_json(there, cache / MANIFEST)
     return count
 
 
-def _contents(source: Path) -> dict[str, bytes]:
+def _contents(source: Path) -> list[tuple[str, bytes]]:
     if not source.is_dir():
-        return dict(read_archive(source))
+        return read_archive(source)
     if archives := sorted(source.glob(f"*{SUFFIX}")):
-        return {name: data for archive in archives for name, data in read_archive(archive)}
+        return [item for archive in archives for item in read_archive(archive)]
     files = [*kernel_files(source), (MANIFEST, source / MANIFEST)]
-    return {name: path.read_bytes() for name, path in files if path.is_file()}
+    return [(name, path.read_bytes()) for name, path in files if path.is_file()]
 
 
 def _place(path: Path, data: bytes) -> bool:
@@ -122,10 +126,22 @@ def _place(path: Path, data: bytes) -> bool:
 def read_manifest(cache: Path) -> dict[str, Any] | None:
     """What :func:`make_manifest` said of a cache, or None."""
     try:
-        manifest = json.loads((cache / MANIFEST).read_text())
-    except (OSError, ValueError):
+        return _manifest((cache / MANIFEST).read_bytes())
+    except OSError:
         return None
-    return manifest if isinstance(manifest, dict) and manifest.get("schema") == SCHEMA else None
+
+
+def _manifest(data: bytes) -> dict[str, Any] | None:
+    """A manifest, or None where it is none or damaged: it only informs."""
+    try:
+        found = json.loads(data)
+        parse(dict[str, Any], found, "manifest")
+        parse(dict[str, dict[str, list[str]]], found["architectures"], "architectures")
+        identity = parse(dict[str, Any], found["identity"], "identity")
+        complete = {"triton", "build", "python", "platform", "ptxas", "variables", "sources"} <= identity.keys()
+    except (ValueError, KeyError):
+        return None
+    return found if found.get("schema") == SCHEMA and complete else None
 
 
 def make_manifest(architecture: str, warmed: Iterable[str], folders: Iterable[str]) -> dict[str, Any]:
@@ -196,19 +212,22 @@ def facts(cache: Path) -> dict[str, Any]:
 
     Returns:
         ``folder``; ``kernels``: how many of ditfast's it holds, of whatever version; ``warmed``: architecture -> what
-        was compiled ahead for it; ``misfit``: why that would not be taken here, "" where it would. The last two are
-        None where nothing was compiled ahead.
+        was compiled ahead for it; ``missing``: how many kernels of that are there no more; ``misfit``: why that would
+        not be taken here, "" where it would. The last three are None where nothing was compiled ahead.
     """
     manifest = read_manifest(cache)
     names = set(kernel_functions())
     found = [path for path in cache.glob(f"*/{_GROUP}*.json") if path.stem.removeprefix(_GROUP) in names]
-    warmed = None
+    warmed, missing = None, None
     if manifest is not None:
+        there = {path.parent.name for path in cache.glob(f"*/{_GROUP}*.json")}
         warmed = {name: entry["warmed"] for name, entry in manifest["architectures"].items()}
+        missing = sum(len({*entry["kernels"]} - there) for entry in manifest["architectures"].values())
     return {
         "folder": str(cache),
         "kernels": len(found),
         "warmed": warmed,
+        "missing": missing,
         "misfit": None if manifest is None else fits(manifest),
     }
 
@@ -219,7 +238,10 @@ def render(found: dict[str, Any]) -> str:
     for name, what in (found["warmed"] or {}).items():
         lines.append(f"  compiled ahead for {name}: {'; '.join(what) or 'a part, cut short'}")
     if found["warmed"] is not None:
-        lines.append(f"  which are not taken here: {found['misfit']}" if found["misfit"] else "  which are taken here")
+        misfit = f"  not all of which are taken here: {found['misfit']}"
+        lines.append(misfit if found["misfit"] else "  which are taken here")
+    if found["missing"]:
+        lines.append(f"  but {found['missing']} of them are missing")
     return "\n".join(lines)
 
 

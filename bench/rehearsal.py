@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -28,6 +29,7 @@ from ditfast.ops import use_backend
 from ditfast.ops._backend import Backend
 
 from .cases import DTYPES
+from .child_processes import end_with_parent
 from .inputs import random_batch
 from .kernel_cache import kernel_functions
 from .operators import OPERATORS, Inputs, Operator, Shape, draw_inputs
@@ -128,7 +130,9 @@ def rehearse(
     dtypes = dtypes or (tuple(DTYPES) if full else ("bf16",))
     parts = [Part(*item, full) for item in itertools.product(architectures, dtypes, ("operators", "models"))]
     # fresh interpreters: what a forked one inherits of threads and drivers is not to be told
-    pool = ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(
+        processes or os.cpu_count(), get_context("spawn"), initializer=end_with_parent, initargs=(signal.SIGKILL,)
+    )
     try:
         for done in as_completed([pool.submit(rehearse_part, part) for part in parts]):
             yield done.result()

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .kernel_cache import cache_folder
 from .workload import Call, Inputs
 
 
@@ -30,6 +31,8 @@ def compile_unavailable(device: torch.device) -> str | None:
 
 def compiled(call: Call, mode: str = "default") -> Call:
     """The call under torch.compile, with nothing left to eager."""
+    # Inductor points all of Triton to a folder of its own where nobody has chosen one: past what is compiled ahead
+    os.environ.setdefault("TRITON_CACHE_DIR", str(cache_folder()))
     # a graph break or an exhausted recompile limit would quietly time eager code under this name
     function = torch.compile(call, fullgraph=True, dynamic=False, mode=mode)
     if mode != "reduce-overhead":

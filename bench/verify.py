@@ -119,7 +119,7 @@ def _operator_checks(device: torch.device, dtypes: Sequence[str]) -> Iterator[Ch
 
     Kernels run on a GPU, or in Triton's interpreter where it is on; elsewhere there are rows of the formulas only.
     """
-    on_gpu = launch.on_gpu(torch.empty(0, device=device))  # in a rehearsal too
+    on_gpu = device.type == "cuda" or launch.rehearsed is not None
     interpreted = device.type == "cpu" and interpreter_unavailable() is None
     for operator in OPERATORS.values():
         # on a GPU the choice among candidates, and the kernel whatever the choice

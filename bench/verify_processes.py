@@ -97,8 +97,9 @@ class _Worker:
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
-        self.left, self.over = list(checks), False
+        self.left, self.over, self._begun = list(checks), False, False
         # until it answers for the first time it is importing: that is no check's time
+        self._obstacle = ""  # what it says of why it cannot
         self._limit, self._since, self._allowed = limit, time.monotonic(), max(limit, LIMIT_SECONDS)
 
     def receive(self) -> list[VerifyRow]:
@@ -108,7 +109,10 @@ class _Worker:
         try:
             while not self.over and self.connection.poll():
                 row, goes_on = self.connection.recv()
-                self._since, self._allowed = time.monotonic(), self._limit
+                if isinstance(row, str):
+                    self._obstacle = row
+                    continue
+                self._since, self._allowed, self._begun = time.monotonic(), self._limit, True
                 if row is not None:
                     rows.append(row)
                     del self.left[0]
@@ -120,7 +124,11 @@ class _Worker:
         if not self.over and (died or overdue):
             how = f"its process died: {describe_exit(self._process.exitcode)}"
             reason = how if died else f"killed: it had not ended after {self._allowed:.0f} s"
-            rows.append(failed(self.left.pop(0), reason))
+            if self._begun:
+                rows.append(failed(self.left.pop(0), reason))
+            else:  # another one would do no better, for one check after another
+                rows += [failed(item, f"no process could begin: {self._obstacle or reason}") for item in self.left]
+                self.left = []
             self.over = True
         return rows
 
@@ -132,14 +140,19 @@ class _Worker:
 
 
 def _serve(connection: Connection, checks: Sequence[Check], device_name: str, threads: int) -> None:
-    """A worker's process: sends (None, True) when it is ready, then (row, whether another one follows)."""
+    """A worker's process: sends (None, True) when it is ready, or (why not, False); then (row, whether another one
+    follows)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's interruption is the parent's to handle
     end_with_parent(signal.SIGKILL)
     faulthandler.enable()  # a segmentation fault says on stderr where it was
     torch.set_num_threads(threads)
     device = torch.device(device_name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+    except Exception as error:  # such as a GPU that takes one process only
+        connection.send((f"{type(error).__name__}: {error}", False))
+        raise
     connection.send((None, True))
     for index, item in enumerate(checks, 1):
         row = run_check(item, device)

@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterable, Iterator
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from .child_processes import end_with_parent
+from .environment import cpu_cores
 from .preparing import explain
 from .uncomputed import Uncomputed
 from .warm_parts import Part, runs
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -62,37 +67,55 @@ class Compiled:
 
 
 class Workers:
-    """Processes that rehearse one architecture, each with the Triton cache given; use as a context."""
+    """Processes that rehearse one architecture, each with the Triton cache given."""
 
     def __init__(self, arch: str, cache: Path, processes: int | None = None) -> None:
-        # fresh interpreters: what a forked one inherits of threads and drivers is not to be told
-        self._pool = ProcessPoolExecutor(
-            processes or os.cpu_count(), get_context("spawn"), initializer=_begin, initargs=(arch, str(cache))
-        )
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._arch, self._cache, self._processes = arch, cache, processes or cpu_cores()
 
     def find(self, parts: Iterable[Part]) -> Iterator[Found]:
         """What each part launches, as it ends."""
-        futures = {self._pool.submit(find, part): part for part in parts}
-        for future in as_completed(futures):
-            try:
-                yield future.result()
-            except BrokenExecutor as error:
-                yield Found(futures[future], failures=[f"{futures[future].label}: {explain(error)[1]}"])
+        for part, found, reason in self._each(find, parts):
+            yield found or Found(part, failures=[f"{part.label}: {reason}"])
 
     def compile(self, kernels: Iterable[Kernel]) -> Iterator[Compiled]:
         """Each kernel, as it ends."""
-        futures = {self._pool.submit(compile_kernel, kernel): kernel for kernel in kernels}
-        for future in as_completed(futures):
+        for kernel, compiled, reason in self._each(compile_kernel, kernels):
+            yield compiled or Compiled(kernel, failure=reason)
+
+    def _each(
+        self, function: Callable[[_Item], _Result], items: Iterable[_Item]
+    ) -> Iterator[tuple[_Item, _Result | None, str]]:
+        """(item, result, why there is none), as they end.
+
+        A process that dies takes all the others' work with it, so what is left has a second try.
+        """
+        left, reason = list(items), ""
+        for _ in range(2):
+            # fresh interpreters: what a forked one inherits of threads and drivers is not to be told
+            pool = ProcessPoolExecutor(
+                self._processes, get_context("spawn"), initializer=_begin, initargs=(self._arch, str(self._cache))
+            )
+            ended = False
             try:
-                yield future.result()
-            except BrokenExecutor as error:  # the compiler took its process down, and the others' with it
-                yield Compiled(futures[future], failure=explain(error)[1])
+                futures: dict[Future[_Result], _Item] = {}
+                with suppress(BrokenExecutor):
+                    for item in left:
+                        futures[pool.submit(function, item)] = item
+                for future in as_completed(futures):
+                    try:
+                        result = future.result()
+                    except BrokenExecutor as error:
+                        reason = explain(error)[1]
+                        continue
+                    left.remove(futures[future])
+                    yield futures[future], result, ""
+                ended = True
+            finally:
+                pool.shutdown(wait=ended, cancel_futures=True)
+            if not left:
+                return
+        for item in left:
+            yield item, None, reason
 
 
 def unique(found: Iterable[Found]) -> list[Kernel]:
@@ -109,6 +132,7 @@ _held = ExitStack()  # a worker rehearses until it ends
 
 
 def _begin(arch: str, cache: str) -> None:
+    end_with_parent(signal.SIGKILL)
     os.environ["TRITON_CACHE_DIR"] = cache  # before triton is imported
     # an interruption is the parent's: a kernel that is being compiled is compiled to its end, and kept
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from .warm import Compiled, Found
     from .warm_parts import Part
 
-_INTERRUPTED, _FAILED = 130, 1
+_FAILED = 1
+_MODES = "forward,train"
 
 
 def warm(
@@ -33,7 +34,7 @@ def warm(
     image_size: options.ImageSizes = None,
     mode: Annotated[
         str, typer.Option(help="By commas: forward, cfg, train, train-checkpoint.", metavar="MODES")
-    ] = "forward,train",
+    ] = _MODES,
     purpose: Annotated[
         str | None,
         typer.Option(
@@ -91,20 +92,24 @@ def warm(
     """
     from .kernel_cache import cache_folder
     from .progress import terminated_as_interrupted
+    from .suite import INTERRUPTED
 
     folder = cache_folder() if cache is None else cache.absolute()
     if unpack:
-        if arch or archive or purpose:
+        if mode != _MODES or any((arch, model, image_size, purpose, dtype, batch, archive, jobs)):
             raise ValueError("--unpack compiles nothing: it goes with --cache alone")
         _unpack(unpack, folder)
         return
     parts, jobs = _checked(arch, model, image_size, mode, purpose, dtype, batch, archive, jobs)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--cache must be a folder that can be written, got {folder}")
     try:
         with terminated_as_interrupted():
             failed = [_warm(name, of_arch, folder, jobs) for name, of_arch in parts.items()]
     except KeyboardInterrupt:
         typer.echo(f"interrupted; what was compiled is kept in {folder}", err=True)
-        raise typer.Exit(_INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED) from None
     if archive is not None:
         _pack(folder, archive)
     if any(failed):
@@ -147,8 +152,11 @@ def _checked(
         for value in values:
             if value < 1:
                 raise ValueError(f"{option} must be at least 1, got {value}")
-    if archive is not None and not (archive.name.endswith(SUFFIX) and archive.absolute().parent.is_dir()):
-        raise ValueError(f"--archive must be a {SUFFIX} file in a folder that exists, got {archive}")
+    if archive is not None:
+        parent = archive.absolute().parent
+        writable = parent.is_dir() and os.access(parent, os.W_OK) and not archive.is_dir()
+        if not archive.name.endswith(SUFFIX) or not writable:
+            raise ValueError(f"--archive must be a {SUFFIX} file in a folder that can be written, got {archive}")
     configs = options.named_configs(model or ("DiT-XL/2",), image_size or ("256",), "adaln_zero")
     modes = [parse_mode(name) for name in _listed(mode)]
     if not modes:
@@ -176,26 +184,25 @@ def _warm(arch: str, parts: Sequence[Part], cache: Path, jobs: int | None) -> bo
     from .warm import Workers, unique
 
     begin = time.monotonic()
-    cache.mkdir(parents=True, exist_ok=True)
     found: list[Found] = []
     compiled: list[Compiled] = []
-    with Workers(arch, cache, jobs) as workers:
-        with progress(len(parts), f"{arch}: what is launched") as step:
-            for item in workers.find(parts):
-                found.append(item)
-                step(f"{arch}: {item.part.label} launches {len(item.kernels)} kernels")
-        kernels = unique(found)
-        try:
-            with progress(len(kernels), f"{arch}: compiling") if kernels else nullcontext(print) as step:
-                for result in workers.compile(kernels):
-                    compiled.append(result)
-                    step(f"{arch}: {result.kernel.name}{' (in the cache)' if result.hit else ''}")
-        finally:  # an interrupted run says what there is as well
-            folders = [result.folder for result in compiled if result.folder]
-            whole = len(compiled) == len(kernels) and all(result.folder for result in compiled)
-            labels = [item.part.label for item in found if whole and not item.failures]
-            manifest = kernel_cache.make_manifest(arch, labels, folders)
-            write_json(kernel_cache.merged(kernel_cache.read_manifest(cache), manifest), cache / kernel_cache.MANIFEST)
+    workers = Workers(arch, cache, jobs)
+    with progress(len(parts), f"{arch}: what is launched") as step:
+        for item in workers.find(parts):
+            found.append(item)
+            step(f"{arch}: {item.part.label} launches {len(item.kernels)} kernels")
+    kernels = unique(found)
+    try:
+        with progress(len(kernels), f"{arch}: compiling") as step:
+            for result in workers.compile(kernels):
+                compiled.append(result)
+                step(f"{arch}: {result.kernel.name}{' (in the cache)' if result.hit else ''}")
+    finally:  # an interrupted run says what there is as well
+        folders = [result.folder for result in compiled if result.folder]
+        whole = len(compiled) == len(kernels) and all(result.folder for result in compiled)
+        labels = [item.part.label for item in found if whole and not item.failures]
+        manifest = kernel_cache.make_manifest(arch, labels, folders)
+        write_json(kernel_cache.merged(kernel_cache.read_manifest(cache), manifest), cache / kernel_cache.MANIFEST)
     return _report(arch, found, compiled, cache, time.monotonic() - begin)
 
 
@@ -233,4 +240,4 @@ def _unpack(archives: Sequence[Path], cache: Path) -> None:
     manifest = kernel_cache.read_manifest(cache)
     reason = "" if manifest is None else kernel_cache.fits(manifest)
     if reason:
-        typer.echo(f"they are not taken here: {reason}", err=True)
+        typer.echo(f"not all of them are taken here: {reason}", err=True)

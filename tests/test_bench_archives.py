@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 import random
+import shutil
 import sysconfig
 import tarfile
 from pathlib import Path
@@ -244,6 +245,25 @@ def test_manifests_add_up_while_nothing_changes():
     assert kernel_cache.merged(both, other) == kernel_cache.merged(None, other) == other
 
 
+def test_manifests_of_several_archives_add_up_and_a_damaged_one_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernel_cache, "_identity", lambda: HERE)
+    archives = []
+    for arch, content in (
+        ("sm_90", json.dumps(manifest("sm_90"))),
+        ("sm_80", json.dumps(manifest("sm_80"))),
+        ("bad", json.dumps({"schema": kernel_cache.SCHEMA})),
+        ("list", "[]"),
+        ("misfit", json.dumps(manifest("sm_120", triton="0"))),
+    ):
+        cache = make_cache(tmp_path / arch, ("_adaln_fwd_kernel",))
+        (cache / kernel_cache.MANIFEST).write_text(content)
+        archives.append(tmp_path / f"{arch}.tar.xz")
+        kernel_cache.pack(cache, archives[-1])
+    kernel_cache.unpack(archives, tmp_path / "there")
+    found = kernel_cache.read_manifest(tmp_path / "there")
+    assert found is not None and list(found["architectures"]) == ["sm_90", "sm_80"]
+
+
 @pytest.mark.parametrize(
     ("other", "reason"),
     [
@@ -282,12 +302,13 @@ def test_commands_of_a_carried_cache(tmp_path, monkeypatch):
     kernel_cache.pack(cache, tmp_path / "a.tar.xz")
     result = CliRunner().invoke(app, ["warm", "--unpack", str(tmp_path / "a.tar.xz"), "--cache", str(there)])
     assert (result.exit_code, result.stdout) == (0, f"{there}: 2 kernels from {tmp_path / 'a.tar.xz'}\n")
-    assert result.stderr == "they are not taken here: made with triton 0, and here is 1\n"
+    assert result.stderr == "not all of them are taken here: made with triton 0, and here is 1\n"
     told = CliRunner().invoke(app, ["info", "--json", "--cache", str(there)])
     assert json.loads(told.stdout)["kernel_cache"] == {
         "folder": str(there),
         "kernels": 1,  # of ditfast
         "warmed": {"sm_90": ["a model"]},
+        "missing": 0,
         "misfit": "made with triton 0, and here is 1",
     }
     monkeypatch.setenv("TRITON_CACHE_DIR", str(there))
@@ -295,8 +316,10 @@ def test_commands_of_a_carried_cache(tmp_path, monkeypatch):
     assert lines == [
         f"  {there}: 1 compiled kernels of ditfast",
         "  compiled ahead for sm_90: a model",
-        "  which are not taken here: made with triton 0, and here is 1",
+        "  not all of which are taken here: made with triton 0, and here is 1",
     ]
+    shutil.rmtree(there / "K0")
+    assert CliRunner().invoke(app, ["info"]).stdout.splitlines()[-1] == "  but 1 of them are missing"
     monkeypatch.setenv("TRITON_CACHE_DIR", str(cache / "absent"))
     assert json.loads(CliRunner().invoke(app, ["info", "--json"]).stdout)["kernel_cache"]["misfit"] is None
 
@@ -311,7 +334,9 @@ def test_commands_of_a_carried_cache(tmp_path, monkeypatch):
         (["--arch", "sm_90", "--model", "DiT-XL/3"], "got 'DiT-XL/3'; did you mean"),
         (["--arch", "sm_90", "--jobs", "0"], "--jobs must be at least 1, got 0"),
         (["--arch", "sm_90", "--archive", "a.tar"], "--archive must be a .tar.xz file"),
+        (["--arch", "sm_90", "--archive", "absent/a.tar.xz"], "--archive must be a .tar.xz file in a folder"),
         (["--arch", "sm_90", "--unpack", "a.tar.xz"], "--unpack compiles nothing"),
+        (["--mode", "cfg", "--unpack", "a.tar.xz"], "--unpack compiles nothing"),
         (["--unpack", "absent.tar.xz"], "absent.tar.xz: No such file"),
     ],
 )

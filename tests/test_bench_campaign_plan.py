@@ -32,6 +32,7 @@ INTERRUPTS = """
 import os, signal, time
 if not os.path.exists(r'{json}'):
     open(r'{json}', 'w').write('begun ')
+    time.sleep(1)  # while its parent forks, an interruption may be lost
     os.kill(os.getppid(), signal.SIGINT)
     time.sleep(60)
 """
@@ -135,8 +136,10 @@ def test_caches_are_packed_when_they_have_changed_and_come_back(
     paths = json.loads((tmp_path / "there" / group).read_text())["child_paths"]
     assert paths["k.cubin"] == str(tmp_path / "there" / "triton" / "KEY" / "k.cubin")
     # what was compiled ahead says whether it fits
-    (kernels / MANIFEST).write_text(json.dumps({"schema": SCHEMA, "identity": {"triton": "0.1"}, "architectures": {}}))
-    monkeypatch.setattr(kernel_cache, "_identity", lambda: {"triton": "9.9"})
+    names = ("triton", "build", "python", "platform", "ptxas", "variables", "sources")
+    made = {"schema": SCHEMA, "identity": dict.fromkeys(names, "0.1"), "architectures": {}}
+    (kernels / MANIFEST).write_text(json.dumps(made))
+    monkeypatch.setattr(kernel_cache, "_identity", lambda: dict.fromkeys(names, "9.9"))
     [archive] = caches.pack()
     assert there.fill([archive])[1].endswith("made with triton 0.1, and here is 9.9")
     with pytest.raises(ValueError, match="damaged"):

@@ -22,6 +22,7 @@ from verify_helpers import made_up
 import ditfast
 from ditfast.bench import verify_processes
 from ditfast.bench.cases import DTYPES
+from ditfast.bench.child_processes import describe_exit
 from ditfast.bench.operators import OPERATORS
 from ditfast.bench.preparing import computes
 from ditfast.bench.records import Results
@@ -103,6 +104,27 @@ def test_a_fault_that_shows_later_is_its_own_checks(monkeypatch: pytest.MonkeyPa
     assert run_check(FIRST, CUDA).note == "RuntimeError: CUDA error: misaligned address"
     assert run_check(FIRST, CPU).ok
     assert not computes(CUDA) and computes(CPU)
+
+
+def test_where_no_process_can_begin_every_check_says_why_after_one_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine's torch has no CUDA, or the device is not there."""
+    started = []
+    inner = verify_processes._Worker.__init__
+
+    def count(self: Any, *arguments: Any) -> None:
+        started.append(self)
+        inner(self, *arguments)
+
+    monkeypatch.setattr(verify_processes._Worker, "__init__", count)
+    rows = list(run_checks([made_up(name, fakes.passes) for name in "ab"], torch.device("cuda", 99), jobs=1))
+    assert len(rows) == 2 and len(started) == 1
+    assert all(not row.ok and row.note.startswith("no process could begin: ") for row in rows)
+    assert all("exit code" not in row.note for row in rows)
+
+
+def test_signals_without_a_name() -> None:
+    assert describe_exit(-40) == "signal 40"
+    assert describe_exit(-9) == "signal SIGKILL"
 
 
 @pytest.fixture(scope="module")

@@ -286,9 +286,19 @@ def test_what_fails_is_named_and_the_rest_goes_on(monkeypatch):
 def test_a_compiler_that_dies_is_reported(tmp_path, monkeypatch):
     (tmp_path / "deadly.py").write_text("import os; os._exit(3)")
     monkeypatch.syspath_prepend(tmp_path)
-    with warm.Workers("sm_80", tmp_path / "cache", 1) as workers:
-        [result] = workers.compile([warm.Kernel("deadly", "_kernel", "{}")])
+    workers = warm.Workers("sm_80", tmp_path / "cache", 1)
+    [result] = workers.compile([warm.Kernel("deadly", "_kernel", "{}")])
     assert "terminated abruptly" in result.failure and not result.folder
+
+
+def test_what_a_death_took_along_has_a_second_try(tmp_path, monkeypatch):
+    text = "import os, pathlib; here = pathlib.Path(__file__).parent / 'died'\nif not here.exists():\n"
+    (tmp_path / "deadly.py").write_text(text + "    here.touch(); os._exit(3)\nraise RuntimeError('tried again')")
+    monkeypatch.syspath_prepend(tmp_path)
+    kernels = [warm.Kernel("deadly", f"_kernel{index}", "{}") for index in range(3)]
+    results = list(warm.Workers("sm_80", tmp_path / "cache", 1).compile(kernels))
+    assert {result.kernel for result in results} == {*kernels}
+    assert {result.failure for result in results} == {"RuntimeError: tried again"}
 
 
 class FakeWorkers:
@@ -296,12 +306,6 @@ class FakeWorkers:
 
     def __init__(self, arch, cache, processes):
         self.broken = cache.name == "broken"
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
 
     def find(self, parts):
         kernels = [warm.Kernel("m", name, "", candidate=name == "_c_kernel") for name in KERNELS]

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-import torch
+from . import config
 
-from ditfast import config
-from ditfast.bench import ceilings
+if TYPE_CHECKING:
+    import torch
+
+    from .bench.ceilings import Ceilings
 
 
 def main() -> None:
-    """The entry point of ``python -m ditfast.bench.rehearsed``."""
+    """The entry point of ``python -m ditfast._cli_rehearsed``."""
+    from .bench import ceilings
+    from .cli import main as command
+
     # a sixteenth of their widths, so that each still has its own name
     config.MODELS = {
         name: replace(model, depth=2, hidden_size=model.hidden_size // 16, num_heads=2)
@@ -21,12 +27,10 @@ def main() -> None:
     measure = ceilings.measure_ceilings
     ceilings.CPU_COPY_BYTES, ceilings.CPU_MATMUL, ceilings.CPU_MATMUL_MAX = 1 << 20, 128, 128
 
-    def briefly(device: torch.device, precisions: Iterable[str], seconds: float = 0.0) -> ceilings.Ceilings:
+    def briefly(device: torch.device, precisions: Iterable[str], seconds: float = 0.0) -> Ceilings:
         return measure(device, precisions, 0.0)
 
     ceilings.measure_ceilings = briefly
-    from ditfast.cli import main as command
-
     command()
 
 
