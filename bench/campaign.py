@@ -79,17 +79,26 @@ class Done:
 
 @dataclass
 class _Running:
-    """A step's process."""
+    """A step's process; ``asked``: when it was to end, its time being up."""
 
     step: Step
     process: subprocess.Popen[bytes]
     start: float
     limit: float
     before: tuple[int, int] | None  # of the result file, when it began
+    asked: float | None = None
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.start
+
+    def end_where_overdue(self, grace: float) -> None:
+        """Asks it to save and end, and ends it where it has not done so in time; waits for nothing."""
+        if self.asked is None and self.seconds > self.limit:
+            self.asked = time.monotonic()
+            _ask_to_end(self.process)
+        elif self.asked is not None and time.monotonic() - self.asked > grace:
+            _kill_group(self.process)
 
 
 @dataclass
@@ -235,19 +244,18 @@ class Campaign:
             for step, limit in begun:
                 running.append(self._start(step, limit))
             while running:
-                overdue = [item for item in running if item.process.poll() is None and item.seconds > item.limit]
-                codes = _stop([item.process for item in overdue], grace)
                 for item in list(running):
                     code = item.process.poll()
                     if code is None:
+                        item.end_where_overdue(grace)
                         continue
                     _kill_group(item.process)  # a worker it left behind would measure on beside the next step
                     running.remove(item)
-                    done = self._outcome(item, code, item in overdue)
+                    done = self._outcome(item, code, item.asked is not None)
                     self._note(item.step, done)
                     told = ": ".join(filter(None, (f"{done.state} after {done.seconds:.0f} s", done.note)))
                     report(f"{item.step.name}: {told}")
-                if running and not codes:
+                if running:
                     time.sleep(_POLL_SECONDS)
         except BaseException:
             for item in running:
@@ -343,12 +351,16 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _stop(processes: Sequence[subprocess.Popen[bytes]], grace: float) -> list[int]:
-    """Asks steps to save and end, then ends them and everything they started; their exit codes."""
+def _ask_to_end(process: subprocess.Popen[bytes]) -> None:
     # not SIGINT, which a shell's background job has its children ignore; and to the step alone, for a worker of
     # its that died first would be taken for a failure of the provider
+    process.terminate()
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
+    """Asks steps to save and end, then ends them and everything they started."""
     for process in processes:
-        process.terminate()
+        _ask_to_end(process)
     deadline = time.monotonic() + grace
     try:
         for process in processes:
@@ -357,7 +369,7 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]], grace: float) -> list[in
     finally:  # also where a second interruption comes
         for process in processes:
             _kill_group(process)
-    return [process.wait() for process in processes]
+            process.wait()
 
 
 def _last_line(log: Path) -> str:
