@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ditfast.bench import kernel_cache
+from ditfast.bench import kernel_cache, transforms
 from ditfast.bench.archives import extract, read_archive, write_archive, write_archives
 from ditfast.cli import app
 
@@ -347,3 +347,12 @@ def test_bad_options_of_warm(options, message, tmp_path, monkeypatch):
     result = CliRunner().invoke(app, ["warm", *options])
     assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
     assert re.search(message, result.stderr)
+
+
+def test_torch_compile_leaves_triton_its_cache(monkeypatch):
+    """Inductor points Triton elsewhere where nobody has chosen a folder, for all later kernels of the process."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    usual = kernel_cache.cache_folder()
+    transforms.compiled(lambda inputs: inputs[0])
+    assert os.environ["TRITON_CACHE_DIR"] == str(usual)
