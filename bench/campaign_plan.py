@@ -178,10 +178,11 @@ def _tiny(step: Step) -> Step:
         words.append(_TINY.get(words[-1], {}).get(word, word) if words else word)
     words[1] = "ditfast._cli_rehearsed"
     suite = words[3] if words[2] == "bench" else words[2]
+    untimed = suite == "memory" or "--warm-up" in words
     more = {
         "tune": ("--dry-run",),
         "verify": ("--device", "cpu", "--dtype", "fp32"),
-        "memory": ("--device", "cpu"),
         "scaling": ("--device", "cpu", "--seconds", "0.01", "--batch", "1", "--tokens", "16", "--width", "36"),
     }
-    return replace(step, command=(*words, *more.get(suite, ("--device", "cpu", "--seconds", "0.01"))))
+    usual = ("--device", "cpu", *(() if untimed else ("--seconds", "0.01")))
+    return replace(step, command=(*words, *more.get(suite, usual)))

@@ -114,7 +114,7 @@ def bench(
         full=context.info_name == "models",
     )
     if warm_up:
-        _warm_up(plan, json is not None or resume or compare is not None or budget is not None)
+        _warm_up(plan, resume or any(option is not None for option in (json, compare, budget, seconds)))
         return
     results = run_suite(
         "models",
@@ -142,7 +142,8 @@ def _warm_up(plan: Plan, measures: bool) -> None:
     from .runner import Runner
 
     if measures:
-        raise ValueError("--warm-up measures nothing: --json, --continue, --compare and --budget do not go with it")
+        options_of_time = "--json, --continue, --compare, --budget and --seconds"
+        raise ValueError(f"--warm-up measures nothing: {options_of_time} do not go with it")
     total = len(plan.cases) * len(plan.providers)
     with terminated_as_interrupted(), progress(total) as report, Runner(plan.device, plan.run) as runner:
         failures = runner.warm_up(plan.cases, plan.providers, report)

@@ -22,7 +22,7 @@ from .ceilings import Ceilings
 from .metrics import with_speedups
 from .op_work import work
 from .operators import OPERATORS, Operator, Shape, check, draw_inputs
-from .preparing import clear, explain
+from .preparing import clear, explain, failed
 from .rows import Direction, OpRow, is_ours
 from .timing import AGAIN, Call, Sampler, measure, noise, sampler, with_repeat
 from .transforms import captured, compile_unavailable
@@ -73,7 +73,7 @@ def run_operator(
     try:
         pool = _pool(operator, shape, dtype, device)
     except Exception as error:  # nobody can run without inputs
-        return [row if row.note else _failed(row, error) for row in rows.values()]
+        return [row if row.note else failed(row, error) for row in rows.values()]
     try:
         case = _Case(operator, direction, shape, dtype, device, seconds, pool)
         ours = {name: function for name, function in functions.items() if is_ours(name)}
@@ -86,12 +86,6 @@ def run_operator(
     finally:
         clear(device)
     return _rated(rows, rows)
-
-
-def _failed(row: OpRow, error: BaseException) -> OpRow:
-    """The row of a provider that raised. Nothing measured before counts any more."""
-    status, note = explain(error)
-    return replace(row, status=status, note=note, ms=None, rate=None, noise=None, parity=None)
 
 
 def _rated(rows: dict[str, OpRow], names: Iterable[str]) -> list[OpRow]:
@@ -189,7 +183,7 @@ def _measure(case: _Case, functions: dict[str, Callable[..., Any]], rows: dict[s
             maker()(0)
             makers[name] = maker
         except Exception as error:  # a provider's failure is its row
-            rows[name] = _failed(rows[name], error)
+            rows[name] = failed(rows[name], error)
     samplers, timed, reason = _samplers(makers, len(pool), case.device)
     repeated = "eager" if "eager" in samplers else next(iter(samplers), None)
     if repeated is not None:
@@ -199,7 +193,7 @@ def _measure(case: _Case, functions: dict[str, Callable[..., Any]], rows: dict[s
     share = noise(measured.times[repeated], again) if repeated in measured.times and again else None
     for name, failure in measured.failures.items():
         if name in rows:
-            rows[name] = _failed(rows[name], failure)
+            rows[name] = failed(rows[name], failure)
     least = work(case.operator.name, case.direction, shape, dtype.itemsize)
     for name, spread in measured.times.items():
         rate = least.rate(spread.median)

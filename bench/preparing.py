@@ -8,7 +8,8 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,11 +19,12 @@ from .judging import Judge, Judgement
 from .memory import MemoryMeter, saved_in_step
 from .metrics import weight_bytes
 from .providers import Provider
-from .rows import ModelRow, Status
+from .rows import ModelRow, OpRow, Status
 from .timing import Clock, sampler
 from .variants import Variant
 from .workload import Inputs, Workload, build_model, cast_inputs, make_inputs, make_pool
 
+_Row = TypeVar("_Row", ModelRow, OpRow)
 _NOTE_LENGTH = 300
 #: The note of a row without a tick for want of memory.
 UNJUDGED = "parity not judged: memory does not suffice for the references in fp64 and in the working dtype"
@@ -158,14 +160,14 @@ def _standard(judge: Judge, provider: Provider) -> Judgement | None:
     return None
 
 
-def failed(row: ModelRow, error: BaseException) -> ModelRow:
+def failed(row: _Row, error: BaseException) -> _Row:
     """The row of a provider that raised. Nothing measured before counts any more."""
     status, note = explain(error)
     unmeasured = (
-        *("ms", "first_call_ms", "images_per_s", "tflops", "ceiling_share", "ceiling", "peak_bytes", "noise"),
-        *("error", "yardstick_error", "bound", "parity", "parity_samples", "speedup", "rival"),
+        *("ms", "first_call_ms", "images_per_s", "tflops", "rate", "share", "ceiling_share", "ceiling", "noise"),
+        *("peak_bytes", "error", "yardstick_error", "bound", "parity", "parity_samples", "speedup", "rival"),
     )
-    blank = dict.fromkeys(unmeasured)
+    blank = dict.fromkeys(item.name for item in fields(row) if item.name in unmeasured)
     return replace(row, status=status, note=note, **blank)  # type: ignore[arg-type]
 
 

@@ -265,6 +265,31 @@ def test_sliced_oracle_attention_is_the_same() -> None:
     assert judge("operator", sliced, whole, formula, torch.float64).ok
 
 
+@pytest.mark.subprocess
+def test_first_calls_alone_are_made_by_all_and_a_failure_is_named(plugin: str) -> None:
+    load_plugins([plugin])
+    said: list[str] = []
+    chosen = [PROVIDERS[name] for name in ("ditfast-right", "dies", "hungry", "reference-tf32")]
+    with Runner(CPU, Settings(plugins=(plugin,))) as runner:
+        failures = runner.warm_up([CASE], chosen, said.append)
+    assert failures == [
+        f"{CASE.label}: dies: its process died: exit code 3",
+        f"{CASE.label}: hungry: OutOfMemoryError: tried to allocate 9 GiB",
+    ]
+    assert said == [f"{CASE.label}: {name}" for name in ("ditfast-right", "dies", "hungry")]  # the last needs a GPU
+
+
+@pytest.mark.parametrize("option", [["--seconds", "1"], ["--json", "r.json"], ["--budget", "9m"]])
+def test_first_calls_alone_take_no_option_of_measuring(
+    option: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["bench", "models", "--model", "DiT-S/8", "--batch", "1", "--providers", "reference", "--device", "cpu"]
+    result = CliRunner().invoke(app, [*arguments, "--warm-up", *option])
+    assert result.exit_code == 2
+    assert "--warm-up measures nothing" in result.stderr and not list(tmp_path.iterdir())
+
+
 @pytest.mark.usefixtures("quick_limits")
 def test_the_largest_batch_that_fits_is_found_and_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batch 20 does not fit one provider: the next attempts go to everybody, at a batch in between."""

@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 from ditfast.bench import ops_bench
 from ditfast.bench.operators import OPERATORS, Shape
 from ditfast.bench.ops_bench import run_operator
+from ditfast.bench.preparing import failed
 from ditfast.bench.records import Results
 from ditfast.bench.rows import OpRow
 from ditfast.cli import app
@@ -79,7 +80,7 @@ def test_a_broken_gpu_ends_the_run_and_the_next_one_begins_with_the_others(
         tried.append(operator.name)
         rows = inner(operator, *arguments)
         if operator.name == "gated_residual":
-            return [ops_bench._failed(row, RuntimeError("an illegal memory access")) for row in rows]
+            return [failed(row, RuntimeError("an illegal memory access")) for row in rows]
         return rows
 
     monkeypatch.setattr(ops_bench, "run_operator", broken)
