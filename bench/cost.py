@@ -214,6 +214,8 @@ class _Operators(TorchDispatchMode):
 
 
 def _flops(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    if name == "modulations":
+        return sum(2 * len(args[0]) * weight.numel() for weight in args[1])
     if name in _GEMMS:
         (rows, inner), weight = args[0].shape, args[1]
         return 2 * int(rows) * int(inner) * int(weight.numel() // inner)

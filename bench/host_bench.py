@@ -38,7 +38,7 @@ _OPERATORS = {
         *("timestep_embedding", "conditioning", "layer_norm_modulate", "gated_residual"),
         *("gated_residual_layer_norm_modulate", "self_attention", "gelu_mlp"),
     ),
-    _model_blocks: ("adaln", "modulate", "norm_linear", "norm_attention", "norm_mlp"),
+    _model_blocks: ("adaln", "attached", "modulations_of", "norm_linear", "norm_attention", "norm_mlp"),
 }
 _CPU = torch.device("cpu")
 _SEED = 0
@@ -229,7 +229,7 @@ def _layers() -> Iterator[dict[str, _Made]]:
     """What is called within at each level below the public operator: made again, it costs that level."""
     from triton.runtime.jit import JITFunction
 
-    from ditfast.kernels import adaln, attention, attention_bwd, conditioning, linear, sums
+    from ditfast.kernels import adaln, attention, attention_bwd, conditioning, linear, modulations, sums
 
     launchers = {
         adaln: ("adaln_fwd", "adaln_bwd"),
@@ -237,6 +237,7 @@ def _layers() -> Iterator[dict[str, _Made]]:
         attention_bwd: ("attention_bwd",),
         conditioning: ("timestep_embedding", "conditioning"),
         linear: ("linear_gelu", "linear_gelu_backward", "linear_gated_residual", "gelu_backward"),
+        modulations: ("modulations",),
         sums: ("sum_partials",),
     }
     made: dict[str, _Made] = {"torch_op": [], "launcher": [], "launch": []}

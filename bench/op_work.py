@@ -1,6 +1,6 @@
 """The work an operator must do: FLOPs, and the bytes of its inputs and outputs, each read or written once.
 
-The two that move (B, T, D) tensors and compute little are held against the copy bandwidth, the others, whose matmuls
+Those that move (B, T, D) tensors or weights and compute little are held against the copy bandwidth, the others, whose matmuls
 decide, against the matmul rate.
 """
 
@@ -54,6 +54,13 @@ def work(operator: str, direction: Direction, shape: Shape, itemsize: int) -> Wo
         elements = rows * width * tensors + batch * width * vectors
         flops = _ADALN_FLOPS[operator] * rows * width * (2 if backward else 1)
         return Work(flops, elements * itemsize, "GB/s")
+    if operator == "modulations":
+        columns = (6 * (shape.layers - 1) + 2) * width
+        flops, parameters = 2 * batch * width * columns, (width + 1) * columns
+        elements = batch * (width + columns) + parameters
+        # backward: c, the weights and the incoming gradient are read, a gradient of each parameter and of c is written
+        backwards = batch * (2 * width + columns) + 2 * parameters - columns
+        return Work(flops * (2 if backward else 1), (backwards if backward else elements) * itemsize, "GB/s")
     gemm = 2 * rows * width * hidden
     narrow, wide, weight = rows * width, rows * hidden, width * hidden
     bias = shape.num_heads * tokens**2 if operator == "self_attention+bias" else 0

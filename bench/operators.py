@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ Inputs = dict[str, Tensor]
 class Shape:
     """B batch, T tokens, D width, F = ratio * D hidden width.
 
-    mean is added to the stream: large ones provoke cancellation in a norm.
+    mean is added to the stream: large ones provoke cancellation in a norm. layers have an adaLN Linear: blocks, and the
+    final layer.
     """
 
     batch: int
@@ -33,6 +35,7 @@ class Shape:
     num_heads: int = 2
     mean: float = 0.0
     ratio: int = 2
+    layers: int = 3
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def _tokens(shape: Shape, generator: torch.Generator, mean: float = 0.0) -> Tens
     return _normal((shape.batch, shape.tokens, shape.width), generator) + mean
 
 
-def _modulations(shape: Shape, generator: torch.Generator, names: str) -> Inputs:
+def _vectors(shape: Shape, generator: torch.Generator, names: str) -> Inputs:
     """Chunks of one (B, 6D) tensor, as the models have them."""
     chunks = _normal((shape.batch, 6 * shape.width), generator).chunk(6, dim=1)
     return dict(zip(names.split(), chunks, strict=False))
@@ -81,17 +84,17 @@ def _linear(out_features: int, in_features: int, generator: torch.Generator) -> 
 
 
 def _draw_norm(shape: Shape, generator: torch.Generator) -> Inputs:
-    return {"x": _tokens(shape, generator, shape.mean), **_modulations(shape, generator, "shift scale")}
+    return {"x": _tokens(shape, generator, shape.mean), **_vectors(shape, generator, "shift scale")}
 
 
 def _draw_residual(shape: Shape, generator: torch.Generator) -> Inputs:
     residual, branch = _tokens(shape, generator, shape.mean), _tokens(shape, generator)
-    return {"residual": residual, "branch": branch, **_modulations(shape, generator, "gate")}
+    return {"residual": residual, "branch": branch, **_vectors(shape, generator, "gate")}
 
 
 def _draw_fused(shape: Shape, generator: torch.Generator) -> Inputs:
     residual, branch = _tokens(shape, generator, shape.mean), _tokens(shape, generator)
-    return {"residual": residual, "branch": branch, **_modulations(shape, generator, "gate shift scale")}
+    return {"residual": residual, "branch": branch, **_vectors(shape, generator, "gate shift scale")}
 
 
 def _draw_linear_gelu(shape: Shape, generator: torch.Generator) -> Inputs:
@@ -102,7 +105,7 @@ def _draw_linear_gelu(shape: Shape, generator: torch.Generator) -> Inputs:
 def _draw_linear_residual(shape: Shape, generator: torch.Generator) -> Inputs:
     weight, bias = _linear(shape.width, shape.ratio * shape.width, generator)
     x = _normal((shape.batch, shape.tokens, shape.ratio * shape.width), generator)
-    gate = _modulations(shape, generator, "gate")
+    gate = _vectors(shape, generator, "gate")
     return {"x": x, "weight": weight, "bias": bias, **gate, "residual": _tokens(shape, generator, shape.mean)}
 
 
@@ -110,6 +113,15 @@ def _draw_mlp(shape: Shape, generator: torch.Generator) -> Inputs:
     w1, b1 = _linear(shape.ratio * shape.width, shape.width, generator)
     w2, b2 = _linear(shape.width, shape.ratio * shape.width, generator)
     return {"x": _tokens(shape, generator), "w1": w1, "b1": b1, "w2": w2, "b2": b2}
+
+
+def _draw_modulations(shape: Shape, generator: torch.Generator) -> Inputs:
+    inputs = {"c": _normal((shape.batch, shape.width), generator)}
+    for index in range(shape.layers):
+        parts = 6 if index + 1 < shape.layers else 2
+        weight, bias = _linear(parts * shape.width, shape.width, generator)
+        inputs |= {f"weight{index}": weight, f"bias{index}": bias}
+    return inputs
 
 
 def _draw_attention(shape: Shape, generator: torch.Generator) -> Inputs:
@@ -142,6 +154,24 @@ def _timesteps(t: Tensor, like: Tensor) -> Tensor:
 
 def _timesteps_formula(t: Tensor, like: Tensor) -> Tensor:
     return formulas.timestep_embedding(t, 256, dtype=like.dtype).to(like.dtype)
+
+
+def parameters(named: Inputs) -> tuple[list[Tensor], list[Tensor]]:
+    """Of each layer (weights, biases)."""
+    return [value for name, value in named.items() if name.startswith("weight")], [
+        value for name, value in named.items() if name.startswith("bias")
+    ]
+
+
+def _modulations(c: Tensor, **named: Tensor) -> tuple[Tensor, ...]:
+    """In its parts, as the models have them."""
+    weights, biases = parameters(named)
+    return ops.modulations(c, weights, biases).split([len(weight) for weight in weights], dim=1)
+
+
+def _modulations_formula(c: Tensor, **named: Tensor) -> tuple[Tensor, ...]:
+    """As models compute it, without putting the parts side by side."""
+    return tuple(map(partial(torch.nn.functional.linear, c), *parameters(named)))
 
 
 def _heads(shape: Shape) -> Mapping[str, Any]:
@@ -189,6 +219,7 @@ OPERATORS: dict[str, Operator] = {
             kernel=True,
         ),
         Operator("gelu_mlp", "gemm", ops.gelu_mlp, formulas.gelu_mlp, _draw_mlp, kernel=True),
+        Operator("modulations", "gemm", _modulations, _modulations_formula, _draw_modulations, kernel=True),
         Operator(
             "self_attention",
             "attention",

@@ -156,16 +156,21 @@ def _shapes(
     from .operators import Shape
 
     if widths:
-        pairs = [(tokens or 256, width, heads(width)) for width in widths]
+        sizes = [(tokens or 256, width, heads(width), _LAYERS) for width in widths]
     else:
         names = models or ([name for name in MODELS if name.endswith("/2")] if gpu else ["DiT-S/2"])
         configs = options.named_configs(names, ("256",), "adaln_zero")
-        pairs = [(tokens or config.num_tokens, config.hidden_size, config.num_heads) for config in configs]
+        sizes = [
+            (tokens or config.num_tokens, config.hidden_size, config.num_heads, config.depth + 1) for config in configs
+        ]
     return [
-        Shape(batch, length, width, num_heads=num_heads, ratio=4)
-        for length, width, num_heads in dict.fromkeys(pairs)
+        Shape(batch, length, width, num_heads=num_heads, ratio=4, layers=layers)
+        for length, width, num_heads, layers in dict.fromkeys(sizes)
         for batch in dict.fromkeys(batches)
     ]
+
+
+_LAYERS = 29  # of XL/2, for widths without a model
 
 
 def heads(width: int) -> int:

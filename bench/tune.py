@@ -19,7 +19,7 @@ from .preparing import clear, explain
 from .tune_adaln import AdaLNBackward, AdaLNForward
 from .tune_attention import AttentionBackward, AttentionChoice, AttentionForward
 from .tune_family import Family, Target
-from .tune_linear import LinearGatedResidual, LinearGelu, LinearGeluBackward
+from .tune_linear import LinearGatedResidual, LinearGelu, LinearGeluBackward, Modulations
 from .tune_measure import GpuLost, OutOfTime, Task, measure_task
 from .tune_table import Table
 
@@ -36,6 +36,7 @@ FAMILIES: tuple[tuple[Family[Any], ...], ...] = (
         AttentionBackward("attention_dkv"),
         AttentionChoice(),
         AttentionChoice("attention_training"),
+        Modulations(),
     ),
     (LinearGatedResidual(), LinearGatedResidual("linear_gated_residual_save", save=True)),
 )

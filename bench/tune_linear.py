@@ -7,7 +7,7 @@ the partial sums of a tile on the tile's rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +20,10 @@ from ditfast.config import DiTConfig
 from ditfast.kernels import gemm_config, tables
 from ditfast.kernels.gemm_config import GemmConfig, sum_rows
 from ditfast.ops import _linear_library as linears
+from ditfast.ops.modulations import modulations_by, split
 
 from . import tune_spaces
-from .operators import OPERATORS, Inputs, Shape, draw_inputs
+from .operators import OPERATORS, Inputs, Shape, draw_inputs, parameters
 from .precision import float32_precision
 from .text import count
 from .tune_family import Family, Results, Target, normal
@@ -176,6 +177,46 @@ class LinearGeluBackward(_Gemm):
             act = F.gelu(pre, approximate="tanh")
         (d_pre,) = torch.autograd.grad(act, pre, judged["d_out"] @ judged["weight"])
         return {"d_pre": d_pre, "act": act.detach(), "d_bias": d_pre.sum(0)}
+
+
+@dataclass(frozen=True)
+class Modulations(_Gemm):
+    """c W_i^T + b_i of all adaLN Linears."""
+
+    operator: str = "modulations"
+
+    def sizes(self, shape: Shape) -> tuple[int, int, int]:
+        return shape.batch, (6 * (shape.layers - 1) + 2) * shape.width, shape.width
+
+    def shapes(self, config: DiTConfig, batch: int) -> list[Shape]:
+        return [Shape(batch, 1, config.hidden_size, layers=config.depth + 1)]
+
+    def heuristic(self, shape: Shape, dtype: torch.dtype, target: Target) -> GemmConfig:
+        tf32 = dtype == torch.float32
+        return gemm_config.modulations_heuristic(shape.batch, dtype, dtype, target.major, tf32=tf32)
+
+    def space(self, shape: Shape, dtype: torch.dtype, target: Target) -> Iterator[GemmConfig]:
+        heuristic = self.heuristic(shape, dtype, target)
+        yield from (heuristic._replace(candidate=name) for name in tables.OPERATORS[self.operator][0])
+        for tile in tune_spaces.MODULATIONS:
+            if tile.block_m < 2 * max(shape.batch, 16):
+                yield tile._replace(block_k=tile.block_k * 2 // dtype.itemsize)
+
+    def draw(self, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+        return draw_inputs(OPERATORS["modulations"], shape, dtype, device, seed=seed)
+
+    def call(self, config: GemmConfig, inputs: Inputs) -> Any:
+        return modulations_by(config, inputs["c"], *parameters(inputs), inputs["c"].dtype)
+
+    def results(self, config: GemmConfig, inputs: Inputs) -> Results:
+        return _by_layer(split(self.call(config, inputs), parameters(inputs)[0]))
+
+    def formula(self, judged: Inputs) -> Results:
+        return _by_layer(OPERATORS["modulations"].formula(**judged))
+
+
+def _by_layer(parts: Iterable[Tensor]) -> Results:
+    return {f"layer {index}": part for index, part in enumerate(parts)}
 
 
 def ends(x: Tensor, rows: int | None = None, tile: int = 1) -> Tensor:

@@ -51,6 +51,21 @@ PORTABLE = (
     _tile(64, 64, 128, 8, 1, 4, 3, 0, 0),
 )
 
+# All adaLN Linears in one launch: bound by reading the weights, so what counts is how much of them is on its way.
+MODULATIONS = (
+    _tile(16, 64, 64, 1, 1, 4, 4, 0, 0),
+    _tile(16, 128, 64, 1, 1, 4, 4, 0, 0),
+    _tile(16, 32, 128, 1, 1, 4, 4, 0, 0),
+    _tile(16, 64, 128, 1, 1, 4, 3, 0, 0),
+    _tile(16, 64, 64, 1, 1, 4, 6, 0, 0),
+    _tile(32, 64, 64, 1, 1, 4, 4, 0, 0),
+    _tile(64, 64, 64, 1, 1, 4, 4, 0, 0),
+    _tile(64, 128, 64, 1, 1, 4, 3, 0, 0),
+    _tile(128, 64, 64, 1, 1, 4, 3, 0, 0),
+    _tile(128, 128, 64, 1, 1, 8, 3, 128, 0),
+    _tile(128, 128, 32, 1, 1, 8, 4, 128, 0),
+)
+
 # Row kernels: warps of a program, while a lane holds so many elements of the row; rows of a backward's program.
 WARPS = (4, 8, 2, 1, 16)
 LANE_ELEMENTS = (4, 32)

@@ -107,8 +107,13 @@ def runs(part: Part) -> Iterator[Run]:
 def _model(config: DiTConfig, part: Part) -> Iterator[Run]:
     """Forward also guided and with modulations given, as sampling has it; training also under autocast."""
     run = rehearsal.train if is_training(part.mode or "forward") else rehearsal.infer
+    assert part.config is not None
     for batch in part.batches or BATCHES:
         yield f"batch {batch}", partial(run, config, batch, part.dtype)
+        # the one kernel that the depth is a part of
+        shape = Shape(batch, 1, config.hidden_size, layers=part.config.depth + 1)
+        call = partial(ops_bench.launch_once, OPERATORS["modulations"], "forward", shape, part.dtype, _CPU)
+        yield f"modulations, batch {batch}", call
 
 
 def _benchmarked(config: DiTConfig, part: Part) -> Iterator[Run]:
@@ -120,8 +125,12 @@ def _benchmarked(config: DiTConfig, part: Part) -> Iterator[Run]:
     directions: dict[Mode, Direction] = {"forward": "forward", "train": "backward"}
     if mode not in directions:
         return
-    sizes = config.num_tokens, config.hidden_size
-    own = [Shape(batch, *sizes, num_heads=config.num_heads, ratio=4) for batch in part.batches or _OPS_BATCHES]
+    assert part.config is not None
+    sizes, layers = (config.num_tokens, config.hidden_size), part.config.depth + 1
+    own = [
+        Shape(batch, *sizes, num_heads=config.num_heads, ratio=4, layers=layers)
+        for batch in part.batches or _OPS_BATCHES
+    ]
     for name in ops_bench.MEASURED:
         for shape in (*own, *(ops_attention.SHAPES if name == "self_attention" else ())):
             call = partial(ops_bench.launch_once, OPERATORS[name], directions[mode], shape, part.dtype, _CPU)

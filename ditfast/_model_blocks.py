@@ -6,7 +6,7 @@ instead of adding it. In training each half of a block is one autograd node (:mo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,10 +18,10 @@ from torch.nn.modules.module import _has_any_global_hook
 from . import ops
 from .ops._adaln_library import adaln
 from .ops._backend import takes_triton
-from .ops._block import modulation as modulate
 from .ops._block import norm_attention, norm_linear, norm_mlp
 from .ops.attention import attention_backend
 from .ops.linear import autocast, takes_gemm, working_dtype
+from .ops.modulations import attached, modulations_of, split, takes_modulations
 from .reference import dit as reference
 
 
@@ -63,6 +63,38 @@ def is_plain_modulation(modulation: nn.Module | None) -> bool:
         and len(modulation) == 2
         and is_plain(modulation[0], nn.SiLU)
     )
+
+
+def all_modulations(linears: Sequence[nn.Module], c: Tensor) -> Tensor | None:
+    """Linear(c) of all side by side (B, sum of N_i) in one launch, without gradients; c (B, D).
+
+    None where each runs on its own: no kernel runs, or they are no plain Linears of one dtype on c's device.
+    """
+    if not reads(*linears):
+        return None
+    weights, biases = [cast(Tensor, linear.weight) for linear in linears], [linear.bias for linear in linears]
+    if not takes_modulations(c, weights, biases):
+        return None
+    with torch.no_grad():
+        return modulations_of(c, weights, biases)
+
+
+def modulation_of(
+    layers: nn.Sequential, c: Tensor | None, activated: bool, given: Tensor | None, readable: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(the modulation of one layer, c for the next): ``given`` where computed ahead, with c's gradient where c is there.
+
+    readable: whether the Linear may be one node with what reads c next.
+    """
+    if given is not None and c is None:
+        return given, None
+    c = cast(Tensor, c)
+    if not activated:
+        return cast(Tensor, layers(c)), c
+    linear = cast(nn.Linear, layers[1])
+    if given is not None or (readable and reads(linear) and not torch.compiler.is_compiling()):
+        return attached(*autocast(c, linear.weight, linear.bias), given)
+    return linear(c), c
 
 
 class Pending(NamedTuple):
@@ -210,20 +242,19 @@ class AdaLNForward(nn.Module):
         branch: Tensor | None,
         gate: Tensor | None,
         bias: Tensor | None,
-        c: Tensor,
+        c: Tensor | None,
         activated: bool,
         modulation: Tensor | None,
         hands_over: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """(x, branch, gate, bias, c) for the next block; see :class:`Pending`.
 
-        c (B, D), through its SiLU where ``activated``; modulation (B, 4D) or (B, 6D) where computed ahead;
-        ``hands_over`` where nobody but the next norm sees the branch, so that it may be left its bias's gradient.
+        c (B, D), through its SiLU where ``activated``; modulation (B, 4D) or (B, 6D) where computed ahead, of c where
+        that is given too and wants its gradient; ``hands_over`` where nobody but the next norm sees the branch, so that it may be left its bias's gradient.
         """
         pending = Pending(branch, gate, bias)
         readable = torch.is_grad_enabled() and self._is_readable(x)
-        if modulation is None:
-            modulation, c = self._modulation_of(c, activated, readable)
+        modulation, c = modulation_of(self.adaLN_modulation, c, activated, modulation, readable)
         shift1, scale1, gate1, shift2, scale2, gate2 = self._chunks(modulation)
         norm1, norm2 = (shift1, scale1, self.norm1.eps), (shift2, scale2, self.norm2.eps)
         if not (readable and self._wants_gradient(x, modulation)):
@@ -266,14 +297,6 @@ class AdaLNForward(nn.Module):
         wants = any(tensor.requires_grad for tensor in (x, modulation, *parameters))
         return wants and modulation.dtype == working_dtype(self.attn.qkv.weight)
 
-    def _modulation_of(self, c: Tensor, activated: bool, readable: bool) -> tuple[Tensor, Tensor]:
-        if not activated:
-            return cast(Tensor, self.adaLN_modulation(c)), c
-        linear = cast(nn.Linear, self.adaLN_modulation[1])
-        if readable and reads(linear) and not torch.compiler.is_compiling():
-            return modulate(*autocast(c, linear.weight, linear.bias))
-        return linear(c), c
-
     def _chunks(self, modulation: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
         if self.modulations == 6:
             return modulation.chunk(6, dim=-1)  # type: ignore[return-value]
@@ -296,13 +319,11 @@ class FusedFinalLayer(reference.FinalLayer):
         branch: Tensor | None,
         gate: Tensor | None,
         bias: Tensor | None,
-        c: Tensor,
+        c: Tensor | None,
         activated: bool,
         modulation: Tensor | None,
     ) -> Tensor:
-        if modulation is None:
-            layers = cast(nn.Sequential, self.adaLN_modulation)
-            modulation = cast(Tensor, layers[1](c) if activated else layers(c))
+        modulation, _ = modulation_of(cast(nn.Sequential, self.adaLN_modulation), c, activated, modulation, False)
         shift, scale = modulation.chunk(2, dim=-1)
         _, h = add_and_norm(x, Pending(branch, gate, bias), shift, scale, self.norm_final.eps)
         return cast(Tensor, self.linear(h))

@@ -1,8 +1,8 @@
 """The fast DiT: the reference's modules, names and parameters with a fused forward.
 
 Fused designs (adaLN and adaLN-Zero): a gated residual and the norm after it are one operator, also across
-block borders, so a block hands its last branch and gate on instead of adding them; in inference all adaLN
-Linears are one GEMM. Blocks are still called as modules, so hooks, activation checkpointing and sharding
+block borders, so a block hands its last branch and gate on instead of adding them; all adaLN Linears are one
+launch. Blocks are still called as modules, so hooks, activation checkpointing and sharding
 per block keep working.
 """
 
@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._model_blocks import FUSED, FusedLabelEmbedder, Pending, is_plain, is_plain_modulation
-from ._model_cache import ModulationCache
+from ._model_blocks import FUSED, FusedLabelEmbedder, Pending, all_modulations, is_plain, is_plain_modulation
 from .config import DiTConfig
+from .ops._backend import autocast_dtype
 from .reference import dit as reference
 from .reference.ops import unpatchify
 
@@ -28,16 +28,12 @@ class DiT(reference.DiT):
     ``adaln_zero`` and ``adaln`` take the fused forward; ``in_context`` and ``cross_attention`` run the
     reference's code (``repr`` says which).
 
-    In inference all adaLN Linears run as one GEMM from a concatenated copy of their weights (a third of
-    XL/2's weights once more; not under torch.compile or in a captured CUDA graph, where each Linear runs on its
-    own). The copy is remade when a parameter was replaced, moved or written in place, after any optimiser's
-    step, after a forward that records gradients, and by ``train()`` and ``eval()``. Writes that leave torch's
-    version counters as they are and do none of this need :meth:`reset_cache`: in-place ones through
-    ``parameter.data`` (as diffusers' EMAModel makes them), and collectives such as ``dist.broadcast``.
+    All adaLN Linears run in one launch that reads their weights where they lie, so that whatever writes these is seen.
+    Where a weight is not a plain tensor on the others' device (sharded, wrapped by LoRA, offloaded, quantised), on a
+    CPU, and in training under autocast or torch.compile each Linear runs on its own.
     """
 
     def __init__(self, config: DiTConfig) -> None:
-        self._modulation_cache = ModulationCache()
         super().__init__(config)
         self.fused = config.conditioning in ("adaln", "adaln_zero")
         if self.fused:
@@ -51,7 +47,7 @@ class DiT(reference.DiT):
         self._check_inputs(x, t, y)
         activated = self._activates()
         x, c = self._tokens(x), self._conditioning(t, y, activated)
-        return self._denoised(x, c, activated, self._modulations(c, activated))
+        return self._denoised(x, *self._modulations(c, activated), activated)
 
     def modulation(self, t: Tensor, y: Tensor) -> Tensor:
         """All that the blocks and the final layer are told of timesteps and labels, without gradients.
@@ -70,16 +66,11 @@ class DiT(reference.DiT):
         with torch.no_grad():
             activated = self._activates()
             c = self._conditioning(t, y, activated)
-            layers = (*self.blocks, self.final_layer)
-            kept = self._modulation_cache.made
-            linears = [cast(nn.Linear, cast(nn.Sequential, layer.adaLN_modulation)[-1]) for layer in layers]
-            found = self._modulation_cache.modulation(linears, c) if activated else None
-            if kept is None:
-                self._modulation_cache.made = None  # which a table's reader needs no more
-            if found is not None:
-                return found
-            own = [cast(nn.Sequential, layer.adaLN_modulation) for layer in layers]
-            return torch.cat([modulation[-1](c) if activated else modulation(c) for modulation in own], dim=1)
+            together = all_modulations(self._modulation_linears(), c) if activated else None
+            if together is not None:
+                return together
+            parts = [layers[-1](c) if activated else layers(c) for layers in self._modulation_layers()]
+            return torch.cat(parts, dim=1)
 
     def forward_modulated(self, x: Tensor, modulation: Tensor) -> Tensor:
         """:meth:`forward` with what :meth:`modulation` gave for its t and y: no adaLN weight is read.
@@ -95,13 +86,13 @@ class DiT(reference.DiT):
             ValueError: a design without adaLN, or a shape that does not fit.
         """
         self._check_modulated()
-        rows = [layer.adaLN_modulation[-1].out_features for layer in (*self.blocks, self.final_layer)]
+        rows = [linear.out_features for linear in self._modulation_linears()]
         shape = (self.config.in_channels, *self.config.latent_hw)
         if x.ndim != 4 or x.shape[1:] != shape:
             raise ValueError(f"x must have shape (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
         if modulation.shape != (len(x), sum(rows)):
             raise ValueError(f"modulation must have shape ({len(x)}, {sum(rows)}), got {tuple(modulation.shape)}")
-        return self._denoised(self._tokens(x), modulation, True, modulation.split_with_sizes(rows, dim=1))
+        return self._denoised(self._tokens(x), None, modulation.split_with_sizes(rows, dim=1), True)
 
     def _check_modulated(self) -> None:
         if not self.fused:
@@ -109,9 +100,18 @@ class DiT(reference.DiT):
 
     def _activates(self) -> bool:
         """Whether all adaLN Linears read the same SiLU(c): nobody changed what stands around them."""
-        return all(is_plain_modulation(layer.adaLN_modulation) for layer in (*self.blocks, self.final_layer))
+        return all(map(is_plain_modulation, self._modulation_layers()))
 
-    def _denoised(self, x: Tensor, c: Tensor, activated: bool, modulations: Sequence[Tensor | None]) -> Tensor:
+    def _modulation_layers(self) -> list[nn.Sequential]:
+        """adaLN_modulation of each block and of the final layer."""
+        return [cast(nn.Sequential, layer.adaLN_modulation) for layer in (*self.blocks, self.final_layer)]
+
+    def _modulation_linears(self) -> list[nn.Linear]:
+        return [cast(nn.Linear, layers[-1]) for layers in self._modulation_layers()]
+
+    def _denoised(
+        self, x: Tensor, c: Tensor | None, modulations: Sequence[Tensor | None], activated: bool
+    ) -> Tensor:
         """Tokens x (B, T, D) through the blocks and the final layer, to (B, C_out, height, width)."""
         pending = Pending()
         *given, last = modulations
@@ -147,37 +147,24 @@ class DiT(reference.DiT):
         """The parameters' dtype, which is the output's."""
         return self.pos_embed.dtype
 
-    def train(self, mode: bool = True) -> DiT:
-        self.reset_cache()
-        return super().train(mode)
-
-    def reset_cache(self) -> None:
-        """Drops the concatenated adaLN weights and engines' schedule tables; the next inference call makes them."""
-        self._modulation_cache.reset()
-
     def extra_repr(self) -> str:
         how = "fused forward" if self.fused else "no fused forward for this design: runs the reference's code"
         return f"{self.config.name}, {self.config.conditioning}: {how}"
 
-    def _modulations(self, c: Tensor, activated: bool) -> tuple[Tensor | None, ...]:
-        """The modulation of each block and of the final layer, or None where the layer computes its own.
+    def _modulations(self, c: Tensor, activated: bool) -> tuple[Tensor | None, Sequence[Tensor | None]]:
+        """(c where the layers have a use for it, the modulation of each block and of the final layer).
 
-        One GEMM in inference. In training each block runs its own Linear: a concatenation would copy every
-        adaLN weight in each step and its gradient back, which costs more than the launches it saves. The same
-        holds where the copy could not be checked again (inside a compiled or captured graph).
+        None where the layer computes its own from c. In training that is one launch too, and each layer's gradient its
+        own, as soon as it is known. Not so under autocast, where the backward would have to cast each weight again,
+        and under torch.compile.
         """
-        layers = (*self.blocks, self.final_layer)
-        apart = (None,) * len(layers)
-        if torch.compiler.is_compiling():
-            return apart
-        if torch.is_grad_enabled() and (c.requires_grad or any(p.requires_grad for p in self.parameters())):
-            self.reset_cache()  # somebody may be about to write through .data
-            return apart
-        if not activated:
-            return apart
-        linears = [cast(nn.Linear, cast(nn.Sequential, layer.adaLN_modulation)[1]) for layer in layers]
-        return self._modulation_cache.modulations(linears, c) or apart
-
-    def _apply(self, *args: Any, **kwargs: Any) -> DiT:
-        self.reset_cache()
-        return cast(DiT, super()._apply(*args, **kwargs))  # type: ignore[no-untyped-call]
+        linears = self._modulation_linears() if activated else []
+        parameters = [parameter for linear in linears for parameter in linear.parameters()]
+        trains = torch.is_grad_enabled() and any(x.requires_grad for x in (c, *parameters))
+        together = None
+        if activated and not (trains and (torch.compiler.is_compiling() or autocast_dtype(c.device.type) is not None)):
+            together = all_modulations(linears, c)
+        if together is None:
+            return c, (None,) * (len(self.blocks) + 1)
+        widths = [linear.out_features for linear in linears]
+        return c if trains else None, together.split_with_sizes(widths, dim=1)

@@ -21,6 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+Types = str | tuple[str, ...] | None
+
 # architecture -> (shared memory of a multiprocessor, of one block at the most), bytes
 _SHARED = {"sm_80": (164 * 1024, 163 * 1024), "sm_90": (228 * 1024, 227 * 1024)}
 ARCHITECTURES = tuple(_SHARED)
@@ -57,7 +59,7 @@ class KernelCase:
         name, shape, dtype: as the report prints them.
         kernel: the @triton.jit function.
         types: Triton types of its run-time arguments ("*bf16", "i32", "tensordesc<bf16[128,64]>"), by name; None
-            stays None.
+            stays None, and a tuple is of arguments that come as one.
         constants: its constexprs, by name.
         divisible: run-time arguments that are multiples of 16, as pointers are.
         max_registers: of a thread, that the compiler is held to; 0 for none.
@@ -68,7 +70,7 @@ class KernelCase:
     shape: str
     dtype: str
     kernel: Any
-    types: Mapping[str, str | None]
+    types: Mapping[str, Types]
     constants: Mapping[str, Any]
     divisible: frozenset[str]
     num_warps: int
@@ -110,7 +112,7 @@ def compile_case(case: KernelCase, arch: str) -> Report:
 @lru_cache(maxsize=1024)
 def _compile(
     kernel: Any,
-    types: tuple[tuple[str, str | None], ...],
+    types: tuple[tuple[str, Types], ...],
     constants: tuple[tuple[str, Any], ...],
     divisible: frozenset[str],
     num_warps: int,
@@ -125,8 +127,10 @@ def _compile(
     for index, name in enumerate(kernel.arg_names):
         kind = kinds.get(name)
         signature[name] = "constexpr" if kind is None else kind
-        if kind is not None and (kind.startswith("*") or name in divisible):
-            attributes[(index,)] = [["tt.divisibility", 16]]
+        members = {(index, place): each for place, each in enumerate(kind)} if isinstance(kind, tuple) else {(index,): kind}
+        for path, each in members.items():
+            if each is not None and (each.startswith("*") or name in divisible):
+                attributes[path] = [["tt.divisibility", 16]]
     options = {"num_warps": num_warps, "num_stages": num_stages}
     if max_registers:
         options["maxnreg"] = max_registers

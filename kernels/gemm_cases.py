@@ -6,13 +6,16 @@ from collections.abc import Iterator
 
 import torch
 
-from . import gemm, linear
-from .aot import Budget, KernelCase
-from .gemm_config import GemmConfig, for_results, heuristic, sum_rows
+from . import gemm, linear, modulations
+from .aot import Budget, KernelCase, Types
+from .gemm_config import GemmConfig, for_results, heuristic, modulations_heuristic, sum_rows
 
 _TRITON = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _TOKENS, _BATCHES = 256, (1, 64)
 _MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132}
+_MODULATION_ROWS = (1, 32, 64, 256)  # one for each tile of the heuristic
+_LAYERS = 28
+_MODULATION_WIDTH = 1152  # in every pair of dtypes: widths change nothing but constants
 _TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA"}
 # a multiprocessor's memory that a block may take; half of it where two share one
 _SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
@@ -42,6 +45,13 @@ def cases(width: int) -> Iterator[KernelCase]:
         yield _gemm("linear_gated_residual", width, arch, 64 * 257, torch.bfloat16, tokens=257)
     for dtype in (torch.bfloat16, torch.float32):
         yield _gelu_gradient(width, dtype)
+    for arch in _MULTIPROCESSORS:
+        for rows in _MODULATION_ROWS:
+            yield _modulations(width, arch, rows, torch.bfloat16, torch.bfloat16)
+            if width == _MODULATION_WIDTH:
+                yield _modulations(width, arch, rows, torch.bfloat16, torch.float32)
+                yield _modulations(width, arch, rows, torch.float32, torch.float32)
+        yield _modulations(width, arch, _MODULATION_ROWS[-1], torch.float32, torch.float32, tf32=True)
 
 
 def _gemm(
@@ -69,7 +79,7 @@ def _gemm(
     part = (config.block_m, config.block_n // config.parts)
     transposed = epilogue != "gelu_grad"
     block_b = (config.block_n, config.block_k) if transposed else (config.block_k, config.block_n)
-    types: dict[str, str | None] = {
+    types: dict[str, Types] = {
         f"a_{suffix}": matrix(config.block_m, config.block_k),
         f"b_{suffix}": matrix(*block_b),
         f"out_{suffix}": matrix(*part, stream),
@@ -158,3 +168,48 @@ def _gelu_gradient(width: int, dtype: torch.dtype) -> KernelCase:
             registers=128, shared=8192, resident_warps=16, wide=0.8, instructions=("LDG.E.128", "STG.E.128")
         ),
     )
+
+
+def _modulations(
+    width: int, arch: str, rows: int, dtype: torch.dtype, stored: torch.dtype, tf32: bool = False
+) -> KernelCase:
+    """Of blocks of six vectors and a final layer of two; under autocast c and the weights are fp32."""
+    major = int(arch.removeprefix("sm_")) // 10
+    config = modulations_heuristic(rows, dtype, stored, major, demanded=True, tf32=tf32)
+    kind, count = f"*{_TRITON[stored]}", _LAYERS + 1
+    tensor_cores = dtype != torch.float32 or tf32
+    # weights that are converted go through registers
+    wanted = (_TENSOR_CORES[arch] if rows >= 64 else "HMMA", "LDGSTS.E.BYPASS.128") if tensor_cores else ("LDGSTS",)
+    return KernelCase(
+        name="modulations",
+        shape=f"M={rows} N={(6 * _LAYERS + 2) * width} K={width}",
+        dtype="tf32" if tf32 else _TRITON[dtype] + ("" if stored == dtype else f", {_TRITON[stored]} weights"),
+        kernel=modulations._modulations_kernel,
+        types={
+            "c_ptr": kind,
+            "weights": (kind,) * count,
+            "biases": (kind,) * count,
+            "out_ptr": f"*{_TRITON[dtype]}",
+            **dict.fromkeys(("M", "K", "stride_c", "stride_out"), "i32"),
+        },
+        constants={
+            "WIDTHS": (6 * width,) * _LAYERS + (2 * width,),
+            "DTYPE": modulations._TRITON[dtype],
+            "PRECISION": "tf32" if tf32 else "ieee",
+            "UPCAST": False,
+            "EVEN_K": width % config.block_k == 0,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+        },
+        divisible=frozenset({"K", "stride_c", "stride_out"}),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        max_registers=config.max_registers,
+        # a multiprocessor's blocks have three k-steps each on their way: 64 KB and more of weights
+        budget=Budget(
+            registers=128, shared=_SHARED[arch] // 2 - 1024, resident_warps=12 if rows <= 64 else 16, wide=0.75,
+            instructions=wanted,
+        ),
+        arch=arch,
+    )  # fmt: skip

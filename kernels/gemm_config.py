@@ -61,6 +61,14 @@ PORTABLE = (
 )
 # fp32 by multiply-adds, where neither TF32 nor a library is wanted
 IEEE = GemmConfig("triton", 64, 64, 16, 8, 1, 4, 2, 0, 0)
+# all adaLN Linears in one launch: several blocks a multiprocessor, each with three k-steps of weights on their way
+FEW_ROWS = (
+    GemmConfig("triton", 16, 64, 64, 1, 1, 4, 4, 0, 0),
+    GemmConfig("triton", 32, 64, 64, 1, 1, 4, 4, 0, 0),
+    GemmConfig("triton", 64, 64, 64, 1, 1, 4, 4, 0, 0),
+)
+MANY_ROWS = GemmConfig("triton", 128, 128, 64, 1, 1, 8, 3, 128, 0)
+_MOST_ROWS = 512  # where reading the weights is a tenth of computing
 _INTERPRETED = GemmConfig("triton", 64, 128, 64, 2, 2, 4, 1, 0, 0)  # each program and step costs milliseconds there
 # compute capabilities with TMA, an asynchronous tensor core that feeds on shared memory, and 227 KB of it for a block:
 # Hopper and datacenter Blackwell, not the consumers' sm_120 with 99 KB
@@ -78,6 +86,59 @@ def gemm_config(operator: str, rows: int, columns: int, inner: int, x: Tensor, d
         demanded: only the Triton kernel will do.
     """
     return _gemm_config(operator, rows, columns, inner, x.dtype, gpu_index(x), demanded, uses_tf32())
+
+
+def modulations_config(
+    rows: int, columns: int, inner: int, x: Tensor, dtype: torch.dtype, stored: torch.dtype, demanded: bool
+) -> GemmConfig:
+    """The configuration of all adaLN Linears in one launch.
+
+    Args:
+        columns: of all together.
+        x: whose device counts.
+        dtype: computed in.
+        stored: the weights' own dtype.
+        demanded: only the Triton kernel will do.
+    """
+    return _modulations_config(rows, columns, inner, dtype, stored, gpu_index(x), demanded, uses_tf32())
+
+
+@lru_cache(maxsize=4096)
+def _modulations_config(
+    rows: int,
+    columns: int,
+    inner: int,
+    dtype: torch.dtype,
+    stored: torch.dtype,
+    gpu: int | None,
+    demanded: bool,
+    tf32: bool,
+) -> GemmConfig:
+    if gpu is None:
+        return _INTERPRETED._replace(block_m=16)
+    config = modulations_heuristic(rows, dtype, stored, launch.gpu(gpu).capability[0], demanded, tf32)
+    chosen = config._replace(**tuned(gpu, "modulations", dtype, (columns, inner), (rows,)))
+    inapplicable = (dtype == torch.float32 and not tf32) or stored != dtype or chosen.tma
+    return config if inapplicable or (demanded and chosen.candidate != "triton") else chosen
+
+
+def modulations_heuristic(
+    rows: int, dtype: torch.dtype, stored: torch.dtype, major: int, demanded: bool = False, tf32: bool = False
+) -> GemmConfig:
+    """The choice from the arithmetic alone: few rows are bound by reading the weights, once and by many blocks; many
+    by computing, where the libraries' own GEMMs are ahead."""
+    ieee = dtype == torch.float32 and not tf32
+    few = FEW_ROWS[:1] if ieee else FEW_ROWS
+    config = next((tile for tile in few if rows <= tile.block_m), IEEE if ieee else MANY_ROWS)
+    if config is MANY_ROWS:
+        if major not in PERSISTENT:
+            config = config._replace(block_k=32, num_stages=4)  # 64 spills
+        elif stored == dtype:
+            config = config._replace(max_registers=0)  # both operands stay in shared memory
+    if stored.itemsize == 4 and not config == IEEE:  # half the k-step for the same shared memory
+        config = config._replace(block_k=config.block_k // 2)
+    most = few[0].block_m if ieee else _MOST_ROWS
+    return config if demanded or rows <= most else config._replace(candidate="separate")
 
 
 def uses_tf32() -> bool:

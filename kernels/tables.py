@@ -53,6 +53,7 @@ OPERATORS: dict[str, tuple[tuple[str, ...], dict[str, int]]] = {
     "linear_gelu_backward": (_GEMM_CANDIDATES, _GEMM),
     "linear_gated_residual": (_GEMM_CANDIDATES, _GEMM),
     "linear_gated_residual_save": (_GEMM_CANDIDATES, _GEMM),
+    "modulations": (_GEMM_CANDIDATES, _GEMM),
     "attention_fwd": ((), _ATTENTION),
     "attention_dq": ((), _ATTENTION),
     "attention_dkv": ((), _ATTENTION),

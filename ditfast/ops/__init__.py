@@ -8,6 +8,7 @@ from .adaln import gated_residual, gated_residual_layer_norm_modulate, layer_nor
 from .attention import attention_backend, attention_backends, self_attention
 from .conditioning import conditioning, timestep_embedding
 from .linear import gelu_mlp, linear_gated_residual, linear_gelu
+from .modulations import modulations
 
 __all__ = [
     "attention_backend",
@@ -22,6 +23,7 @@ __all__ = [
     "layer_norm_modulate",
     "linear_gated_residual",
     "linear_gelu",
+    "modulations",
     "self_attention",
     "timestep_embedding",
     "use_backend",

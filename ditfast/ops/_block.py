@@ -169,30 +169,6 @@ class _NormMlp(torch.autograd.Function):
         return (*gradients, weight_gradient(d_pre, norm, want_w1), d_b1, d_w2, d_b2, None, None)
 
 
-class _Modulation(torch.autograd.Function):
-    """(c, weight, bias) -> (c W^T + b, c): c goes on to the next block, so that its gradient is one addmm a block."""
-
-    @staticmethod
-    def forward(c: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        return F.linear(c, weight, bias), c.view_as(c)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(inputs[0], inputs[1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_y: Tensor | None, d_c: Tensor | None) -> Gradients:
-        c, weight = ctx.saved_tensors
-        want_c, want_weight, want_bias = ctx.needs_input_grad
-        if d_y is None:
-            return d_c, None, None
-        if want_c:
-            d_c = d_y @ weight if d_c is None else torch.addmm(d_c, d_y, weight)
-        return d_c if want_c else None, weight_gradient(d_y, c, want_weight), d_y.sum(0) if want_bias else None
-
-
 def norm_linear(*inputs: Any) -> tuple[Tensor, Tensor]:
     """(r, y): inputs as above, then weight (N, D) and bias (N,) or None; r is empty without a branch."""
     r, y, *_ = _NormLinear.apply(*inputs)  # type: ignore[no-untyped-call]
@@ -212,9 +188,3 @@ def norm_mlp(*inputs: Any) -> tuple[Tensor, Tensor]:
     """
     r, y, *_ = _NormMlp.apply(*inputs)  # type: ignore[no-untyped-call]
     return r, y
-
-
-def modulation(c: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(c W^T + b, c), c (B, D)."""
-    y, c = _Modulation.apply(c, weight, bias)  # type: ignore[no-untyped-call]
-    return y, c

@@ -5,6 +5,8 @@ Shapes: B batch, T tokens, D width, H heads, F hidden width. No validation here;
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,6 +50,14 @@ def linear_gated_residual(x: Tensor, weight: Tensor, bias: Tensor | None, gate: 
 def gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
     """gelu_tanh(x W1^T + b1) W2^T + b2: x (..., D); w1 (F, D); w2 (D, F)."""
     return F.linear(linear_gelu(x, w1, b1), w2, b2)
+
+
+def modulations(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+    """c W_i^T + b_i side by side: c (B, D); weights (N_i, D); biases (N_i,). Returns (B, sum of N_i).
+
+    Source: DiT, section 3.2: each block's modulation is regressed from the condition.
+    """
+    return torch.cat([F.linear(c, weight, bias) for weight, bias in zip(weights, biases, strict=True)], dim=1)
 
 
 def self_attention(qkv: Tensor, num_heads: int, scale: float | None = None, bias: Tensor | None = None) -> Tensor:

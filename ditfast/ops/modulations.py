@@ -1,0 +1,168 @@
+"""All adaLN Linears of a model in one launch, their weights read where they lie: nothing is copied or kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
+
+from ..reference import ops as formulas
+from . import _check
+from ._backend import autocast_dtype, current_backend
+from ._library import library, register
+from ._linear_autograd import Gradients, weight_gradient
+from .linear import autocast, takes_gemm, working_dtype
+
+if TYPE_CHECKING:
+    from ..kernels.gemm_config import GemmConfig
+
+library.define(
+    "modulations(Tensor c, Tensor[] weights, Tensor[] biases, ScalarType dtype, bool demanded) -> Tensor"
+)
+
+# what a kernel may read by its address
+_PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
+
+
+def modulations(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+    """c W_i^T + b_i of many Linears, side by side.
+
+    Source: Peebles & Xie, section 3.2: each block's regression of its modulation from the condition.
+
+    Args:
+        c: (B, D), through its SiLU.
+        weights: one or more, (N_i, D) in c's dtype; under autocast in any one, converted in registers.
+        biases: (N_i,) in c's dtype, or None, one for each weight.
+
+    One launch where all are plain tensors of one dtype on a GPU, with a bias each or none; the formula runs elsewhere.
+
+    Returns:
+        (B, sum of N_i) in c's dtype (autocast's where it is on).
+
+    Raises:
+        TypeError, ValueError: a number, dtype, shape or device does not fit, naming the argument.
+    """
+    _check.tensor("c", c, 2)
+    if not weights or len(weights) != len(biases):
+        raise ValueError(f"weights and biases must be as many, one or more, got {len(weights)} and {len(biases)}")
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        _check.linear(c, (f"weights[{i}]", f"biases[{i}]"), weight, bias, c.shape[1])
+    if not takes_modulations(c, weights, biases):
+        return formulas.modulations(c, weights, biases)
+    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (c, *weights, *biases))):
+        return modulations_of(c, weights, biases)
+    count = len(weights)
+    c, *parameters = autocast(c, *weights, *biases)
+    with torch.no_grad():
+        given = modulations_of(c, parameters[:count], parameters[count:])
+    parts = []
+    for weight, bias, part in zip(parameters[:count], parameters[count:], split(given, weights), strict=True):
+        part, c = attached(c, weight, bias, part)
+        parts.append(part)
+    return torch.cat(parts, dim=1)
+
+
+def takes_modulations(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
+    """Whether they are one launch.
+
+    Raises:
+        RuntimeError: the kernels were asked for by ``use_backend("triton")`` and cannot run, with the reason.
+    """
+    present = [bias for bias in biases if bias is not None]
+    if any(type(x) not in _PLAIN for x in (c, *weights, *present)) or len(present) not in (0, len(biases)):
+        return False
+    if any(x.dtype != group[0].dtype or x.device != c.device for group in (weights, present) for x in group):
+        return False
+    if autocast_dtype(c.device.type) is None and {weights[0].dtype, *(b.dtype for b in present[:1])} != {c.dtype}:
+        return False
+    if any(x.dtype == torch.float64 for x in (weights[0], *present[:1])):
+        return False
+    return takes_gemm("modulations", c, c.shape[1], *(weight.shape[0] for weight in weights))
+
+
+def modulations_of(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+    """:func:`modulations` that :func:`takes_modulations`, without gradients."""
+    present = [bias for bias in biases if bias is not None]
+    demanded = current_backend() == "triton"
+    return cast(
+        Tensor, torch.ops.ditfast.modulations.default(c, list(weights), present, working_dtype(c), demanded)
+    )
+
+
+def split(together: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The parts of each weight, views (B, N_i)."""
+    return together.split_with_sizes([weight.shape[0] for weight in weights], dim=1)
+
+
+class _Attached(torch.autograd.Function):
+    """(c, weight, bias, y or None) -> (y = c W^T + b, c): c goes on to the next, so that its gradient is one addmm
+    a Linear."""
+
+    @staticmethod
+    def forward(c: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        return F.linear(c, weight, bias) if y is None else y.view_as(y), c.view_as(c)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(inputs[0], inputs[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: Tensor | None, d_c: Tensor | None) -> Gradients:
+        c, weight = ctx.saved_tensors
+        want_c, want_weight, want_bias, _ = ctx.needs_input_grad
+        if d_y is None:
+            return d_c, None, None, None
+        if want_c:
+            d_c = d_y @ weight if d_c is None else torch.addmm(d_c, d_y, weight)
+        d_bias = d_y.sum(0) if want_bias else None
+        return d_c if want_c else None, weight_gradient(d_y, c, want_weight), d_bias, None
+
+
+def attached(c: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(y = c W^T + b, c) with their gradients: c (B, D), y (B, N) where it is known already."""
+    y, c = _Attached.apply(c, weight, bias, y)  # type: ignore[no-untyped-call]
+    return cast(Tensor, y), c
+
+
+def modulations_by(
+    config: GemmConfig, c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype
+) -> Tensor:
+    """The Linears by the candidate of ``config``."""
+    if config.candidate == "triton":
+        from ..kernels import modulations as kernels  # imports triton
+
+        return kernels.modulations(c, weights, biases, dtype, config)
+    out = c.new_empty((c.shape[0], sum(weight.shape[0] for weight in weights)), dtype=dtype)
+    c = c.to(dtype)
+    for index, (weight, part) in enumerate(zip(weights, split(out, weights), strict=True)):
+        if biases:
+            torch.addmm(biases[index].to(dtype), c, weight.to(dtype).t(), out=part)
+        else:
+            torch.mm(c, weight.to(dtype).t(), out=part)
+    return out
+
+
+def _modulations(
+    c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype, demanded: bool
+) -> Tensor:
+    from ..kernels.gemm_config import modulations_config
+
+    columns = sum(weight.shape[0] for weight in weights)
+    config = modulations_config(*c.shape[:1], columns, c.shape[1], c, dtype, weights[0].dtype, demanded)
+    return modulations_by(config, c, weights, biases, dtype)
+
+
+def _modulations_fake(
+    c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype, demanded: bool
+) -> Tensor:
+    return c.new_empty((c.shape[0], sum(weight.shape[0] for weight in weights)), dtype=dtype)
+
+
+register("modulations", _modulations, _modulations_fake)
