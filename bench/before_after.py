@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
     from ditfast._accelerate import Report
 
+
 def before_after(
     model: nn.Module,
     inputs: tuple[Any, ...],
     device: torch.device,
     dtype: torch.dtype,
     seconds: float,
-    level: Literal["block", "model"] = "block",
 ) -> tuple[Report, list[OwnRow]]:
     """(what was accelerated, rows of the forward and of training), on random parameters.
 
@@ -39,7 +39,6 @@ def before_after(
         model: is copied, and left as it is.
         inputs: of its forward; tensors are moved, floating ones to ``dtype``.
         seconds: for each way in each mode.
-        level: of ``ditfast.accelerate``.
 
     Raises:
         ValueError: nothing to accelerate, or no inputs.
@@ -48,7 +47,7 @@ def before_after(
         raise ValueError("the factory must return (model, inputs) for a benchmark, got the model alone")
     slow = randomize_(copy.deepcopy(model)).to(device, dtype).eval()
     fast = copy.deepcopy(slow)
-    report = ditfast.accelerate(fast, level=level)
+    report = ditfast.accelerate(fast)
     given = tuple(_moved(value, device, dtype) for value in inputs)
     rows: list[OwnRow] = []
     modes: list[OwnMode] = ["forward", "train"]

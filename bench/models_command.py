@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -69,9 +69,6 @@ def bench(
             metavar="PATH:FACTORY",
         ),
     ] = None,
-    level: Annotated[
-        Literal["block", "model"], typer.Option(help="Of ditfast.accelerate, with --provider-module.")
-    ] = "block",
 ) -> None:
     """Measure DiT models: the reference, its rivals and ditfast, each row with a parity tick.
 
@@ -85,10 +82,8 @@ def bench(
             raise ValueError(f"{options_given} must come after {context.invoked_subcommand!r}, which takes the options")
         return
     if provider_module is not None:
-        _own_model(context, provider_module, level, dtype, device, seconds)
+        _own_model(context, provider_module, dtype, device, seconds)
         return
-    if level != "block":
-        raise ValueError("--level goes with --provider-module")
     from .compare import compare as compared
     from .files import check_target
     from .records import Results
@@ -156,7 +151,6 @@ def _warm_up(plan: Plan, measures: bool) -> None:
 def _own_model(
     context: typer.Context,
     spec: str,
-    level: Literal["block", "model"],
     dtype: list[str] | None,
     device: str | None,
     seconds: float | None,
@@ -170,14 +164,14 @@ def _own_model(
     from .factory import make_model
     from .render import print_tables
 
-    known = ("provider_module", "level", "dtype", "device", "seconds")
+    known = ("provider_module", "dtype", "device", "seconds")
     others = [name for name in context.params if name not in known and not _is_default(context, name)]
     if others or len(dtype or ()) > 1:
-        raise ValueError("--provider-module takes --level, --dtype (once), --device and --seconds, no other options")
+        raise ValueError("--provider-module takes --dtype (once), --device and --seconds, no other options")
     where = parse_device(device)
     precision = parse_dtype(dtype[0]) if dtype else torch.bfloat16 if where.type == "cuda" else torch.float32
     budget = options.positive("--seconds", seconds, 1.0)
-    report, rows = before_after(*make_model(spec), where, precision, budget, level)
+    report, rows = before_after(*make_model(spec), where, precision, budget)
     typer.echo(f"{report}\n")
     print_tables(table(rows))
     if any(row.is_ours and row.parity is not True for row in rows):

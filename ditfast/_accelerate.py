@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ._gone import refuse_gone
 from .adapters import registered
-from .adapters._adapter import Adapter, Level
+from .adapters._adapter import Adapter
 from .adapters._check import disagreement, fingerprint
 from .adapters._swap import accelerated_by, swap, unswap
 from .model import DiT
@@ -20,6 +21,9 @@ Status = Literal["accelerated", "already", "skipped"]
 M = TypeVar("M", bound=nn.Module)
 
 _COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_GONE = {
+    "level": "models of the official shape share one launch for all modulations without it; leave it out",
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Report:
         return "\n".join(line.rstrip() for line in lines)
 
 
-def accelerate(model: nn.Module, *, level: Level = "block", check: bool = True, strict: bool = False) -> Report:
+def accelerate(model: nn.Module, *, check: bool = True, strict: bool = False, **gone: object) -> Report:
     """Gives the modules that an adapter matches a fused forward, in place.
 
     A matched module's class becomes a subclass with another forward: parameters, state-dict keys, hooks, isinstance,
@@ -75,8 +79,6 @@ def accelerate(model: nn.Module, *, level: Level = "block", check: bool = True, 
 
     Args:
         model: any module; blocks are found wherever they stand in it.
-        level: "block", or "model" for one GEMM of all adaLN Linears too, in inference, in models of the official shape
-            (``blocks`` and a ``final_layer``); it keeps a copy of their weights, a third of XL/2's.
         check: runs the old and the new module of each kind on small random inputs on its device, with parameters drawn
             anew in a copy: in inference, in training with gradients, under autocast. Skips what disagrees.
         strict: raises where a module of a kind that was matched is skipped.
@@ -85,19 +87,18 @@ def accelerate(model: nn.Module, *, level: Level = "block", check: bool = True, 
         What was matched, and what was skipped and why.
 
     Raises:
-        TypeError: model is no module.
-        ValueError: nothing matched, with ``level="model"`` no whole model; it is sharded already; or ``strict`` and
-            something was skipped. The model is then as it was.
+        TypeError: model is no module; or an argument that went (``level``) or never was.
+        ValueError: nothing matched, the model is sharded already, or ``strict`` and something was skipped. The model
+            is then as it was.
     """
-    if level not in get_args(Level):
-        raise ValueError(f"level must be one of {', '.join(get_args(Level))}, got {level!r}")
+    refuse_gone("accelerate", gone, _GONE)
     _check_model(model)
     entries: list[Entry] = []
     matched: list[tuple[nn.Module, Adapter]] = []
     verdicts: dict[Any, str | None] = {}
     for path, module in model.named_modules():
         before = accelerated_by(module)
-        adapter = _adapter_of(module, before, level)
+        adapter = _adapter_of(module, before)
         if adapter is None:
             continue
         kind = type(module).__name__
@@ -117,10 +118,6 @@ def accelerate(model: nn.Module, *, level: Level = "block", check: bool = True, 
     if not report.accelerated:
         found = f":\n{report}" if entries else ""
         raise ValueError(f"model ({type(model).__name__}) has nothing that ditfast can accelerate{found}")
-    whole = {adapter.name for adapter in registered() if adapter.level == "model"}
-    if level == "model" and not any(entry.adapter in whole for entry in report.accelerated):
-        names = ", ".join(sorted(whole))
-        raise ValueError(f'level="model", and no whole model ({names}) could be accelerated:\n{report}')
     if strict and report.skipped:
         raise ValueError(f"strict=True, and {len(report.skipped)} modules of a matched kind were skipped:\n{report}")
     try:
@@ -152,15 +149,14 @@ def restore(model: nn.Module) -> int:
 
 
 @contextmanager
-def accelerated(
-    model: M, *, level: Level = "block", check: bool = True, strict: bool = False
-) -> Iterator[M]:
+def accelerated(model: M, *, check: bool = True, strict: bool = False, **gone: object) -> Iterator[M]:
     """``with accelerated(model):`` accelerates within the block; what was accelerated before it stays so.
 
     Raises:
         TypeError, ValueError: as :func:`accelerate`.
     """
-    report = accelerate(model, level=level, check=check, strict=strict)
+    refuse_gone("accelerated", gone, _GONE)
+    report = accelerate(model, check=check, strict=strict)
     mine = [model.get_submodule(entry.module) for entry in report.entries if entry.status == "accelerated"]
     try:
         yield model
@@ -186,16 +182,13 @@ def _check_model(model: Any) -> None:
             raise ValueError(f"model is sharded already ({name} is a DTensor): call ditfast.accelerate before sharding")
 
 
-def _adapter_of(
-    module: nn.Module, before: tuple[type[nn.Module], type[nn.Module]] | None, level: Level
-) -> Adapter | None:
-    """The adapter that accelerated it, or the first of those asked at this level that recognises it."""
+def _adapter_of(module: nn.Module, before: tuple[type[nn.Module], type[nn.Module]] | None) -> Adapter | None:
+    """The adapter that accelerated it, or the first that recognises it."""
     if before is not None:
         return next((adapter for adapter in registered() if adapter.mixin is before[0]), None)
     if isinstance(module, torch.jit.ScriptModule):
         return None  # its forward is no method of its class
-    asked = (adapter for adapter in registered() if adapter.level in ("block", level))
-    return next((adapter for adapter in asked if adapter.recognises(module)), None)
+    return next((adapter for adapter in registered() if adapter.recognises(module)), None)
 
 
 def _unfit(module: nn.Module) -> str | None:

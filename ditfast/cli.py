@@ -112,9 +112,6 @@ def explain(
             help="A function that returns a model, in a .py file or a module: model.py:make.", metavar="PATH:FACTORY"
         ),
     ],
-    level: Annotated[
-        Literal["block", "model"], typer.Option(help="model: one GEMM of all adaLN Linears too, in inference.")
-    ] = "block",
     check: Annotated[bool, typer.Option(help="Compare the old and the new forward of each kind.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -124,7 +121,7 @@ def explain(
     from ._accelerate import accelerate
     from .bench.factory import make_model
 
-    report = accelerate(make_model(factory)[0], level=level, check=check)
+    report = accelerate(make_model(factory)[0], check=check)
     entries = [asdict(entry) for entry in report.entries]
     typer.echo(json.dumps(entries, indent=2) if as_json else str(report))
 

@@ -10,7 +10,7 @@ from ditfast.bench.inputs import randomize_
 from ditfast.bench.parity import judge
 
 DEPTH = 3
-ALL = 2 * DEPTH + 1  # blocks with their feed-forwards, the model
+ALL = 2 * DEPTH  # blocks with their feed-forwards
 SIZES = {
     "num_attention_heads": 2,
     "attention_head_dim": 36,
@@ -44,8 +44,7 @@ def inputs(batch=3, dtype=torch.float32):
 
 def run(model, **given):
     torch.manual_seed(5)  # labels are dropped in training
-    dtype = model.pos_embed.proj.weight.dtype  # not by way of parameters(), which has embedders compared anew
-    return model(**{**inputs(dtype=dtype), **given})[0]
+    return model(**{**inputs(dtype=model.pos_embed.proj.weight.dtype), **given})[0]
 
 
 def assert_parity(fast, slow, joined=False, **given):

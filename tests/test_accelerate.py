@@ -365,3 +365,31 @@ def test_an_adapter_of_ones_own(monkeypatch):
         register_adapter(TwiceAdapter())
     with pytest.raises(TypeError, match="adapter must be a ditfast.adapters.Adapter, got ABCMeta"):
         register_adapter(TwiceAdapter)
+
+
+@pytest.mark.parametrize("level", ["block", "model"])
+def test_an_adapter_that_names_a_level(level, monkeypatch):
+    monkeypatch.setattr(_adapter, "_ADAPTERS", list(_adapter._ADAPTERS))
+    monkeypatch.setattr(TwiceAdapter, "level", level, raising=False)
+    if level == "model":
+        with pytest.raises(ValueError, match="adapter.level is 'model': no levels any more"):
+            register_adapter(TwiceAdapter())
+    else:
+        register_adapter(TwiceAdapter())
+        assert ditfast.accelerate(Twice()).accelerated
+
+
+@pytest.mark.parametrize("function", ["accelerate", "accelerated"])
+def test_arguments_that_went(function):
+    model = Model(depth=1)
+
+    def call(**arguments):
+        result = getattr(ditfast, function)(model, **arguments)
+        if function == "accelerated":
+            result.__enter__()
+
+    with pytest.raises(TypeError, match=f"^{function} takes no level any more: .*leave it out$"):
+        call(level="model")
+    with pytest.raises(TypeError, match=rf"^{function}\(\) got an unexpected keyword argument 'levels'$"):
+        call(levels=2)
+    assert not any(map(accelerated_by, model.modules()))

@@ -160,3 +160,21 @@ def test_export_with_a_dynamic_batch(strict):
     found = program.module()(x, t, y).detach()
     oracle = copy.deepcopy(slow).double()(x.double(), t, y)
     assert_judged({"out": found}, {"out": slow(x, t, y).detach()}, {"out": oracle.detach()})
+
+
+def mapped(model, x, t, y):
+    return torch.func.vmap(lambda one: model(one[None], t[:1], y[:1])[0])(x)
+
+
+def with_doubled_parameters(model, *given):
+    doubled = {name: 2 * parameter for name, parameter in model.named_parameters()}
+    return torch.func.functional_call(model, doubled, given)
+
+
+@pytest.mark.parametrize("transform", [mapped, with_doubled_parameters])
+def test_in_inference(transform):
+    fast, slow = pair()
+    x, t, y = inputs()
+    with torch.no_grad():
+        found = [{"out": transform(model, x, t, y)} for model in (fast, slow)]
+        assert_judged(*found, {"out": transform(copy.deepcopy(slow).double(), x.double(), t, y)})

@@ -56,6 +56,7 @@ def test_explain_prints_the_report(file: Path) -> None:
     result = invoke("explain", f"{file}:make")
     assert result.exit_code == 0, result.output
     assert "blocks.0.attn" in result.stdout and "4 accelerated, 0 skipped" in result.stdout
+    assert invoke("explain", f"{file}:make", "--level", "model").exit_code == 2
     entries = json.loads(invoke("explain", f"{file}:alone", "--json", "--no-check").stdout)
     assert {entry["status"] for entry in entries} == {"accelerated"} and len(entries) == 4
 
@@ -122,8 +123,6 @@ def test_before_and_after(compiler: str | None, monkeypatch: pytest.MonkeyPatch)
         assert (row.speedup is not None) == row.is_ours
 
 
-
-
 def test_without_parity_there_is_no_speed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     real = before_after.ditfast.accelerate
 
@@ -146,8 +145,8 @@ def test_the_command(file: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "4 accelerated" in result.stdout and "before-compile" in result.stdout
     for options, message in (
-        (("--batch", 3), "--provider-module takes --level, --dtype (once), --device and --seconds"),
-        (("--dtype", "fp32", "--dtype", "bf16"), "--provider-module takes --level, --dtype (once)"),
+        (("--batch", 3), "--provider-module takes --dtype (once), --device and --seconds"),
+        (("--dtype", "fp32", "--dtype", "bf16"), "--provider-module takes --dtype (once)"),
     ):
         refused = invoke("bench", "--provider-module", f"{file}:make", *options)
         assert refused.exit_code == 2 and message in refused.stderr

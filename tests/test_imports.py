@@ -41,7 +41,8 @@ RULES = {
     "model": Rule(("config", "reference", "ops"), ("torch",)),
     "checkpoint": Rule(_CORE, ("torch", "numpy", "safetensors")),
     "adapters": Rule(_CORE, ("torch",), ("diffusers",)),
-    "accelerate": Rule((*_CORE, "adapters"), ("torch",)),
+    "gone": Rule(),
+    "accelerate": Rule((*_CORE, "adapters", "gone"), ("torch",)),
     "inference": Rule(_PRODUCT, ("torch", "numpy"), ("diffusers", "rich", "PIL", "torch_fidelity")),
     "training": Rule(_PRODUCT, ("torch", "numpy"), ("rich",)),
     "bench": Rule(

@@ -2,19 +2,15 @@
 
 from ._adapter import Adapter, register_adapter, registered
 from .diffusers import DiffusersBlock, DiffusersFeedForward
-from .diffusers_model import DiffusersTransformer
 from .official import OfficialBlock, OfficialFinalLayer
-from .official_model import OfficialModel
 from .timm import TimmAttention, TimmMlp
 
 __all__ = [
     "Adapter",
     "DiffusersBlock",
     "DiffusersFeedForward",
-    "DiffusersTransformer",
     "OfficialBlock",
     "OfficialFinalLayer",
-    "OfficialModel",
     "TimmAttention",
     "TimmMlp",
     "register_adapter",
@@ -27,9 +23,7 @@ for _known in (
     TimmMlp(),
     OfficialBlock(),
     OfficialFinalLayer(),
-    OfficialModel(),
     DiffusersFeedForward(),
     DiffusersBlock(),
-    DiffusersTransformer(),
 ):
     register_adapter(_known)

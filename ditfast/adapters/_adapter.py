@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._model_blocks import is_plain
-
-Level = Literal["block", "model"]
 
 
 class Adapter(ABC):
@@ -20,12 +18,10 @@ class Adapter(ABC):
         name: of the adapter, in reports.
         mixin: a class with another ``forward``. A matched module's class becomes a subclass of (mixin, its own class):
             ``super().forward`` is the module's own, to be called where the fused one does not apply.
-        level: "block", or "model" where it is for whole models and asked by ``accelerate(model, level="model")`` only.
     """
 
     name: str
     mixin: type[nn.Module]
-    level: Level = "block"
 
     @abstractmethod
     def recognises(self, module: nn.Module) -> bool:
@@ -53,12 +49,15 @@ def register_adapter(adapter: Adapter) -> None:
 
     Raises:
         TypeError: not an Adapter, or its mixin is no subclass of torch.nn.Module.
-        ValueError: its name is taken.
+        ValueError: its name is taken, or it has a ``level`` other than "block", which there no longer is.
     """
     if not isinstance(adapter, Adapter):
         raise TypeError(f"adapter must be a ditfast.adapters.Adapter, got {type(adapter).__name__}")
     if not (isinstance(getattr(adapter, "mixin", None), type) and issubclass(adapter.mixin, nn.Module)):
         raise TypeError(f"adapter.mixin must be a subclass of torch.nn.Module, got {getattr(adapter, 'mixin', None)!r}")
+    level = getattr(adapter, "level", "block")
+    if level != "block":
+        raise ValueError(f"adapter.level is {level!r}: no levels any more, every adapter is asked; leave it out")
     if any(known.name == adapter.name for known in _ADAPTERS):
         raise ValueError(f"an adapter named {adapter.name!r} is registered already")
     _ADAPTERS.insert(0, adapter)

@@ -76,7 +76,5 @@ def unswap(module: nn.Module) -> bool:
     found = accelerated_by(module)
     if found is None:
         return False
-    if hasattr(found[0], "unswapped"):
-        found[0].unswapped(module)  # what the mixin keeps beside the module
     module.__class__ = found[1]
     return True

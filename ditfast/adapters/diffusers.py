@@ -25,7 +25,6 @@ from ._adapter import (
     tokens,
     unknown_parts,
 )
-from ._shared_embedding import embedding
 
 _BLOCK = ("norm1", "attn1", "norm3", "ff")
 _NORM1 = ("emb", "silu", "linear", "norm")
@@ -130,7 +129,7 @@ class FastTransformerBlock(nn.Module):
             known = (*unknown[:3], timestep, cross_attention_kwargs, class_labels, added_cond_kwargs)
             return super().forward(hidden_states, *known, *args, **kwargs)  # type: ignore[no-any-return]
         norm1, norm3 = self.norm1, self.norm3
-        c = embedding(norm1.emb, timestep, class_labels, hidden_states.dtype)
+        c = norm1.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = norm1.linear(norm1.silu(c)).chunk(6, dim=1)
         h = ops.layer_norm_modulate(hidden_states, shift1, scale1, norm1.norm.eps)
         branch = self.attn1(h, encoder_hidden_states=None, attention_mask=None)

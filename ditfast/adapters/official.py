@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from .. import ops
 from .._model_blocks import AdaLNForward, Pending, add_and_norm, promoted
 from ._adapter import Adapter, is_plain_norm, is_quiet, plain_norm, tokens, unknown_parts
-from ._shared_modulation import modulation
 
 _BLOCK = ("norm1", "attn", "norm2", "mlp", "adaLN_modulation")
 _FINAL = ("norm_final", "linear", "adaLN_modulation")
@@ -32,7 +31,7 @@ class FastBlock(AdaLNForward):
         if given is None or not self._applies():
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
         x, c = given
-        x, branch, gate, _, _ = self.fused(x, None, None, None, c, False, modulation(self, c))
+        x, branch, gate, _, _ = self.fused(x, None, None, None, c, False, None)
         assert branch is not None and gate is not None
         return ops.gated_residual(*promoted(x, branch, gate))
 
@@ -71,8 +70,7 @@ class FastFinalLayer(nn.Module):
         if given is None or not (is_plain_norm(self.norm_final) and is_quiet(self, *_FINAL)):
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
         x, c = given
-        both = modulation(self, c)
-        shift, scale = (self.adaLN_modulation(c) if both is None else both).chunk(2, dim=-1)
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
         _, h = add_and_norm(x, Pending(), shift, scale, self.norm_final.eps)
         out: Tensor = self.linear(h)
         return out
