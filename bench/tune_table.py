@@ -18,7 +18,7 @@ from ditfast.ops import _attention_choice
 
 from .files import write_bytes
 
-_CACHES = (tables.load, row_config._row_config, gemm_config._gemm_config, attention._launch_config)
+_CACHES = (tables.load, row_config._row_config, *gemm_config.CACHES, attention._launch_config)
 _DIGITS = 4  # of a time
 
 

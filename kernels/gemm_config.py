@@ -225,3 +225,7 @@ def heuristic(
         elif rows < _LEAST_ROWS:
             candidate = "separate"
     return cast(GemmConfig, config._replace(candidate=candidate))
+
+
+#: what a changed table makes stale
+CACHES = (_gemm_config, _modulations_config)

@@ -154,6 +154,8 @@ def test_what_is_written_is_what_a_launcher_takes(h200: Path) -> None:
                 return attention._launch_config(family.operator, 72, shape.tokens, x.dtype, 0, False, True)
             if family.operator.startswith("adaln"):
                 return row_config.row_config(family.operator, shape.width, shape.tokens, shape.batch, x)
+            if family.operator == "modulations":
+                return gemm_config.modulations_config(*family.sizes(shape), x, x.dtype, x.dtype, False)
             return gemm_config.gemm_config(family.operator, *family.sizes(shape), x, False)
 
         heuristic, *others = family.candidates(shape, torch.bfloat16, GPU).values()
@@ -171,6 +173,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune_measure, "_POOL_BYTES_CPU", 1)
     monkeypatch.setattr(tune_spaces, "HOPPER", tune_spaces.HOPPER[-4:])
     monkeypatch.setattr(tune_spaces, "PORTABLE", tune_spaces.PORTABLE[-2:])
+    monkeypatch.setattr(tune_spaces, "MODULATIONS", tune_spaces.MODULATIONS[:2])
     monkeypatch.setattr(tune_spaces, "ATTENTION", {name: [(16, 16, 4, 1)] for name in tune_spaces.ATTENTION})
 
 

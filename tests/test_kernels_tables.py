@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from ditfast.kernels import attention, gemm_config, launch, row_config, tables  # noqa: E402
 
 GPU = "NVIDIA H200"
-CACHES = (tables.load, row_config._row_config, gemm_config._gemm_config, attention._launch_config)
+CACHES = (tables.load, row_config._row_config, *gemm_config.CACHES, attention._launch_config)
 GEMM = "linear_gelu/bfloat16/4608/1152/256"
 
 
