@@ -30,10 +30,11 @@ class Rule:
     inside: tuple[str, ...] = ()
 
 
-_CORE = ("config", "reference", "ops", "model")
+_CORE = ("gone", "config", "reference", "ops", "model")
 _PRODUCT = (*_CORE, "checkpoint", "adapters", "accelerate")
 
 RULES = {
+    "gone": Rule(),
     "config": Rule(),
     "reference": Rule(("config",), ("torch",)),
     "kernels": Rule((), ("torch", "triton")),
