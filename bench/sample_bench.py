@@ -144,7 +144,7 @@ def rows(
 ) -> list[SampleRow]:
     """Every provider's trajectory timed beside the others', each with its parity.
 
-    Noise and labels change from trajectory to trajectory, so that a schedule table is made in each.
+    Noise and labels change from trajectory to trajectory.
 
     Args:
         seconds: for each provider; three trajectories are timed all the same.

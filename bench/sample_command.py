@@ -144,7 +144,7 @@ def sample_table(results: Results, cases: Sequence[SampleCase] = ()) -> Renderab
         table.add_row(*names, escape(row.provider), *cells, end_section=last)
     how = results.settings
     title = f"ditfast bench sample: {how.get('steps')} steps of {how.get('sampler')}, guidance {how.get('cfg_scale')}"
-    lines = ["s: of a trajectory, from noise to latents, labels new in each."]
+    lines = ["s: of a trajectory, from noise to latents, its schedule table made in it."]
     lines.append("parity: of final latents and all predictions against the model in fp64; all solve in fp32.")
     lines.append("speed-up: over the fastest rival of the same model and batch; only with parity.")
     noises = [row.noise for row in shown if row.noise is not None]
@@ -169,6 +169,7 @@ def _traced(cases: Sequence[SampleCase]) -> list[str]:
         lines.append(
             f"Traced, a step of {case.config.name} at batch {case.batch}: the table reads "
             f"{table.weight_bytes / plain.weight_bytes:.0%} of the weights ({table.weight_bytes / 1e6:.0f} MB) in "
-            f"{table.launches} launches, without it {plain.launches}."
+            f"{table.launches} launches, without it {plain.launches}. "
+            f"Making it, in every call, is {table.making:.1%} of the FLOPs."
         )
     return lines

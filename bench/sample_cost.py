@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,18 +21,29 @@ from .cost import count, is_free
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of one guided step: launches, bytes moved, and bytes of the weights among them."""
+    """Of one guided step: launches, bytes moved, bytes of the weights among them, and FLOPs.
+
+    Attributes:
+        making_flops: its part of making the call's table, which no other figure here holds.
+    """
 
     launches: int
     bytes: int
     weight_bytes: int
+    flops: int
+    making_flops: int = 0
+
+    @property
+    def making(self) -> float:
+        """The share of a call's FLOPs that making its table takes, whatever its number of steps."""
+        return self.making_flops / (self.flops + self.making_flops)
 
 
 def step_costs(config: DiTConfig, batch: int, dtype: torch.dtype) -> tuple[StepCost, StepCost]:
     """(without, with the table) of ditfast's kernels, traced on meta tensors.
 
     The table's step gathers its modulations from the table, which counts as traffic, not as a weight; the label
-    table's rows do not count as weights for either.
+    table's rows do not count as weights for either. The table is made in every call, here of labels that all differ.
 
     Raises:
         ValueError: a design without adaLN.
@@ -56,7 +67,11 @@ def step_costs(config: DiTConfig, batch: int, dtype: torch.dtype) -> tuple[StepC
     def by_table() -> Tensor:
         return guided(model.forward_modulated(torch.cat([x, x]), table.index_select(0, rows)))
 
-    return _cost(model, plain), _cost(model, by_table)
+    def making() -> Tensor:
+        return model.modulation(t[: batch + 1], y[: batch + 1])
+
+    with_table = replace(_cost(model, by_table), making_flops=_cost(model, making).flops)
+    return _cost(model, plain), with_table
 
 
 def _cost(model: ditfast.DiT, step: Callable[[], Tensor]) -> StepCost:
@@ -65,7 +80,7 @@ def _cost(model: ditfast.DiT, step: Callable[[], Tensor]) -> StepCost:
         counted = count(step)
         with _Weights(model) as weights:
             step()
-    return StepCost(counted.total_launches, counted.total_bytes, weights.bytes)
+    return StepCost(counted.total_launches, counted.total_bytes, weights.bytes, counted.total_flops)
 
 
 class _Weights(TorchDispatchMode):

@@ -58,7 +58,7 @@ def by_hand(checkpoint, vae):
     """(N, H, W, 3) uint8."""
     model = ditfast.load_checkpoint(checkpoint)
     labels = list(CLASSES.values())
-    engine = Engine(model, Sampler("ddpm", STEPS), Guidance(4.0), labels=labels)
+    engine = Engine(model, Sampler("ddpm", STEPS), Guidance(4.0))
     begin = start(Batch(0, 0, IMAGES), seed=0, classes=labels, num_classes=1000, shape=(4, 8, 8))
     return Decoder(vae, channels=4)(engine(begin.noise, begin.labels, begin.generators))
 

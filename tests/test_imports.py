@@ -30,10 +30,11 @@ class Rule:
     inside: tuple[str, ...] = ()
 
 
-_CORE = ("config", "reference", "ops", "model")
+_CORE = ("gone", "config", "reference", "ops", "model")
 _PRODUCT = (*_CORE, "checkpoint", "adapters", "accelerate")
 
 RULES = {
+    "gone": Rule(),
     "config": Rule(),
     "reference": Rule(("config",), ("torch",)),
     "kernels": Rule((), ("torch", "triton")),
@@ -41,8 +42,7 @@ RULES = {
     "model": Rule(("config", "reference", "ops"), ("torch",)),
     "checkpoint": Rule(_CORE, ("torch", "numpy", "safetensors")),
     "adapters": Rule(_CORE, ("torch",), ("diffusers",)),
-    "gone": Rule(),
-    "accelerate": Rule((*_CORE, "adapters", "gone"), ("torch",)),
+    "accelerate": Rule((*_CORE, "adapters"), ("torch",)),
     "inference": Rule(_PRODUCT, ("torch", "numpy"), ("diffusers", "rich", "PIL", "torch_fidelity")),
     "training": Rule(_PRODUCT, ("torch", "numpy"), ("rich",)),
     "bench": Rule(

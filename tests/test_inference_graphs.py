@@ -93,6 +93,11 @@ def test_weights_that_moved_do(captures):
         linear.weight = torch.nn.Parameter(linear.weight.detach() * 1.5)
     assert_parity(engine, slow, engine.guidance)
     assert captures == [3, 3] and len(engine.graphs) == 1
+    for model in (fast, slow):
+        weight = model.blocks[0].attn.proj.weight
+        weight.data = weight.data.t()  # where it was, in another layout
+    assert_parity(engine, slow, engine.guidance)
+    assert captures == [3, 3, 3]
 
 
 def test_a_model_with_hooks_is_called(captures):
@@ -123,3 +128,33 @@ def test_autocast_is_not_captured(captures):
         engine(noise(), LABELS)
         assert engine.graphs.unavailable().startswith("autocast keeps casts of the weights")
     assert captures == []
+
+
+def test_captured_in_inference_mode_and_replayed_outside(captures):
+    fast, slow = models()
+    engine = Engine(fast, Sampler("ddim", 3), Guidance(2.0))
+    with torch.inference_mode():
+        engine(noise(), LABELS)
+    assert_parity(engine, slow, engine.guidance)
+    assert captures == [3]
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.factor = inner, 1.0
+
+    def forward(self, *given):
+        return self.factor * self.inner(*given)
+
+
+def wrap(model):
+    model.t_embedder = Scaled(model.t_embedder)
+
+
+def test_other_codebases_are_not_captured(captures):
+    fast, slow = models()
+    wrap(fast)
+    engine = Engine(fast, Sampler("ddim", 3), Guidance(2.0))
+    assert_parity(engine, slow, engine.guidance)
+    assert captures == [] and engine.graphs.unavailable().startswith("layers of other codebases")

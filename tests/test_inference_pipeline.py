@@ -115,15 +115,17 @@ def test_the_same_seed_gives_the_same_noise(folder, monkeypatch):
             assert all(torch.equal(a, b) for a, b in zip(theirs, ours, strict=True))
 
 
-def test_the_table_serves_again(folder, monkeypatch):
+def test_one_engine_with_a_table_in_every_call(folder, monkeypatch):
     pipe, rows = ditfast.DiTPipeline.from_pretrained(folder), []
     made = ditfast.DiT.modulation
     monkeypatch.setattr(ditfast.DiT, "modulation", lambda model, t, y: rows.append(len(t)) or made(model, t, y))
     first = run(pipe)
     torch.testing.assert_close(run(pipe), first)
-    assert rows == [3 * 5]
     run(pipe, num_inference_steps=4)
-    assert rows == [3 * 5, 3 * 4]
+    assert rows == [3 * 5, 3 * 5, 3 * 4]
+    engine = pipe._engine  # whose captured graphs serve again
+    run(pipe, guidance_scale=1.0)
+    assert pipe._engine is engine and rows[3:] == [2 * 5]
 
 
 def test_names_outputs_and_dtype(folder):

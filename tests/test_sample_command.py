@@ -33,19 +33,17 @@ from ditfast.inference.decode import Decoder
 from ditfast.inference.engine import Engine
 from ditfast.inference.guidance import Guidance
 from ditfast.inference.plan import Plan
-from ditfast.inference.request import Request
 from ditfast.inference.samplers import Sampler
-from ditfast.inference.table import ScheduleTable
 from ditfast.inference.work import Batch, start
 
 pytest.importorskip("diffusers", reason="needs the package diffusers")
 
 
 def by_hand(place: Path, labels: list[int], first: int, **guidance: Any) -> torch.Tensor:
-    """The latents of a batch with these labels, all of the run's."""
+    """The latents of a batch with these labels."""
     model = ditfast.load_checkpoint(place / "tiny.safetensors")
     sampler = Sampler("ddpm", STEPS, in_channels=4)
-    engine = Engine(model, sampler, Guidance(4.0, span=sampler.span, **guidance), labels=[1, 7])
+    engine = Engine(model, sampler, Guidance(4.0, span=sampler.span, **guidance))
     begin = start(Batch(0, first, len(labels)), 0, None, CONFIG.num_classes, SHAPE)
     return engine(begin.noise, labels, begin.generators)
 
@@ -135,7 +133,7 @@ def test_the_options_of_guidance_arrive(place: Path, latents: dict[str, Any], tm
     assert np.array_equal(run("shaped", **options), wanted.numpy())
     model = ditfast.load_checkpoint(place / "tiny.safetensors")
     begin = start(Batch(0, 0, 3), 0, None, 10, SHAPE)
-    plain = Engine(model, Sampler("ddim", 5, in_channels=4), labels=[1, 7])(begin.noise, [7, 1, 7], begin.generators)
+    plain = Engine(model, Sampler("ddim", 5, in_channels=4))(begin.noise, [7, 1, 7], begin.generators)
     assert np.array_equal(run("plain", cfg_scale=1, sampler="ddim", steps=5), plain.numpy())
 
 
@@ -220,19 +218,6 @@ def test_an_interruption_keeps_what_is_done(
         assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     else:
         assert files(tmp_path / "a") == files(tmp_path / "b")
-
-
-def test_a_batch_never_depends_on_the_tables_of_those_before(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the labels of the whole run do not fit, a batch's table is of its own labels, whoever came before."""
-    options: dict[str, Any] = {"batch_size": 6, "latents": True, "steps": STEPS, "out": Path("unused")}
-    plan = Plan(Request(place / "tiny.safetensors", classes="0,1,2,3,4,5,0,1", **options), torch.device("cpu"))
-    one = ScheduleTable(plan.model, plan.sampler.timesteps, [0], float("inf")).step_mib
-    whole = [0, 1, 2, 3, 4, 5, 10]
-    for labels_that_fit, second in ((7, whole), (6, [0, 1, 10])):  # a run's six labels and the null class, or not
-        plan.engine.table, plan.engine.table_mib = None, labels_that_fit * one * STEPS
-        for batch, labels in zip(plan.batches, (whole, second), strict=True):
-            plan.compute(batch, lambda step: None)
-            assert plan.engine.table is not None and list(plan.engine.table.labels) == labels
 
 
 def test_the_settings_are_everything_but_who_and_how_far(images: dict[str, Any], tmp_path: Path) -> None:

@@ -1,23 +1,26 @@
 """The sampling loop: one model evaluation after another with everything known in advance computed in advance.
 
 For ditfast's adaLN models the loop runs on a schedule table (:mod:`.table`) and, on a GPU, as a captured CUDA graph
-(:mod:`.graphs`); any other model is called plainly. The results are the plain loop's within rounding.
+(:mod:`.graphs`); any other model is called plainly. The results are the plain loop's within rounding. A table lives
+as long as its call; only captured graphs are kept between calls.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from .._gone import refuse_gone
 from .._model_blocks import is_plain
 from ..model import DiT
 from .graphs import StepGraphs
 from .guidance import Guidance
-from .table import ScheduleTable, label_mib, takes_table
+from .table import ScheduleTable, takes_table
 
 _LOOK = 25  # steps between looks whether latents are finite: each waits for the GPU
 
@@ -66,10 +69,10 @@ class Engine:
         table_mib: the most that the schedule table may take, in MiB; 0 for no table.
         graphs: whether steps are captured as CUDA graphs where they can be.
         null_class: the label of the unconditional half; by default the model's config says it.
-        labels: of all runs to come: where a table of them fits as a whole, it is made once.
 
     Raises:
         ValueError: guidance of a model without a null class; a negative table_mib.
+        TypeError: ``labels``, which is gone.
     """
 
     def __init__(
@@ -81,8 +84,9 @@ class Engine:
         table_mib: float = 2048,
         graphs: bool = True,
         null_class: int | None = None,
-        labels: Iterable[int] = (),
+        **gone: object,
     ) -> None:
+        refuse_gone("Engine", gone, {"labels": "the schedule table is made in every call; leave it out"})
         config: Any = getattr(model, "config", None)
         self.model, self.sampler, self.guidance = model, sampler, guidance
         if not table_mib >= 0:
@@ -92,8 +96,6 @@ class Engine:
         self.num_classes: int | None = getattr(config, "num_classes", None)
         if guidance is not None and self.null_class is None:
             raise ValueError("guidance needs a null class, and the model's config has none: give null_class")
-        self.table: ScheduleTable | None = None
-        self._all_labels = frozenset(map(operator.index, labels))
         self.graphs = StepGraphs(model) if graphs else None
 
     @torch.no_grad()
@@ -123,20 +125,21 @@ class Engine:
         self._check(noise, labels)
         timesteps = self.sampler.timesteps.to(noise.device)
         scales = [1.0 if self.guidance is None else self.guidance.scale_at(t) for t in timesteps.tolist()]
-        table = self._table_for(labels)
-        plans = {guided: self._plan(labels, guided, table, noise.device) for guided in {scale != 1 for scale in scales}}
-        factor = noise.new_ones(1)  # where a captured step reads it
-        x = self.sampler.start(noise)
-        broken = torch.full((len(labels),), -1, device=x.device)
-        for i, scale in enumerate(scales):
-            given = self.sampler.model_input(x, i)
-            output = self._evaluate(plans[scale != 1], given, i, timesteps, factor.fill_(scale))
-            x = self.sampler.step(x, output.to(x.dtype), i, generators)
-            broken = torch.where((broken < 0) & ~x.isfinite().flatten(1).all(1), i, broken)
-            if (i + 1) % _LOOK == 0 or i + 1 == len(scales):
-                _stop_at_first(broken, len(scales))
-            if on_step is not None:
-                on_step(i + 1)
+        guided = {scale != 1 for scale in scales}
+        with self._table(labels, True in guided) as table:
+            plans = {each: self._plan(labels, each, table, noise.device) for each in guided}
+            factor = noise.new_ones(1)  # where a captured step reads it
+            x = self.sampler.start(noise)
+            broken = torch.full((len(labels),), -1, device=x.device)
+            for i, scale in enumerate(scales):
+                given = self.sampler.model_input(x, i)
+                output = self._evaluate(plans[scale != 1], given, i, timesteps, factor.fill_(scale))
+                x = self.sampler.step(x, output.to(x.dtype), i, generators)
+                broken = torch.where((broken < 0) & ~x.isfinite().flatten(1).all(1), i, broken)
+                if (i + 1) % _LOOK == 0 or i + 1 == len(scales):
+                    _stop_at_first(broken, len(scales))
+                if on_step is not None:
+                    on_step(i + 1)
         return x
 
     def _check(self, noise: Tensor, labels: Sequence[int]) -> None:
@@ -157,22 +160,20 @@ class Engine:
         rows = None if table is None else table.rows(given)
         return _Plan(torch.tensor(given, device=device), rows, table, graphs)
 
-    def _table_for(self, labels: Sequence[int]) -> ScheduleTable | None:
-        """The table that holds the labels and the null class, made where there is none yet; None for a model that has
-        no use for it."""
-        model, timesteps = self.model, self.sampler.timesteps
+    @contextmanager
+    def _table(self, labels: Sequence[int], guided: bool) -> Iterator[ScheduleTable | None]:
+        """The table of a call, of its labels and the null class where it is guided; None for a model that has no use
+        for it."""
+        model = self.model
         if not self.table_mib or not isinstance(model, DiT) or not is_plain(model, DiT) or not takes_table(model):
-            self.table = None
-            return None
-        null = set() if self.guidance is None or self.null_class is None else {self.null_class}
-        everyone = self._all_labels | {*labels} | null
-        fits = len(everyone) * len(timesteps) * label_mib(model) <= self.table_mib
-        wanted = everyone if fits else {*labels} | null
-        # not an earlier batch's that happens to hold the labels: results would depend on what ran before
-        if self.table is None or {*self.table.labels} != wanted or not self.table.holds(model, timesteps, labels):
-            self.table = None  # freed before the next is made
-            self.table = ScheduleTable(model, timesteps, sorted(wanted), self.table_mib)
-        return self.table
+            yield None
+            return
+        null = set() if self.null_class is None or not guided else {self.null_class}
+        table = ScheduleTable(model, self.sampler.timesteps, sorted({*labels} | null), self.table_mib)
+        try:
+            yield table
+        finally:
+            table.free()  # an exception's traceback may hold it
 
     def _evaluate(self, plan: _Plan, x: Tensor, i: int, timesteps: Tensor, factor: Tensor) -> Tensor:
         """The model's output (N, C or 2C, h, w) at evaluation i, after guidance."""

@@ -26,26 +26,31 @@ class _Captured(NamedTuple):
 class StepGraphs:
     """The captured steps of a model, one for each key and shapes, the least recently used dropped beyond ``limit``.
 
-    Weights are read where they lie: writing them in place (``load_state_dict``) is seen by a replay. Where they have
-    moved, everything is captured anew.
+    Weights are read where they lie: writing them in place (``load_state_dict``) is seen by a replay. Where they lie
+    otherwise, everything is captured anew. What else changes from step to step, a schedule table's rows too, is an
+    input, whose values are copied into the graph's own buffers.
     """
 
     def __init__(self, model: nn.Module, limit: int = 4) -> None:
         self._model = model
         self._limit = limit
         self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
-        self._addresses: tuple[int, ...] = ()
+        self._weights: tuple[object, ...] = ()
 
     def __len__(self) -> int:
         return len(self._captured)
 
     def look(self) -> bool:
         """Before a run: drops what was captured of other weights; whether the model can be captured as it is."""
-        addresses = tuple(tensor.data_ptr() for tensor in (*self._model.parameters(), *self._model.buffers()))
+        tensors = (*self._model.parameters(), *self._model.buffers())
+        # another dtype or layout may lie where the old one was
+        weights = tuple(
+            (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors
+        )
         available = self.unavailable() is None
-        if addresses != self._addresses or not available:
+        if weights != self._weights or not available:
             self._captured.clear()
-            self._addresses = addresses
+            self._weights = weights
         return available
 
     def unavailable(self) -> str | None:

@@ -133,7 +133,7 @@ class DiTPipeline(_Base):  # type: ignore[misc]
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _engine_for(self, sampler: _SchedulerSteps, guidance: Guidance | None) -> Engine:
-        """The engine of earlier calls, whose table and graphs may serve again."""
+        """The engine of earlier calls, whose graphs may serve again."""
         if self._engine is None or self._engine.model is not self.transformer:
             self._engine = Engine(self.transformer, sampler, guidance, **self._settings)
         self._engine.sampler, self._engine.guidance = sampler, guidance

@@ -111,14 +111,7 @@ class Plan:
                 span=self.sampler.span,
             )
             guidance.guided_channels(config.in_channels)
-        return Engine(
-            self.model,
-            self.sampler,
-            guidance,
-            table_mib=request.table_mib,
-            graphs=request.graphs,
-            labels=self.labels,
-        )
+        return Engine(self.model, self.sampler, guidance, table_mib=request.table_mib, graphs=request.graphs)
 
     def folder(self, settings: dict[str, Any]) -> RunFolder:
         return RunFolder(self.request.out, self.npz, self.batches, self.rows, settings)

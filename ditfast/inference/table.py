@@ -2,7 +2,7 @@
 
 Timesteps and labels of a sampling run are known before it begins, so every block's modulation for every (step, label)
 comes from one batched GEMM, and the loop reads no adaLN weight: a third of DiT-XL's weights. The null class has one
-row a step, whatever the batch.
+row a step, whatever the batch. Nothing in it notices that weights change: it is made for one run, and freed after it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .._model_blocks import is_as_built
-from .._model_cache import ParameterState
 from ..model import DiT
-from ..ops._backend import autocast_dtype
 
 _MIB = 1 << 20
 
@@ -37,7 +34,7 @@ class ScheduleTable:
         if not model.fused:
             raise ValueError(f"a schedule table is of adaLN designs, this model is {model.config.conditioning}")
         self.labels = {label: row for row, label in enumerate(labels)}
-        self.step_mib = len(self.labels) * label_mib(model)
+        self.step_mib = len(self.labels) * _label_mib(model)
         self.chunk = int(min(len(timesteps), budget_mib / self.step_mib))
         if self.chunk < 1:
             raise ValueError(
@@ -47,9 +44,6 @@ class ScheduleTable:
         self._model = model
         self._timesteps = timesteps.to(model.device)
         self._labels = torch.tensor(list(self.labels), device=model.device)
-        self._state = ParameterState.of(_read(model))
-        self._modules = _modules(model)
-        self._conditions = _conditions(model)
         self._first = 0
         self._made: Tensor | None = None
 
@@ -57,21 +51,6 @@ class ScheduleTable:
     def mib(self) -> float:
         """The memory it takes at most, in MiB."""
         return self.chunk * self.step_mib
-
-    def holds(self, model: DiT, timesteps: Tensor, labels: Sequence[int]) -> bool:
-        """Whether it is that schedule's, with all of the labels, and what it was made from is what it was then.
-
-        A write through ``parameter.data`` leaves no trace: ``model.reset_cache()`` tells of it.
-        """
-        return (
-            model is self._model
-            and self._conditions == _conditions(model)
-            and [*map(id, self._modules)] == [*map(id, _modules(model))]
-            and timesteps.dtype == self._timesteps.dtype
-            and torch.equal(timesteps.to(self._timesteps), self._timesteps)
-            and all(label in self.labels for label in labels)
-            and self._state.is_fresh(_read(model))
-        )
 
     def rows(self, labels: Sequence[int]) -> Tensor:
         """Where labels stand in a step, (B,), for :meth:`at`."""
@@ -87,6 +66,10 @@ class ScheduleTable:
             self._made = made.view(len(t), len(self._labels), -1)
         return self._made[step - self._first].index_select(0, rows)
 
+    def free(self) -> None:
+        """Gives its memory back; where it is read again, it is made again."""
+        self._made = None
+
 
 def takes_table(model: DiT) -> bool:
     """Whether its modulations have known widths: adaLN Linears, which may be wrapped (LoRA)."""
@@ -101,27 +84,7 @@ def takes_table(model: DiT) -> bool:
     )
 
 
-def label_mib(model: DiT) -> float:
+def _label_mib(model: DiT) -> float:
     """What one label takes a step, in MiB."""
     weights = [layer.adaLN_modulation[-1].weight for layer in (*model.blocks, model.final_layer)]
     return float(sum(len(weight) for weight in weights) * weights[0].element_size() / _MIB)
-
-
-def _parts(model: DiT) -> list[nn.Module]:
-    """What the table is made from."""
-    own = [layer.adaLN_modulation for layer in (*model.blocks, model.final_layer)]
-    return [model.t_embedder, model.y_embedder, *own]
-
-
-def _read(model: DiT) -> list[nn.Parameter]:
-    return [parameter for part in _parts(model) for parameter in part.parameters()]
-
-
-def _modules(model: DiT) -> list[nn.Module]:
-    return [module for part in _parts(model) for module in part.modules()]
-
-
-def _conditions(model: DiT) -> tuple[object, ...]:
-    """What else it depends on; never equal where layers go by more than their parameters."""
-    known = True if all(map(is_as_built, _parts(model))) else object()
-    return known, autocast_dtype(model.device.type), model._modulation_cache.resets
