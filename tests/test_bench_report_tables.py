@@ -21,7 +21,7 @@ from ditfast.bench.report.tables import (
     scaling_tables,
     verify_tables,
 )
-from ditfast.bench.rows import CostRow, MemoryRow, OpRow, SampleRow, Saving, ScalingRow, VerifyRow
+from ditfast.bench.rows import CostRow, MemoryRow, OpRow, SampleRow, ScalingRow, VerifyRow
 from ditfast.bench.timing import Spread
 
 FULL = replace(
@@ -60,7 +60,6 @@ COST = CostRow(
     flops=4_560_000_000_000,
     intensity=370.7,
     roofline_ms={"H200": 2.5, "A100-40": 7.25},
-    savings=[Saving("a fusion", 28, 56, 1_500_000_000)],
 )
 
 
@@ -117,14 +116,13 @@ def test_rows_of_operators_and_memory() -> None:
 
 
 def test_rows_of_costs_and_numerics() -> None:
-    counted, saved = cost_tables(machine_of("cost", [COST]))
+    [counted] = cost_tables(machine_of("cost", [COST]))
     case = ["DiT-XL/2", "256", "loss and backward, without optimiser, bf16"]
     assert cells(counted) == [*case, "ditfast", "1,207", "12.3", "4.56", "371", "2.50", "7.25"]
     assert [name for name, _ in counted.columns][-2:] == ["H200, ms at least", "A100-40, ms at least"]
-    assert cells(saved) == [*case, "a fusion", "28", "56", "1.50"]
     assert "everyone eager" in counted.notes[0] and "no cache kept anything" in counted.notes[0]
-    # neither has the columns that these words of the terminal's tables are about
-    assert "/s" not in counted.notes[0] and "share" not in saved.notes[0]
+    # it lacks the columns that these words of the terminal's table are about
+    assert "/s" not in counted.notes[0]
     row = VerifyRow("gelu_mlp", "triton", "fp16", "d_x", 1.5e-3, 2.5e-4, 3.5e-2, False)
     [table] = verify_tables(machine_of("verify", [row]))
     assert cells(table) == ["gelu_mlp", "triton", "fp16", "d_x", "1.5e-03", "2.5e-04", "3.5e-02", "✗ failed"]
@@ -218,7 +216,6 @@ def test_table_md_holds_costs_and_numerics_under_their_conditions() -> None:
         "Computed without a device, torch 9.9.9, triton 8.8.8, ditfast 0.0.test (012345678)."
     )
     assert "| ditfast | 1,207 | 12.3 | 4.56 | 371 | 2.50 | 7.25 |" in computed
-    assert "| a fusion | 28 | 56 | 1.50 |" in computed
 
 
 def test_nothing_from_a_file_is_taken_for_markdown() -> None:
