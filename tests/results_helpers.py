@@ -10,7 +10,6 @@ from ditfast.bench.ceilings import Ceilings
 from ditfast.bench.metrics import with_speedups
 from ditfast.bench.records import Results, Suite
 from ditfast.bench.report.data import Report, Run, gather
-from ditfast.bench.report.summary import as_text, summarise
 from ditfast.bench.rows import CostRow, MemoryRow, ModelRow, OpRow, ScalingRow, VerifyRow
 from ditfast.bench.timing import Spread
 from ditfast.config import MODELS, DiTConfig
@@ -262,11 +261,6 @@ def runs(*found: Results) -> list[Run]:
 
 def report_of(*found: Results) -> Report:
     return gather(runs(*found))
-
-
-def text_of(*found: Results) -> str:
-    """``summary.txt``."""
-    return as_text(summarise(report_of(*found)))
 
 
 def everything() -> list[Results]:

@@ -13,8 +13,8 @@ from ..metrics import is_tie
 from ..rows import CostRow, HostRow, MemoryRow, ModelRow, OpRow, SampleRow, ScalingRow, VerifyRow
 from ..text import STATUS, cost_mode_name, digits, mode_name, model_name, percent, size, tick
 from .data import Machine
+from .derived import lacks_bytes
 from .headline import noise, speedup_text
-from .suites import lacks_bytes
 
 # what _model_cells fills
 _MODEL_COLUMNS = (
