@@ -18,7 +18,6 @@ from ditfast.training import diffusion_loss
 from . import diffusers_dit
 from .cases import Case, Mode, unknown
 from .cost import Cost, count
-from .fusions import savings
 from .roofline import datasheet_bounds
 from .rows import CostRow
 from .workload import inference_call
@@ -102,23 +101,13 @@ def run(cases: Iterable[Case], providers: Iterable[str] = PROVIDERS) -> Iterator
     """
     providers = list(providers)
     for case in cases:
-        costs: dict[str, Cost] = {}
         for provider in providers:
-            if unavailable(provider, case) is not None:
-                continue
-            costs[provider] = _trace(case, provider)
-            if provider == "ditfast":
-                slow = costs.get("reference") or _trace(case, "reference")
-                yield _row(case, provider, costs[provider], saved_over=slow)
-            else:
-                yield _row(case, provider, costs[provider])
+            if unavailable(provider, case) is None:
+                yield _row(case, provider)
 
 
-def _trace(case: Case, provider: str) -> Cost:
-    return trace(case.config, case.batch, case.dtype, case.mode, provider)
-
-
-def _row(case: Case, provider: str, cost: Cost, saved_over: Cost | None = None) -> CostRow:
+def _row(case: Case, provider: str) -> CostRow:
+    cost = trace(case.config, case.batch, case.dtype, case.mode, provider)
     return CostRow(
         **case.columns,
         provider=provider,
@@ -127,7 +116,6 @@ def _row(case: Case, provider: str, cost: Cost, saved_over: Cost | None = None) 
         flops=cost.total_flops,
         intensity=cost.intensity,
         roofline_ms=datasheet_bounds(cost, case.dtype_name),
-        savings=[] if saved_over is None else savings(case, saved_over, cost),
     )
 
 

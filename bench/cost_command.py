@@ -24,10 +24,6 @@ CAPTION = (
     "ms: the sum over the launches of the longer of arithmetic and traffic at a GPU's datasheet rates (dense), as if",
     "no cache kept anything between two launches (at small batches one does), and launching took no time.",
 )
-SAVINGS_CAPTION = (
-    "In one call, over the reference: launches, and bytes as a share of all that the reference moves. Each fusion's",
-    "formula and operator were counted on their own at the model's shapes; what belongs to none is the rest.",
-)
 
 
 def cost(
@@ -136,7 +132,7 @@ def _plan(
 
 
 def tables(results: Results) -> RenderableType:
-    """The costs of each mode, and what the fusions save."""
+    """The costs of each mode."""
     from rich.console import Group
 
     from .render import line
@@ -147,11 +143,6 @@ def tables(results: Results) -> RenderableType:
         shown = [row for row in rows if row.mode == mode]
         parts += [line(f"ditfast bench cost: {mode}, {shown[0].dtype}, computed bounds", "bold"), _cost_table(shown)]
         parts += map(line, CAPTION)
-        ours = [row for row in shown if row.savings]
-        if ours:
-            parts += [line(""), line(f"what ditfast's fusions save: {mode}, {shown[0].dtype}", "bold")]
-            parts.append(_savings_table(ours))
-            parts += map(line, SAVINGS_CAPTION)
         parts.append(line(""))
     parts += [line(f"Not traced: {name}: {why}") for name, why in results.settings["providers_left_out"].items()]
     if not results.complete:
@@ -181,28 +172,6 @@ def _cost_table(rows: Sequence[CostRow]) -> RenderableType:
             cells += map(digits, (row.roofline_ms[gpu], images_per_second(row.batch, row.roofline_ms[gpu])))
         names = (_label(row), str(row.batch)) if first else ("", "")
         table.add_row(*names, escape(row.provider), *cells, end_section=last)
-    return table
-
-
-def _savings_table(rows: Sequence[CostRow]) -> RenderableType:
-    """A row a model and batch, two columns a fusion."""
-    from .render import plain_table
-
-    table = plain_table()
-    fusions = list(dict.fromkeys(saving.fusion for row in rows for saving in row.savings))
-    table.add_column("model", no_wrap=True)
-    table.add_column("batch", justify="right", no_wrap=True)
-    for name in (*fusions, "all"):
-        table.add_column(name.replace(", ", ",\n"), justify="right", no_wrap=True)
-    for row in rows:
-        reference = row.bytes + sum(saving.bytes for saving in row.savings)
-        saved = {saving.fusion: (saving.launches, saving.bytes) for saving in row.savings}
-        saved["all"] = (sum(launches for launches, _ in saved.values()), reference - row.bytes)
-        cells = [
-            f"{saved[name][0]}, {saved[name][1] / reference:.1%}" if name in saved else ""
-            for name in (*fusions, "all")
-        ]
-        table.add_row(_label(row), str(row.batch), *cells)
     return table
 
 

@@ -26,23 +26,21 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """A page, plots, tables for READMEs and a plain summary of result files.
+    """A page, plots and tables for READMEs of result files.
 
-    Writes report.html, plots/*.png, table.md and summary.txt; plots that only an earlier report in DIR had are
-    removed. Regressions against an older run are marked in all of them; the exit code tells of errors only.
+    Writes report.html, plots/*.png and table.md; plots that only an earlier report in DIR had are removed.
+    Regressions against an older run are marked in the page and in the tables; the exit code tells of errors only.
     """
     from .report.data import gather
-    from .report.summary import as_text, summarise
     from .report.write import prepare, render, require_matplotlib, write
 
     gathered = gather(_load(results), _load(compare or []))
     prepare(out)
     require_matplotlib()
     write(render(gathered), out)
-    typer.echo(as_text(summarise(gathered)), nl=False)
     if gathered.compared:
         worse = sum(pair.comparison.regressed for pair in gathered.compared)
-        typer.echo(f"\nregressions past the noise: {worse} (the exit code stays 0)")
+        typer.echo(f"regressions past the noise: {worse} (the exit code stays 0)")
     typer.echo(f"report: {out / 'report.html'}", err=True)
 
 

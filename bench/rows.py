@@ -277,16 +277,6 @@ class MemoryRow(_CaseRow):
 
 
 @dataclass(frozen=True)
-class Saving:
-    """What one fusion saves in one call of a model: the reference's launches and bytes less ditfast's."""
-
-    fusion: str
-    uses: int
-    launches: int
-    bytes: int
-
-
-@dataclass(frozen=True)
 class CostRow(_CaseRow):
     """What one call launches, moves and computes, traced on meta tensors (``ditfast bench cost``).
 
@@ -297,7 +287,6 @@ class CostRow(_CaseRow):
         intensity: FLOPs a byte.
         roofline_ms: GPU -> a computed lower bound: over the launches, the sum of the longer of arithmetic and
             traffic at the datasheet's rates.
-        savings: what each fusion saves over the reference; empty for rivals.
     """
 
     launches: int
@@ -305,7 +294,6 @@ class CostRow(_CaseRow):
     flops: int
     intensity: float
     roofline_ms: dict[str, float]
-    savings: list[Saving] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -85,9 +85,8 @@ def model_order(name: str) -> tuple[int, str]:
     return (_PAPER.index(name), "") if name in _PAPER else (len(_PAPER), name)
 
 
-def case_name(row: ModelRow | MemoryRow | CostRow | HostRow) -> str:
-    mode = cost_mode_name(row.mode) if isinstance(row, (CostRow, HostRow)) else mode_name(row.mode)
-    return f"{model_name(row)}, batch {row.batch}, {row.dtype}, {mode}"
+def case_name(row: ModelRow) -> str:
+    return f"{model_name(row)}, batch {row.batch}, {row.dtype}, {mode_name(row.mode)}"
 
 
 def op_case_name(row: OpRow) -> str:
@@ -102,16 +101,10 @@ def row_name(row: ModelRow | OpRow | ScalingRow) -> str:
     return f"{named}, {row.provider}"
 
 
-def is_unticked(row: ModelRow | OpRow) -> bool:
-    """Whether it is a row of ditfast that ran and has no parity tick."""
-    return row.is_ours and row.ms is not None and row.parity is not True
-
-
-def listed(items: Sequence[str], limit: int = 6, separator: str = "; ") -> str:
+def listed(items: Sequence[str], limit: int = 6) -> str:
     """The items in a line; past the limit, how many more there are."""
-    items = list(items)
-    shown = separator.join(items[:limit])
-    return shown if len(items) <= limit else f"{shown}{separator}and {len(items) - limit} more"
+    shown = "; ".join(items[:limit])
+    return shown if len(items) <= limit else f"{shown}; and {len(items) - limit} more"
 
 
 def median_of(samples: Sequence[int]) -> str:
@@ -122,9 +115,9 @@ def median_of(samples: Sequence[int]) -> str:
     return f"Median of {low if low == high else f'{low} to {high}'} samples"
 
 
-def count(number: int, noun: str, plural: str | None = None) -> str:
+def count(number: int, noun: str) -> str:
     """The number with its noun: 1 row, 2 rows."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+    return f"{number:,} {noun if number == 1 else noun + 's'}"
 
 
 def slug(text: str) -> str:

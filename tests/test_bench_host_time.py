@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from results_helpers import CPU as CPU_ENVIRONMENT
-from results_helpers import report_of, results, text_of
+from results_helpers import report_of, results
 from typer.testing import CliRunner
 
 from ditfast import DiT, DiTConfig, _model_blocks, ops
@@ -26,7 +26,6 @@ from ditfast.bench.inputs import random_batch
 from ditfast.bench.records import Results
 from ditfast.bench.render import print_tables
 from ditfast.bench.report.page import page
-from ditfast.bench.report.summary import summarise
 from ditfast.bench.report.tables import host_tables
 from ditfast.bench.rows import HostPart, HostRow
 from ditfast.bench.timing import Spread
@@ -303,14 +302,9 @@ def test_the_table(capsys):
 
 
 def test_the_report():
-    found = made_up()
-    assert (
-        "The host's time of one eager call, DiT-XL/2, batch 1, bf16, forward: ditfast 10.0 ms, the reference 4.00 ms"
-        " (2.50x), without what a driver takes for their 207 and 585 launches."
-    ) in text_of(found)
-    report = report_of(found)
+    report = report_of(made_up())
     models, parts = host_tables(report.machines[0])
     assert [cell.text for cell in models.rows[1]][3:] == ["ditfast", "10.0", "11.0", "9.90 to 12.1", "207", "87"]
     assert [cell.text for cell in parts.rows[0]][3:] == ["gelu_mlp, forward", "28", "1", "50.0", "20.0", "-", "-"]
-    html = page(report, summarise(report), [])
+    html = page(report, [])
     assert "The host&#x27;s time of an eager call" in html and "microseconds a call" in html

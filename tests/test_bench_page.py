@@ -36,7 +36,7 @@ ASK = """<script>addEventListener('load', () => {
     const [a, b] = [rgb(getComputedStyle(element).color), behind(element)].map(light);
     return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
   };
-  const read = [...document.querySelectorAll('h1,h2,h3,p,li,a,dt,dd,th,td,summary,figcaption')];
+  const read = [...document.querySelectorAll('h1,h2,h3,p,a,dt,dd,th,td,summary,figcaption')];
   const worst = read.map(e => [contrast(e), e.tagName + '.' + e.className]).sort((x, y) => x[0] - y[0])[0];
   const wide = [...document.querySelectorAll('body *')].filter(e => !e.closest('.scroll *'))
     .filter(e => e.getBoundingClientRect().right > innerWidth + 0.5).map(e => e.tagName);
@@ -122,10 +122,10 @@ def test_the_page_is_readable(browser: str, page: Path, width: int, options: tup
     for natural, shown, alt in answer["images"]:
         # 150 dots an inch against 96: the letters keep their size
         assert natural > 0 and shown == pytest.approx(natural * 96 / 150, abs=2) and len(alt) > 20
-    sections = ["summary", "machine-1", "machine-2", "computed", "comparison", "definitions"]
+    sections = ["machine-1", "machine-2", "computed", "comparison", "definitions"]
     assert answer["sections"] == sections
     rows = sum(len(item.rows) for item in everything())
-    assert answer["rows"] > rows and answer["tables"] == 10
+    assert answer["rows"] > rows and answer["tables"] == 9
     assert answer["contrast"][0] >= 4.5, answer["contrast"]
 
 

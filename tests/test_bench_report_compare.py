@@ -11,7 +11,7 @@ from results_helpers import model_row, results, spread
 
 from ditfast.bench.compare import compare
 from ditfast.bench.fits import fit_exponent, is_power_law
-from ditfast.bench.report.compared import comparison_lines, comparison_table
+from ditfast.bench.report.compared import comparison_table
 from ditfast.bench.report.data import Compared
 
 E = math.e
@@ -109,12 +109,9 @@ def test_a_full_comparison_by_hand() -> None:
         [f"{case}reference-compile", "30.0", "10.0", "3.00x", "1.2 %", "faster"],
         [f"{case}ditfast-compile", "10.0", "10.1", "0.99x", "1.2 %", "a tie"],
     ]
-    assert comparison_lines(found) == [
-        f"REGRESSION: 1 row of ditfast slower past the noise: {case}ditfast: 10.0 to 20.0 ms.",
-        f"REGRESSION: 1 row of ditfast ran then and not now: {case}ditfast-x.",
-        f"1 row of rivals ran then and not now: {case}diffusers.",
-        "Of 5 rows in both: 1 of ditfast slower, 2 rows faster, 1 tie, 1 row of rivals slower.",
-        "Measured in one run alone: 2 rows only then, 0 only now.",
+    assert comparison_table(found).notes == [
+        "A change within the noise of either run, or with overlapping quartiles, is a tie.",
+        "Measured in one run alone: 2 rows only then, 0 rows only now.",
     ]
 
 
@@ -133,9 +130,11 @@ def test_the_larger_noise_of_the_two_makes_a_tie() -> None:
 def test_a_lost_rival_is_no_regression() -> None:
     found = pair([model_row("reference"), model_row()], [model_row("reference", None), model_row()])
     assert found.comparison.regressed == 0
-    assert comparison_lines(found)[:2] == [
-        "No regression past the noise.",
-        "1 row of rivals ran then and not now: DiT-XL/2, batch 256, bf16, forward, reference.",
+    lost = comparison_table(found).rows[0]
+    assert [lost[0].text, lost[-1].text, lost[-1].tone] == [
+        "DiT-XL/2, batch 256, bf16, forward, reference",
+        "no longer runs (a rival)",
+        "quiet",
     ]
 
 

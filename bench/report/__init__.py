@@ -1,1 +1,1 @@
-"""``ditfast bench report``: result files as a page, plots, tables for READMEs, and a plain summary."""
+"""``ditfast bench report``: result files as a page, plots, and tables for READMEs."""

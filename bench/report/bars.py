@@ -11,9 +11,9 @@ from ..metrics import images_per_second
 from ..rows import MemoryRow, ModelRow
 from ..text import STATUS_SHORT, count, median_of, mode_name, model_name, model_order, pixels, size, slug
 from .data import Machine
+from .derived import lacks_bytes
 from .figure import SMALL, TEXT, Frame, Palette, Plot, plain_linear, plain_log, provider_order
 from .headline import headlines
-from .suites import lacks_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from ..rows import Axis
 from ..text import median_of, mode_name, slug
 from .data import Machine
+from .derived import Curve, curves
 from .figure import MARKERS, SMALL, TEXT, Frame, Palette, Plot, plain_log, provider_order
-from .suites import Curve, curves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

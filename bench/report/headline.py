@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..metrics import is_tie
 from ..rows import ModelRow, OpRow, SampleRow
-from ..text import STATUS, digits, factor, model_order, percent
+from ..text import STATUS, digits, factor, percent
 
 _COMPILED = ("compile", "autotune", "overhead")
 COLUMNS = (
@@ -117,11 +117,6 @@ def rate(row: ModelRow | None, named: bool = False) -> str:
     if row.is_ours and row.parity is not True:
         return f"{text}, no parity tick"
     return f"{text} ({row.provider.removeprefix('reference-')})" if named else text
-
-
-def work(row: ModelRow) -> tuple[object, ...]:
-    """Orders cases by how much they ask for."""
-    return (row.depth * row.hidden_size**2 * row.tokens, row.batch, model_order(row.model))
 
 
 def _share(row: ModelRow) -> str:

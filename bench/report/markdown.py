@@ -11,8 +11,8 @@ from ..text import digits, mode_name, model_name, op_case_name, percent, pixels,
 from .compared import comparison_table
 from .conditions import limits_text
 from .data import Machine, Report
+from .derived import curves, largest_ops, points_text
 from .headline import COLUMNS, headlines, speedup_text
-from .suites import curves, largest_ops, points_text
 from .tables import Table, cost_tables, memory_tables, sample_tables, verify_tables
 
 _BEST = (

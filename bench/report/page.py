@@ -13,7 +13,6 @@ from .data import Machine, Report
 from .figure import Plot
 from .roofline import NO_COST, lacks_costs
 from .style import CSS, DEFINITIONS
-from .summary import Section
 from .tables import (
     Cell,
     Table,
@@ -34,10 +33,9 @@ _LONG = 48
 _DEVICE_INCH = 96
 
 
-def page(report: Report, sections: Sequence[Section], plots: Sequence[Plot]) -> str:
+def page(report: Report, plots: Sequence[Plot]) -> str:
     """The page; the plots are embedded, each with its alternative text."""
-    anchors = [("summary", "Summary")]
-    body = [_summary(sections)]
+    anchors, body = [], []
     for number, machine in enumerate(report.machines, 1):
         anchor = f"machine-{number}"
         anchors.append((anchor, machine.label))
@@ -67,23 +65,11 @@ def page(report: Report, sections: Sequence[Section], plots: Sequence[Plot]) -> 
     )
 
 
-def _summary(sections: Sequence[Section]) -> str:
-    blocks = []
-    for section in sections:
-        lines = "".join(f"<li{_alarm(line)}>{escape(line)}</li>" for line in section.lines)
-        blocks.append(f"<h3>{escape(section.title)}</h3>\n<ul>{lines}</ul>")
-    return _wrap("summary", "Summary", blocks)
-
-
-def _alarm(line: str) -> str:
-    """Bad news is set off: it begins in capitals."""
-    return ' class="bad"' if line.startswith(("REGRESSION", "PARITY", "NUMERICS")) else ""
-
-
 def _machine(anchor: str, machine: Machine, plots: Sequence[Plot], report: Report) -> str:
     facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in conditions(machine))
     parts = [f"<h3>Conditions</h3>\n<dl>{facts}</dl>"]
     parts += _remarks(machine)
+    parts += [f'<p class="note">{escape(note)}</p>' for note in _unmeasured(machine)]
     groups = (
         ("models", "Models", model_tables(machine)),
         ("ops", "Operators", op_tables(machine)),
@@ -102,6 +88,15 @@ def _machine(anchor: str, machine: Machine, plots: Sequence[Plot], report: Repor
                 parts.append(f'<p class="note">{escape(NO_COST)}</p>')
             parts += [_table(table) for table in tables]
     return _wrap(anchor, machine.label, parts)
+
+
+def _unmeasured(machine: Machine) -> list[str]:
+    """What no table says: that nothing was measured, and whom the default options left out, with the reason."""
+    settings = [run.results.settings.get("providers_left_out") for run in machine.of("models")]
+    reasons = {name: why for found in settings if isinstance(found, dict) for name, why in found.items()}
+    shown = {row.provider for row in machine.rows("models")}
+    nothing = [] if any(run.results.rows for run in machine.runs) else ["Nothing was measured."]
+    return nothing + [f"Not measured: {name}: {why}." for name, why in reasons.items() if name not in shown]
 
 
 def _computed(anchor: str, machine: Machine, plots: Sequence[Plot]) -> str:
@@ -146,6 +141,9 @@ def _table(table: Table, closed: bool | None = None) -> str:
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
     opened = "" if (len(table.rows) > _OPEN_ROWS if closed is None else closed) else " open"
     title = f"{escape(table.title)} ({count(len(table.rows), 'row')})"
+    # which a folded table would hide
+    bad = sum(any(cell.tone == "bad" for cell in row) for row in table.rows)
+    title += f' <span class="bad">bad news in {count(bad, "row")}</span>' if bad else ""
     return (
         f'<details{opened}><summary>{title}</summary>\n<div class="scroll" tabindex="0" role="region" '
         f'aria-label="{escape(table.title)}"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n'

@@ -10,8 +10,8 @@ from ..rows import CostRow, ModelRow, OpRow
 from ..text import count, mode_name, slug
 from .conditions import limits_text, version
 from .data import Machine
+from .derived import largest_ops
 from .figure import MARKERS, SMALL, TEXT, Frame, Palette, Plot, plain_log, provider_order
-from .suites import largest_ops
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

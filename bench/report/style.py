@@ -12,7 +12,7 @@ html { -webkit-text-size-adjust: 100%; }
 body { margin: 0 auto; max-width: 1160px; padding: 16px; color: var(--text); background: var(--page);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.3rem; margin-top: 2.4rem; } h3 { font-size: 1.05rem; }
-h2, h3 { line-height: 1.3; } a { color: var(--link); } li { margin: 0.3rem 0; }
+h2, h3 { line-height: 1.3; } a { color: var(--link); }
 nav a { display: inline-block; margin: 0 1rem 0.3rem 0; }
 .note, figcaption, .quiet { color: var(--quiet); } .good { color: var(--good); }
 .bad { color: var(--bad); font-weight: 600; }

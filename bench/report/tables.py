@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..cost_command import CAPTION, SAVINGS_CAPTION
+from ..cost_command import CAPTION
 from ..host_command import CAPTION as HOST_CAPTION
 from ..host_command import DIFFERENCES, PARTS_CAPTION
 from ..metrics import is_tie
 from ..rows import CostRow, HostRow, MemoryRow, ModelRow, OpRow, SampleRow, ScalingRow, VerifyRow
 from ..text import STATUS, cost_mode_name, digits, mode_name, model_name, percent, size, tick
 from .data import Machine
+from .derived import lacks_bytes
 from .headline import noise, speedup_text
-from .suites import lacks_bytes
 
 # what _model_cells fills
 _MODEL_COLUMNS = (
@@ -24,9 +24,6 @@ _MODEL_COLUMNS = (
 
 # the terminal's, without what it says of columns that are not here
 _COST_NOTE = " ".join(CAPTION).replace(" /s: images a second.", "")
-_SAVINGS_NOTE = " ".join(SAVINGS_CAPTION).replace(
-    ": launches, and bytes as a share of all that the reference moves.", "."
-)
 _HOST_NOTE = " ".join((*HOST_CAPTION, *DIFFERENCES)).replace(", and median and half the interquartile range", "")
 
 Tone = Literal["", "good", "bad", "quiet"]
@@ -172,14 +169,14 @@ def verify_tables(machine: Machine) -> list[Table]:
 
 
 def cost_tables(machine: Machine) -> list[Table]:
-    """What was computed without a device, and what the fusions save."""
+    """What was computed without a device."""
     rows: list[CostRow] = machine.rows("cost")
     if not rows:
         return []
     gpus = list(dict.fromkeys(gpu for row in rows for gpu in row.roofline_ms))
     traced = ("model", "batch", "mode", "provider", "launches", "GB moved", "TFLOP", "FLOP/byte")
     columns = (*traced, *(f"{gpu}, ms at least" for gpu in gpus))
-    counted, saved = [], []
+    counted = []
     for row in rows:
         case = [model_name(row), str(row.batch), f"{cost_mode_name(row.mode)}, {row.dtype}"]
         numbers = [
@@ -190,17 +187,9 @@ def cost_tables(machine: Machine) -> list[Table]:
         ]
         bounds = [digits(row.roofline_ms.get(gpu)) for gpu in gpus]
         counted.append([Cell(text) for text in (*case, row.provider, *numbers, *bounds)])
-        for item in row.savings:
-            numbers = [f"{item.uses:,}", f"{item.launches:,}", digits(item.bytes / 1e9)]
-            saved.append([Cell(text) for text in (*case, item.fusion, *numbers)])
-    text = ("model", "mode", "provider", "fusion")
+    text = ("model", "mode", "provider")
     title = "Launches, bytes and FLOPs of a call (computed)"
-    tables = [Table(title, columns_of(columns, text), counted, [_COST_NOTE])]
-    if saved:
-        names = columns_of(("model", "batch", "mode", "fusion", "uses", "launches saved", "GB saved"), text)
-        title = "What each fusion saves over the reference (computed)"
-        tables.append(Table(title, names, saved, [_SAVINGS_NOTE]))
-    return tables
+    return [Table(title, columns_of(columns, text), counted, [_COST_NOTE])]
 
 
 def _model_cells(row: ModelRow) -> list[Cell]:

@@ -16,7 +16,6 @@ from .figure import Palette, Plot
 from .markdown import markdown
 from .page import page
 from .roofline import roofline_plots
-from .summary import as_text, summarise
 
 
 def prepare(out: Path) -> None:
@@ -54,13 +53,8 @@ MANIFEST = ".ditfast-plots"
 def render(report: Report) -> dict[str, bytes]:
     """The report's files by their paths within its folder; the page comes last."""
     plots = draw(report)
-    sections = summarise(report)
     files = {f"plots/{plot.name}.png": plot.png for plot in plots}
-    texts = {
-        "table.md": markdown(report),
-        "summary.txt": as_text(sections),
-        "report.html": page(report, sections, plots),
-    }
+    texts = {"table.md": markdown(report), "report.html": page(report, plots)}
     return files | {name: text.encode() for name, text in texts.items()}
 
 
