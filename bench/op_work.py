@@ -1,7 +1,7 @@
 """The work an operator must do: FLOPs, and the bytes of its inputs and outputs, each read or written once.
 
-Those that move (B, T, D) tensors or weights and compute little are held against the copy bandwidth, the others, whose matmuls
-decide, against the matmul rate.
+Those that move (B, T, D) tensors or weights and compute little are held against the copy bandwidth, the others, whose
+matmuls decide, against the matmul rate.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ditfast import ops
+from ditfast.ops.modulations import split
 from ditfast.reference import ops as formulas
 
 from .parity import Verdict, judge
@@ -166,7 +167,7 @@ def parameters(named: Inputs) -> tuple[list[Tensor], list[Tensor]]:
 def _modulations(c: Tensor, **named: Tensor) -> tuple[Tensor, ...]:
     """In its parts, as the models have them."""
     weights, biases = parameters(named)
-    return ops.modulations(c, weights, biases).split([len(weight) for weight in weights], dim=1)
+    return split(ops.modulations(c, weights, biases), weights)
 
 
 def _modulations_formula(c: Tensor, **named: Tensor) -> tuple[Tensor, ...]:

@@ -76,7 +76,6 @@ def step_costs(config: DiTConfig, batch: int, dtype: torch.dtype) -> tuple[StepC
 
 def _cost(model: ditfast.DiT, step: Callable[[], Tensor]) -> StepCost:
     with ops.use_backend("triton"), torch.no_grad():
-        step()  # makes the concatenated adaLN weights, which later steps only read
         counted = count(step)
         with _Weights(model) as weights:
             step()
@@ -88,9 +87,8 @@ class _Weights(TorchDispatchMode):
 
     def __init__(self, model: ditfast.DiT) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        made = model._modulation_cache.made
         held = [p for name, p in model.named_parameters() if "embedding_table" not in name]
-        self._sizes = {_storage(p): p.nbytes for p in [*held, *((made.weight, made.bias) if made else ())]}
+        self._sizes = {_storage(p): p.nbytes for p in held}
         self._read: set[int] = set()
 
     @property

@@ -63,41 +63,6 @@ def test_model(timed: Timed, size: str, mode: Mode, batch: int, provider: str) -
     )
 
 
-@pytest.mark.parametrize("what", ["check", "make"])
-@pytest.mark.parametrize("size", CONFIGS)
-@torch.no_grad()
-def test_modulation_cache(timed: Timed, size: str, what: str) -> None:
-    """The check before each inference call that no adaLN weight has changed, beside making the copy anew."""
-    config = CONFIGS[size]
-    model = DiT(config).eval()
-    randomize_(model)
-    model(*random_batch(config, 1))
-    cache = model._modulation_cache.made
-    assert cache is not None
-    parameters = cache.state.parameters
-    weights, biases = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
-    assert cache.is_fresh(parameters, FP32)
-    assert torch.equal(cache.weight, torch.cat([*weights])) and torch.equal(cache.bias, torch.cat([*biases]))
-
-    def check() -> bool:
-        return cache.is_fresh(parameters, FP32)
-
-    def make() -> object:
-        return cache.build(weights, biases, FP32)
-
-    done = timed(
-        check if what == "check" else make,
-        group=f"{size}, modulation cache",
-        device="cpu",
-        dtype=FP32,
-        shapes={"weight": tuple(cache.weight.shape)},
-        parameters=len(parameters),
-    )
-    assert done is True or what == "make"
-    parameters[0].mul_(2.0)
-    assert not cache.is_fresh(parameters, FP32)
-
-
 @pytest.mark.parametrize("how", ["safetensors", "official", "torch alone"])
 @pytest.mark.parametrize("size", CONFIGS)
 def test_checkpoint(timed: Timed, tmp_path: Path, size: str, how: str) -> None:

@@ -197,7 +197,8 @@ class Modulations(_Gemm):
 
     def space(self, shape: Shape, dtype: torch.dtype, target: Target) -> Iterator[GemmConfig]:
         heuristic = self.heuristic(shape, dtype, target)
-        yield from (heuristic._replace(candidate=name) for name in tables.OPERATORS[self.operator][0])
+        names: Any = tables.OPERATORS[self.operator][0]
+        yield from (heuristic._replace(candidate=name) for name in names)
         for tile in tune_spaces.MODULATIONS:
             if tile.block_m < 2 * max(shape.batch, 16):
                 yield tile._replace(block_k=tile.block_k * 2 // dtype.itemsize)

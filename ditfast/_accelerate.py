@@ -15,6 +15,7 @@ from .adapters import registered
 from .adapters._adapter import Adapter
 from .adapters._check import disagreement, fingerprint
 from .adapters._swap import accelerated_by, swap, unswap
+from .adapters.shared import FastModel, sharing_layers
 from .model import DiT
 
 Status = Literal["accelerated", "already", "skipped"]
@@ -75,7 +76,8 @@ def accelerate(model: nn.Module, *, check: bool = True, strict: bool = False, **
 
     A matched module's class becomes a subclass with another forward: parameters, state-dict keys, hooks, isinstance,
     copies and pickles stay what they were. Where the fused forward does not apply to a call (a mask, a live dropout),
-    the module's own runs.
+    the module's own runs. In inference those blocks and the final layer of a model of the official shape (``blocks``,
+    ``final_layer``) that are matched share one launch for their modulations; the model's class becomes a subclass too.
 
     Args:
         model: any module; blocks are found wherever they stand in it.
@@ -123,9 +125,11 @@ def accelerate(model: nn.Module, *, check: bool = True, strict: bool = False, **
     try:
         for module, adapter in matched:
             swap(module, adapter.mixin)
+        _let_share(model)
     except BaseException:
         for module, _ in matched:  # also the one that was just being swapped
             unswap(module)
+        _let_share(model)
         raise
     return report
 
@@ -145,7 +149,9 @@ def restore(model: nn.Module) -> int:
                 f"{path or 'the model'} was given the class {type(module).__name__} after ditfast.accelerate: "
                 "call ditfast.restore before fully_shard"
             )
-    return sum(map(unswap, list(model.modules())))
+    count = sum(unswap(module) for module in model.modules() if not isinstance(module, FastModel))
+    _let_share(model)
+    return count
 
 
 @contextmanager
@@ -162,6 +168,17 @@ def accelerated(model: M, *, check: bool = True, strict: bool = False, **gone: o
         yield model
     finally:
         for module in mine:
+            unswap(module)
+        _let_share(model)
+
+
+def _let_share(model: nn.Module) -> None:
+    """Gives models the forward within which their layers share, where there are two that do, and others' their own."""
+    for module in model.modules():
+        shares = len(sharing_layers(module)) > 1 and _uncallable(module) is None
+        if shares and accelerated_by(module) is None:
+            swap(module, FastModel)
+        elif not shares and isinstance(module, FastModel):
             unswap(module)
 
 
@@ -191,10 +208,17 @@ def _adapter_of(module: nn.Module, before: tuple[type[nn.Module], type[nn.Module
     return next((adapter for adapter in registered() if adapter.recognises(module)), None)
 
 
+def _uncallable(module: nn.Module) -> str | None:
+    """Why a module's forward cannot be its class's, or None."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is scripted"
+    return "its forward was replaced on the instance (offloading does so)" if "forward" in module.__dict__ else None
+
+
 def _unfit(module: nn.Module) -> str | None:
     """Why a module is not accelerated whatever its kind, or None."""
-    if "forward" in module.__dict__:
-        return "its forward was replaced on the instance (offloading does so)"
+    if reason := _uncallable(module):
+        return reason
     tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
     if not any(tensor.is_floating_point() for tensor in tensors):
         return "it has no floating-point parameters"

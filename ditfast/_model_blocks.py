@@ -21,7 +21,7 @@ from .ops._backend import takes_triton
 from .ops._block import norm_attention, norm_linear, norm_mlp
 from .ops.attention import attention_backend
 from .ops.linear import autocast, takes_gemm, working_dtype
-from .ops.modulations import attached, modulations_of, split, takes_modulations
+from .ops.modulations import attached, modulations_of, takes_modulations
 from .reference import dit as reference
 
 
@@ -72,7 +72,8 @@ def all_modulations(linears: Sequence[nn.Module], c: Tensor) -> Tensor | None:
     """
     if not reads(*linears):
         return None
-    weights, biases = [cast(Tensor, linear.weight) for linear in linears], [linear.bias for linear in linears]
+    weights = [cast(Tensor, linear.weight) for linear in linears]
+    biases = [cast("Tensor | None", linear.bias) for linear in linears]
     if not takes_modulations(c, weights, biases):
         return None
     with torch.no_grad():
@@ -82,9 +83,11 @@ def all_modulations(linears: Sequence[nn.Module], c: Tensor) -> Tensor | None:
 def modulation_of(
     layers: nn.Sequential, c: Tensor | None, activated: bool, given: Tensor | None, readable: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(the modulation of one layer, c for the next): ``given`` where computed ahead, with c's gradient where c is there.
+    """(the modulation of one layer, c for the next).
 
-    readable: whether the Linear may be one node with what reads c next.
+    Args:
+        given: the modulation where it was computed ahead; it wants its gradient where c is there too.
+        readable: whether the Linear may be one node with what reads c next.
     """
     if given is not None and c is None:
         return given, None
@@ -93,7 +96,8 @@ def modulation_of(
         return cast(Tensor, layers(c)), c
     linear = cast(nn.Linear, layers[1])
     if given is not None or (readable and reads(linear) and not torch.compiler.is_compiling()):
-        return attached(*autocast(c, linear.weight, linear.bias), given)
+        c, weight, bias = autocast(c, linear.weight, linear.bias)
+        return attached(c, weight, bias, given)
     return linear(c), c
 
 
@@ -250,7 +254,8 @@ class AdaLNForward(nn.Module):
         """(x, branch, gate, bias, c) for the next block; see :class:`Pending`.
 
         c (B, D), through its SiLU where ``activated``; modulation (B, 4D) or (B, 6D) where computed ahead, of c where
-        that is given too and wants its gradient; ``hands_over`` where nobody but the next norm sees the branch, so that it may be left its bias's gradient.
+        that is given too and wants its gradient; ``hands_over`` where nobody but the next norm sees the branch, so that
+        it may be left its bias's gradient.
         """
         pending = Pending(branch, gate, bias)
         readable = torch.is_grad_enabled() and self._is_readable(x)

@@ -9,7 +9,7 @@ per block keep working.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import NoReturn, cast
 
 import torch
 import torch.nn.functional as F
@@ -146,6 +146,10 @@ class DiT(reference.DiT):
     def dtype(self) -> torch.dtype:
         """The parameters' dtype, which is the output's."""
         return self.pos_embed.dtype
+
+    def reset_cache(self) -> NoReturn:
+        """Refused: there is no cache."""
+        raise TypeError("DiT keeps no copy of its weights any more: leave reset_cache() out")
 
     def extra_repr(self) -> str:
         how = "fused forward" if self.fused else "no fused forward for this design: runs the reference's code"

@@ -127,8 +127,8 @@ def _compile(
     for index, name in enumerate(kernel.arg_names):
         kind = kinds.get(name)
         signature[name] = "constexpr" if kind is None else kind
-        members = {(index, place): each for place, each in enumerate(kind)} if isinstance(kind, tuple) else {(index,): kind}
-        for path, each in members.items():
+        members = {(index, place): each for place, each in enumerate(kind)} if isinstance(kind, tuple) else None
+        for path, each in (members or {(index,): kind}).items():
             if each is not None and (each.startswith("*") or name in divisible):
                 attributes[path] = [["tt.divisibility", 16]]
     options = {"num_warps": num_warps, "num_stages": num_stages}

@@ -135,7 +135,7 @@ def modulations_heuristic(
             config = config._replace(block_k=32, num_stages=4)  # 64 spills
         elif stored == dtype:
             config = config._replace(max_registers=0)  # both operands stay in shared memory
-    if stored.itemsize == 4 and not config == IEEE:  # half the k-step for the same shared memory
+    if stored.itemsize == 4 and config != IEEE:  # half the k-step for the same shared memory
         config = config._replace(block_k=config.block_k // 2)
     most = few[0].block_m if ieee else _MOST_ROWS
     return config if demanded or rows <= most else config._replace(candidate="separate")

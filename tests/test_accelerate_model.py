@@ -1,17 +1,40 @@
-"""Whole models in the official shape in inference: nothing of one call, or of older weights, is left in the next."""
+"""Whole models in the official shape in inference: one launch for all modulations, of which nothing is left behind."""
 
 import copy
+import pickle
 from contextlib import nullcontext
 
 import pytest
 import torch
-from foreign_models import Model, inputs, randomised
+from foreign_models import Block, Model, inputs, randomised
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import ditfast
+from ditfast._model_blocks import reads
+from ditfast.adapters import shared
 from ditfast.bench.parity import judge
 
 DEPTH = 3
+
+
+@pytest.fixture(autouse=True)
+def launches(monkeypatch, request):
+    """How many Linears each launch took, which the library's GEMMs stand for: the kernel has tests of its own."""
+    seen, own = [], shared.all_modulations
+
+    def together(linears, c):
+        if "kernels" in request.keywords:
+            found = own(linears, c)
+        else:
+            plain = all(map(reads, linears))
+            found = torch.cat([linear(c) for linear in linears], dim=1) if plain else None
+        if found is not None:
+            seen.append(len(linears))
+        return found
+
+    monkeypatch.setattr(shared, "all_modulations", together)
+    return seen
 
 
 def pair(kind=Model):
@@ -30,19 +53,66 @@ def assert_same(fast, slow, given=None, dtype=torch.float32, context=nullcontext
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_in_inference(mode):
+def test_in_inference(mode, launches):
     fast, slow = pair()
     with mode():
         for batch in (3, 1):
             assert_same(fast, slow, inputs(batch))
+    assert launches == ([DEPTH + 1] * 2 if mode is torch.no_grad else [])  # its tensors count no writes
+    assert_same(fast, slow)
+    assert len(launches) < 3  # each block's own Linear in training
 
 
 @pytest.mark.kernels
-def test_with_the_kernels():
+def test_with_the_kernels(launches):
     fast, slow = pair()
     with torch.no_grad():
         # the untouched model runs torch's operators whatever the backend
         assert_same(fast, slow, context=lambda: ditfast.ops.use_backend("triton"))
+    assert launches == [DEPTH + 1]
+
+
+def test_compiled_each_runs_its_own(launches):
+    fast, slow = pair()
+    compiled = torch.compile(fast, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert_same(compiled, slow)
+        assert not launches
+        assert_same(fast, slow)
+    assert launches == [DEPTH + 1]
+
+
+def test_the_models_class_goes_with_its_layers(launches):
+    fast, slow = pair()
+    assert type(fast) is not Model and isinstance(fast, Model) and type(fast).__name__ == "Model"
+    for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        written(twin)
+        changed = copy.deepcopy(slow)
+        written(changed)
+        with torch.no_grad():
+            assert_same(twin, changed)
+    assert launches == [DEPTH + 1] * 2
+    assert ditfast.restore(fast) == 1 + 3 * DEPTH and type(fast) is Model
+    ditfast.accelerate(fast.final_layer)
+    ditfast.accelerate(fast.blocks[0])
+    assert type(fast) is Model
+    with ditfast.accelerated(fast):
+        assert type(fast) is not Model
+    with torch.no_grad():
+        assert_same(fast, slow)
+    assert type(fast) is not Model  # two of its layers share, as before the with
+    alone = randomised(Model(depth=1))
+    alone.final_layer.forward = alone.final_layer.forward  # replaced on the instance: left alone
+    ditfast.accelerate(alone)
+    assert type(alone) is Model
+
+
+def test_nothing_is_left_of_a_call_that_failed(launches):
+    fast, _ = pair()
+    fast.blocks[1].mlp.fc1.weight = nn.Parameter(torch.zeros(3, 48))
+    with torch.no_grad(), pytest.raises(ValueError, match="b1 must have shape"):
+        fast(*inputs())
+    assert launches == [DEPTH + 1] and shared._call.get() is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -117,15 +187,95 @@ class OwnConditions(Model):
         for i, block in enumerate(self.blocks):
             if self.how == "new":
                 c = c + i
-            else:
+            elif self.how == "written":
                 c += i
-            x = block(x, c)
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.how == "autocast" and i == 1):
+                x = block(x, c).to(c.dtype)
         return self.final_layer(x, c)
 
 
-@pytest.mark.parametrize("how", ["new", "written"])
-def test_conditions_that_differ_from_block_to_block(how):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("how", ["new", "written", "autocast"])
+def test_conditions_that_differ_from_block_to_block(how, mode):
     fast, slow = pair(OwnConditions)
     fast.how = slow.how = how
+    with mode():
+        assert_same(fast, slow, dtype=torch.bfloat16 if how == "autocast" else torch.float32)
+
+
+def test_two_models_do_not_share(launches):
+    first, slow = pair()
+    second, changed = copy.deepcopy(first), copy.deepcopy(slow)
+    written(second)
+    written(changed)
+    first.blocks[0].register_forward_hook(lambda *_: list(second(*inputs()))[:0] or None)  # one within the other
+    with torch.no_grad():
+        assert_same(second, changed)
+        assert_same(first, slow)
+    assert launches == [DEPTH + 1] * 3
+
+
+class Encoded(Model):
+    """With a block beside the others, which is called first, and whose condition has another width."""
+
+    def __init__(self, depth):
+        super().__init__(depth=depth)
+        self.encoder = Block(48, 2)
+        self.encoder.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(20, 6 * 48))
+
+    def forward(self, x, t, y):
+        handle = self.blocks[0].register_forward_pre_hook(
+            lambda _, given: (self.encoder(given[0], given[1][:, :20]), given[1])
+        )
+        try:
+            return super().forward(x, t, y)
+        finally:
+            handle.remove()
+
+
+def test_an_accelerated_block_elsewhere_in_the_model(launches):
+    fast, slow = pair(Encoded)
     with torch.no_grad():
         assert_same(fast, slow)
+    assert launches == [DEPTH + 1]
+
+
+def test_changed_layers_are_called_as_modules(launches):
+    fast, slow = pair()
+    heard = []
+    fast.blocks[1].adaLN_modulation[1].register_forward_hook(lambda *_: heard.append("linear"))
+    with torch.no_grad():
+        assert_same(fast, slow)
+    assert heard == ["linear"]
+    fast, slow = pair()
+    for model in (fast, slow):
+        model.blocks[0].adaLN_modulation[0] = nn.GELU()
+        nn.utils.parametrizations.weight_norm(model.blocks[2].adaLN_modulation[1])
+    with torch.no_grad():
+        assert_same(fast, slow)
+    assert not launches
+
+
+def test_one_block_left_to_its_own_code(launches):
+    slow = randomised(Model(depth=DEPTH)).eval()
+    slow.blocks[1].norm2 = nn.LayerNorm(48)  # with parameters: refused
+    fast = copy.deepcopy(slow)
+    assert [entry.module for entry in ditfast.accelerate(fast).skipped] == ["blocks.1"]
+    with torch.no_grad():
+        assert_same(fast, slow)
+    assert launches == [DEPTH]
+
+
+def test_wrappers_that_checkpoint_activations(launches):
+    fast, slow = pair()
+    for i in range(DEPTH):
+        fast.blocks[i] = checkpoint_wrapper(fast.blocks[i])
+    wrapped = copy.deepcopy(slow)
+    for i in range(DEPTH):
+        wrapped.blocks[i] = checkpoint_wrapper(wrapped.blocks[i])
+    ditfast.accelerate(wrapped)
+    with torch.no_grad():
+        assert_same(fast, slow)
+        assert_same(wrapped, slow)
+    assert launches == [DEPTH + 1] * 2
+    assert_same(wrapped, slow)

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from .. import ops
 from .._model_blocks import AdaLNForward, Pending, add_and_norm, promoted
 from ._adapter import Adapter, is_plain_norm, is_quiet, plain_norm, tokens, unknown_parts
+from .shared import SharesModulations
 
 _BLOCK = ("norm1", "attn", "norm2", "mlp", "adaLN_modulation")
 _FINAL = ("norm_final", "linear", "adaLN_modulation")
 
 
-class FastBlock(AdaLNForward):
+class FastBlock(SharesModulations, AdaLNForward):
     """The adaLN-Zero block; with further arguments, a live drop path or changed norms the module's own forward."""
 
     modulations = 6
@@ -31,7 +32,8 @@ class FastBlock(AdaLNForward):
         if given is None or not self._applies():
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
         x, c = given
-        x, branch, gate, _, _ = self.fused(x, None, None, None, c, False, None)
+        shared = self.shared_modulation(c)
+        x, branch, gate, _, _ = self.fused(x, None, None, None, c if shared is None else None, False, shared)
         assert branch is not None and gate is not None
         return ops.gated_residual(*promoted(x, branch, gate))
 
@@ -57,7 +59,7 @@ class OfficialBlock(Adapter):
         return x, torch.randn(len(x), modulation_linear(module).in_features, generator=generator)
 
 
-class FastFinalLayer(nn.Module):
+class FastFinalLayer(SharesModulations):
     """linear(LN(x) * (1 + scale) + shift)."""
 
     norm_final: nn.LayerNorm
@@ -70,7 +72,8 @@ class FastFinalLayer(nn.Module):
         if given is None or not (is_plain_norm(self.norm_final) and is_quiet(self, *_FINAL)):
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
         x, c = given
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+        shared = self.shared_modulation(c)
+        shift, scale = (self.adaLN_modulation(c) if shared is None else shared).chunk(2, dim=-1)
         _, h = add_and_norm(x, Pending(), shift, scale, self.norm_final.eps)
         out: Tensor = self.linear(h)
         return out

@@ -48,8 +48,10 @@ def modulation(name: str, value: Tensor, tokens: Tensor) -> None:
     same_device(name, value, tokens)
 
 
-def linear(x: Tensor, names: tuple[str, str], weight: Tensor, bias: Tensor | None, in_features: int) -> None:
-    """A Linear's weight (out, in) and bias (out,) for an input x of ``in_features``.
+def linear(
+    x: Tensor, names: tuple[str, str], weight: Tensor, bias: Tensor | None, in_features: int, name: str = "x"
+) -> None:
+    """A Linear's weight (out, in) and bias (out,) for an input x, called ``name``, of ``in_features``.
 
     Under autocast the dtypes may differ, as for torch's own Linear.
     """
@@ -59,7 +61,7 @@ def linear(x: Tensor, names: tuple[str, str], weight: Tensor, bias: Tensor | Non
     same_device(names[0], weight, x)
     exact = autocast_dtype(x.device.type) is None
     if exact:
-        same_dtype(names[0], weight, "x", x)
+        same_dtype(names[0], weight, name, x)
     if bias is not None:
         tensor(names[1], bias, 1)
         shape(names[1], bias, (weight.shape[0],))

@@ -51,7 +51,7 @@ def modulations(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | 
     if not weights or len(weights) != len(biases):
         raise ValueError(f"weights and biases must be as many, one or more, got {len(weights)} and {len(biases)}")
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        _check.linear(c, (f"weights[{i}]", f"biases[{i}]"), weight, bias, c.shape[1])
+        _check.linear(c, (f"weights[{i}]", f"biases[{i}]"), weight, bias, c.shape[1], "c")
     if not takes_modulations(c, weights, biases):
         return formulas.modulations(c, weights, biases)
     if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (c, *weights, *biases))):
@@ -77,6 +77,8 @@ def takes_modulations(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Ten
     if any(type(x) not in _PLAIN for x in (c, *weights, *present)) or len(present) not in (0, len(biases)):
         return False
     if any(x.dtype != group[0].dtype or x.device != c.device for group in (weights, present) for x in group):
+        return False
+    if any(weight.shape[1] != c.shape[1] for weight in weights):
         return False
     if autocast_dtype(c.device.type) is None and {weights[0].dtype, *(b.dtype for b in present[:1])} != {c.dtype}:
         return False
@@ -155,7 +157,8 @@ def _modulations(
     from ..kernels.gemm_config import modulations_config
 
     columns = sum(weight.shape[0] for weight in weights)
-    config = modulations_config(*c.shape[:1], columns, c.shape[1], c, dtype, weights[0].dtype, demanded)
+    rows, inner = c.shape
+    config = modulations_config(rows, columns, inner, c, dtype, weights[0].dtype, demanded)
     return modulations_by(config, c, weights, biases, dtype)
 
 

@@ -1,0 +1,60 @@
+"""Models of the official shape: in inference their accelerated blocks and final layer share one launch.
+
+The first that a forward calls computes the modulations of all; the others take their slices if their condition is that
+very one, not written since. Under torch.compile and in inference mode (which counts no writes) each has its own Linear.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._model_blocks import all_modulations, is_plain_modulation
+from ..ops._backend import autocast_dtype
+
+# of the model that is being called: its layers; the first condition, its state, and the layers' modulations of it
+_call: ContextVar[tuple[list[Any], list[Any]] | None] = ContextVar("ditfast_call", default=None)
+
+
+class SharesModulations(nn.Module):
+    """Mixin of a layer that takes its modulation (B, N) from its model's launch; None: it runs its own Linear."""
+
+    def shared_modulation(self, c: Tensor) -> Tensor | None:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or c.is_inference():
+            return None
+        layers, known = _call.get() or ([], [])
+        state = c._version, autocast_dtype(c.device.type)
+        if not known and any(self is layer for layer in layers):
+            known += [c, state, _slices(layers, c)]
+        return known[2].get(id(self)) if known and known[0] is c and known[1] == state else None
+
+
+def _slices(layers: list[Any], c: Tensor) -> dict[int, Tensor]:
+    linears = [x.adaLN_modulation[1] for x in layers if is_plain_modulation(x.adaLN_modulation)]
+    together = all_modulations(linears, nn.functional.silu(c)) if len(linears) == len(layers) else None
+    widths = [linear.out_features for linear in linears]
+    return {} if together is None else dict(zip(map(id, layers), together.split(widths, dim=1), strict=True))
+
+
+def sharing_layers(model: nn.Module) -> list[nn.Module]:
+    """Those of a model's blocks and final layer, without wrappers that checkpoint activations."""
+    blocks, final = model._modules.get("blocks"), model._modules.get("final_layer")
+    layers = [*blocks, final] if isinstance(blocks, nn.ModuleList) else []
+    found = (getattr(layer, "_checkpoint_wrapped_module", layer) for layer in layers)
+    return [layer for layer in found if isinstance(layer, SharesModulations)]
+
+
+class FastModel(nn.Module):
+    """The model's own forward, within which they share; for models with two such layers or more."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
+        token = _call.set((sharing_layers(self), []))
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            _call.reset(token)
