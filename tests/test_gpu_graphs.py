@@ -19,6 +19,7 @@ from gpu_helpers import (
 
 from ditfast.bench.inputs import random_batch, randomize_
 from ditfast.bench.parity import judge
+from ditfast.kernels import modulations
 from ditfast.training import diffusion_loss
 
 pytestmark = pytest.mark.gpu
@@ -40,12 +41,15 @@ def test_operators(name, backend):
 
 @designs
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def test_a_forward(conditioning, dtype):
+def test_a_forward(conditioning, dtype, monkeypatch):
     """Of other inputs, and of weights that were written in place since: nothing made of either was captured."""
     fast, slow = pair(replace(SMALL, conditioning=conditioning), dtype)
     static = random_batch(SMALL, 3, DEVICE, dtype)
+    together, own = [], modulations.modulations
+    monkeypatch.setattr(modulations, "modulations", lambda *given: together.append(len(given[1])) or own(*given))
     with torch.no_grad():
         graph, out = captured(lambda: fast(*static))
+        assert set(together) == {SMALL.depth + 1}  # in the capture and before it
         for seed in (1, 2):
             for model in (fast, slow):
                 randomize_(model, seed)

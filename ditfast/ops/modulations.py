@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from ..reference import ops as formulas
@@ -75,6 +76,8 @@ def takes_modulations(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Ten
     """
     present = [bias for bias in biases if bias is not None]
     if any(type(x) not in _PLAIN for x in (c, *weights, *present)) or len(present) not in (0, len(biases)):
+        return False
+    if forward_ad._current_level >= 0:  # a kernel has no tangents
         return False
     if any(x.dtype != group[0].dtype or x.device != c.device for group in (weights, present) for x in group):
         return False
