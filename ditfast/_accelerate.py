@@ -94,6 +94,11 @@ def accelerate(model: nn.Module, *, check: bool = True, strict: bool = False, **
             is then as it was.
     """
     refuse_gone("accelerate", gone, _GONE)
+    return _accelerate(model, check, strict)[0]
+
+
+def _accelerate(model: nn.Module, check: bool, strict: bool) -> tuple[Report, list[nn.Module]]:
+    """(the report, what was given another class)."""
     _check_model(model)
     entries: list[Entry] = []
     matched: list[tuple[nn.Module, Adapter]] = []
@@ -122,16 +127,20 @@ def accelerate(model: nn.Module, *, check: bool = True, strict: bool = False, **
         raise ValueError(f"model ({type(model).__name__}) has nothing that ditfast can accelerate{found}")
     if strict and report.skipped:
         raise ValueError(f"strict=True, and {len(report.skipped)} modules of a matched kind were skipped:\n{report}")
+    swapped: list[nn.Module] = []
     try:
         for module, adapter in matched:
+            swapped.append(module)
             swap(module, adapter.mixin)
-        _let_share(model)
+        for module in model.modules():
+            if accelerated_by(module) is None and _may_share(module):
+                swapped.append(module)
+                swap(module, FastModel)
     except BaseException:
-        for module, _ in matched:  # also the one that was just being swapped
+        for module in swapped:  # also the one that was just being swapped
             unswap(module)
-        _let_share(model)
         raise
-    return report
+    return report, swapped
 
 
 def restore(model: nn.Module) -> int:
@@ -149,8 +158,10 @@ def restore(model: nn.Module) -> int:
                 f"{path or 'the model'} was given the class {type(module).__name__} after ditfast.accelerate: "
                 "call ditfast.restore before fully_shard"
             )
-    count = sum(unswap(module) for module in model.modules() if not isinstance(module, FastModel))
-    _let_share(model)
+    modules = list(model.modules())
+    count = sum(map(unswap, (module for module in modules if not isinstance(module, FastModel))))
+    for module in modules:
+        unswap(module)
     return count
 
 
@@ -162,24 +173,17 @@ def accelerated(model: M, *, check: bool = True, strict: bool = False, **gone: o
         TypeError, ValueError: as :func:`accelerate`.
     """
     refuse_gone("accelerated", gone, _GONE)
-    report = accelerate(model, check=check, strict=strict)
-    mine = [model.get_submodule(entry.module) for entry in report.entries if entry.status == "accelerated"]
+    _, mine = _accelerate(model, check, strict)
     try:
         yield model
     finally:
         for module in mine:
             unswap(module)
-        _let_share(model)
 
 
-def _let_share(model: nn.Module) -> None:
-    """Gives models the forward within which their layers share, where there are two that do, and others' their own."""
-    for module in model.modules():
-        shares = len(sharing_layers(module)) > 1 and _uncallable(module) is None
-        if shares and accelerated_by(module) is None:
-            swap(module, FastModel)
-        elif not shares and isinstance(module, FastModel):
-            unswap(module)
+def _may_share(module: nn.Module) -> bool:
+    """Whether it is a model with two accelerated layers or more that can share a launch."""
+    return len(sharing_layers(module)) > 1 and _uncallable(module) is None
 
 
 def _check_model(model: Any) -> None:

@@ -52,7 +52,7 @@ def reads(*layers: nn.Module) -> bool:
         return False
     tensors = (tensor for layer in layers for tensor in (layer.weight, layer.bias) if tensor is not None)
     kinds = (Tensor, nn.Parameter, FakeTensor)
-    return all(type(tensor) in kinds for tensor in tensors)
+    return all(type(tensor) in kinds and tensor.layout == torch.strided for tensor in tensors)
 
 
 def is_plain_modulation(modulation: nn.Module | None) -> bool:
@@ -62,11 +62,12 @@ def is_plain_modulation(modulation: nn.Module | None) -> bool:
         and is_plain(modulation, nn.Sequential)
         and len(modulation) == 2
         and is_plain(modulation[0], nn.SiLU)
+        and not cast(nn.SiLU, modulation[0]).inplace  # which writes c
     )
 
 
 def all_modulations(linears: Sequence[nn.Module], c: Tensor) -> Tensor | None:
-    """Linear(c) of all side by side (B, sum of N_i) in one launch, without gradients; c (B, D).
+    """Linear(c) of all side by side (B, sum of N_i), without gradients; c (B, D). See :func:`ditfast.ops.modulations`.
 
     None where each runs on its own: no kernel runs, or they are no plain Linears of one dtype on c's device.
     """

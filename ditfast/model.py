@@ -15,7 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._model_blocks import FUSED, FusedLabelEmbedder, Pending, all_modulations, is_plain, is_plain_modulation
+from ._model_blocks import (
+    FUSED,
+    FusedLabelEmbedder,
+    Pending,
+    all_modulations,
+    is_plain,
+    is_plain_modulation,
+    reads,
+)
 from .config import DiTConfig
 from .ops._backend import autocast_dtype
 from .reference import dit as reference
@@ -28,9 +36,10 @@ class DiT(reference.DiT):
     ``adaln_zero`` and ``adaln`` take the fused forward; ``in_context`` and ``cross_attention`` run the
     reference's code (``repr`` says which).
 
-    All adaLN Linears run in one launch that reads their weights where they lie, so that whatever writes these is seen.
-    Where a weight is not a plain tensor on the others' device (sharded, wrapped by LoRA, offloaded, quantised), on a
-    CPU, and in training under autocast or torch.compile each Linear runs on its own.
+    All adaLN Linears run in one launch that reads their weights where they lie, at the beginning of each call, so that
+    whatever wrote these before is seen. Each Linear runs on its own where a weight is not a plain tensor on the others'
+    device (sharded, wrapped by LoRA, offloaded, quantised), where a block or the final layer has hooks or a wrapper, on
+    a CPU, and in training under autocast or torch.compile; above 512 samples by the library's GEMM.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -162,13 +171,17 @@ class DiT(reference.DiT):
         own, as soon as it is known. Not so under autocast, where the backward would have to cast each weight again,
         and under torch.compile.
         """
+        apart = c, (None,) * (len(self.blocks) + 1)
         linears = self._modulation_linears() if activated else []
-        parameters = [parameter for linear in linears for parameter in linear.parameters()]
+        # a layer's hooks and wrappers may write or gather its weights before it is called
+        if not (activated and reads(*linears) and all(is_plain(*each) for each in self._fused_layers())):
+            return apart
+        parameters = [linear.weight for linear in linears] + [x.bias for x in linears if x.bias is not None]
         trains = torch.is_grad_enabled() and any(x.requires_grad for x in (c, *parameters))
-        together = None
-        if activated and not (trains and (torch.compiler.is_compiling() or autocast_dtype(c.device.type) is not None)):
-            together = all_modulations(linears, c)
+        if trains and (torch.compiler.is_compiling() or autocast_dtype(c.device.type) is not None):
+            return apart
+        together = all_modulations(linears, c)
         if together is None:
-            return c, (None,) * (len(self.blocks) + 1)
+            return apart
         widths = [linear.out_features for linear in linears]
         return c if trains else None, together.split_with_sizes(widths, dim=1)

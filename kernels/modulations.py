@@ -2,7 +2,7 @@
 
     out[:, columns of i] = c W_i^T + b_i
 
-c (M, K); W_i (N_i, K) contiguous, b_i (N_i,); out (M, sum of N_i). K and every N_i are positive multiples of 8. The
+c (M, K); W_i (N_i, K), b_i (N_i,); out (M, sum of N_i). K and every N_i are positive multiples of 8. The
 table of addresses is the launch's own arguments, so nothing holds it between two calls, and a captured graph has its
 own. A program selects its layer's addresses in scalar registers; the compiler knows of the selected ones what it knows
 of all (alignment). Weights are converted to DTYPE in registers.
@@ -10,7 +10,7 @@ of all (alignment). Weights are converted to DTYPE in registers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -21,6 +21,7 @@ from .gemm_config import GemmConfig, modulations_config, uses_tf32
 from .launch import interpreting, on_device
 
 MOST = 64  # Linears of a launch: each is an argument of it, and a selection in every program
+_MOST_TILES = 65535  # of a grid's second axis
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -77,6 +78,17 @@ def _modulations_kernel(
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_m & mask_n)
 
 
+def _launches(tiles: list[int]) -> Iterator[tuple[slice, int]]:
+    """(the Linears of each launch, their tiles together) of the tiles of each Linear."""
+    first, total = 0, 0
+    for index, count in enumerate(tiles):
+        if index - first == MOST or total + count > _MOST_TILES:
+            yield slice(first, index), total
+            first, total = index, 0
+        total += count
+    yield slice(first, len(tiles)), total
+
+
 def modulations(
     c: Tensor,
     weights: Sequence[Tensor],
@@ -86,7 +98,7 @@ def modulations(
 ) -> Tensor:
     """c W_i^T + b_i side by side (M, sum of N_i), computed and returned in ``dtype``: a launch for each MOST of them.
 
-    c (M, K), the weights and the biases (or none) are each of one dtype.
+    c (M, K), the weights and the biases (or none) are each of one dtype; what is not contiguous is copied.
     """
     rows, inner = c.shape
     widths = [len(weight) for weight in weights]
@@ -97,9 +109,7 @@ def modulations(
     c = c if c.stride(-1) == 1 else c.contiguous()
     place = 0
     with on_device(c):
-        for first in range(0, len(weights), MOST):
-            part = slice(first, first + MOST)
-            tiles = sum(triton.cdiv(width, config.block_n) for width in widths[part])
+        for part, tiles in _launches([triton.cdiv(width, config.block_n) for width in widths]):
             _modulations_kernel[(triton.cdiv(rows, config.block_m), tiles)](
                 c,
                 tuple(weight.contiguous() for weight in weights[part]),

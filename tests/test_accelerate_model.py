@@ -1,6 +1,7 @@
 """Whole models in the official shape in inference: one launch for all modulations, of which nothing is left behind."""
 
 import copy
+import inspect
 import pickle
 from contextlib import nullcontext
 
@@ -92,19 +93,45 @@ def test_the_models_class_goes_with_its_layers(launches):
         with torch.no_grad():
             assert_same(twin, changed)
     assert launches == [DEPTH + 1] * 2
+    assert inspect.signature(fast.forward) == inspect.signature(slow.forward)
     assert ditfast.restore(fast) == 1 + 3 * DEPTH and type(fast) is Model
     ditfast.accelerate(fast.final_layer)
-    ditfast.accelerate(fast.blocks[0])
+    ditfast.accelerate(fast.blocks)
     assert type(fast) is Model
     with ditfast.accelerated(fast):
         assert type(fast) is not Model
-    with torch.no_grad():
-        assert_same(fast, slow)
-    assert type(fast) is not Model  # two of its layers share, as before the with
+    assert type(fast) is Model  # as before the with
     alone = randomised(Model(depth=1))
     alone.final_layer.forward = alone.final_layer.forward  # replaced on the instance: left alone
     ditfast.accelerate(alone)
     assert type(alone) is Model
+
+
+class Registered(Model):
+    """Whose subclasses must be named."""
+
+    register = {}
+
+    def __init_subclass__(cls, *, name):
+        Registered.register[name] = cls
+
+
+def test_a_register_of_subclasses_does_not_hear_of_it():
+    pair(Registered)
+    assert not Registered.register
+
+
+def written_by_a_hook(block, _):
+    block.adaLN_modulation[1].weight.data.mul_(1.5)
+
+
+def test_hooks_that_write_weights_are_seen(launches):
+    fast, slow = pair()
+    for model in (fast, slow):
+        model.blocks[1].register_forward_pre_hook(written_by_a_hook)
+    with torch.no_grad():
+        assert_same(fast, slow)
+    assert not launches
 
 
 def test_nothing_is_left_of_a_call_that_failed(launches):
@@ -208,11 +235,13 @@ def test_two_models_do_not_share(launches):
     second, changed = copy.deepcopy(first), copy.deepcopy(slow)
     written(second)
     written(changed)
-    first.blocks[0].register_forward_hook(lambda *_: list(second(*inputs()))[:0] or None)  # one within the other
+    # one within the other, before any of its layers is called, and in the midst of them
+    first.x_embedder.register_forward_hook(lambda *_: list(second(*inputs()))[:0] or None)
+    first.blocks[1].mlp.register_forward_hook(lambda *_: list(second(*inputs()))[:0] or None)
     with torch.no_grad():
         assert_same(second, changed)
         assert_same(first, slow)
-    assert launches == [DEPTH + 1] * 3
+    assert launches == [DEPTH + 1] * 4
 
 
 class Encoded(Model):
@@ -224,13 +253,11 @@ class Encoded(Model):
         self.encoder.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(20, 6 * 48))
 
     def forward(self, x, t, y):
-        handle = self.blocks[0].register_forward_pre_hook(
-            lambda _, given: (self.encoder(given[0], given[1][:, :20]), given[1])
-        )
-        try:
-            return super().forward(x, t, y)
-        finally:
-            handle.remove()
+        c = self.t_embedder(ditfast.reference.ops.timestep_embedding(t, 64).to(x.dtype)) + self.y_embedder(y)
+        x = self.encoder(self.x_embedder(x).flatten(2).transpose(1, 2), c[:, :20])
+        for block in self.blocks:
+            x = block(x, c)
+        return self.final_layer(x, c)
 
 
 def test_an_accelerated_block_elsewhere_in_the_model(launches):

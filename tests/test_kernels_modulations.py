@@ -36,9 +36,10 @@ def test_numerics(shape, dtype):
     assert len(verdicts) == shape.layers + 1 + 2 * shape.layers
 
 
-def test_more_linears_than_a_launch_takes(monkeypatch):
+@pytest.mark.parametrize(("limit", "most"), [("MOST", 2), ("_MOST_TILES", 3)])
+def test_more_linears_than_a_launch_takes(limit, most, monkeypatch):
     """Ragged tiles, and widths that differ; bit-equal from run to run, and whoever else is in the batch."""
-    monkeypatch.setattr(kernels, "MOST", 2)
+    monkeypatch.setattr(kernels, limit, most)
     c, weights, biases = linears(5, 72, (8, 136, 128, 264, 16))
     with ops.use_backend("triton"):
         out, again, one = (ops.modulations(rows, weights, biases) for rows in (c, c, c[3:4]))

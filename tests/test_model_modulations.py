@@ -10,6 +10,7 @@ from torch import nn
 
 import ditfast
 from ditfast import ops, reference
+from ditfast._model_blocks import reads
 from ditfast.bench.inputs import random_batch, randomize_
 from ditfast.bench.parity import judge, relative_error
 from ditfast.kernels import modulations as kernels
@@ -196,6 +197,68 @@ def test_where_a_layer_is_another_each_runs_its_own(change, launches):
     with ops.use_backend("triton"):
         assert_right(fast, slow, random_batch(TINY, 2))
     assert not launches
+
+
+def test_sparse_weights_are_not_read():
+    linear = nn.Linear(24, 8)
+    assert reads(linear)
+    linear.weight = nn.Parameter(linear.weight.detach().to_sparse(), requires_grad=False)
+    assert not reads(linear)
+
+
+def written_by_a_hook(block, _):
+    block.adaLN_modulation[1].weight.data.mul_(1.5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_hooks_that_write_weights_are_seen(training, launches):
+    fast, slow = pair()
+    inputs = random_batch(TINY, 2)
+    for model in (fast, slow):
+        model.blocks[1].register_forward_pre_hook(written_by_a_hook)
+    exact = copy.deepcopy(slow).double()(inputs[0].double(), *inputs[1:])
+    with ops.use_backend("triton"), torch.set_grad_enabled(training):
+        verdict = judge("model", fast(*inputs), slow(*inputs), exact, torch.float32)
+    assert verdict.ok and not launches, verdict
+
+
+def replica(model):
+    """As torch.nn.parallel.replicate makes them: the weights are plain tensors, and no parameters."""
+    twins = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, twin in twins.items():
+        for name, child in module._modules.items():
+            setattr(twin, name, twins[child])
+        for name, parameter in module._parameters.items():
+            setattr(twin, name, None if parameter is None else parameter * 1)
+        for name, buffer in module._buffers.items():
+            twin._buffers[name] = buffer
+    return twins[model]
+
+
+def test_a_replica_trains(launches):
+    fast, slow = pair()
+    inputs = random_batch(TINY, 2)
+    found = []
+    for model in (fast, slow):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("adaLN" in name)
+        with ops.use_backend("triton" if model is fast else "torch"):
+            (replica(model) if model is fast else model)(*inputs).square().sum().backward()
+        found.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
+    assert launches == [TINY.depth + 1]
+    for mine, theirs in zip(*found, strict=True):
+        assert relative_error(mine, theirs) < 1e-4
+
+
+def test_a_silu_that_writes_its_input():
+    fast, slow = pair()
+    inputs = random_batch(TINY, 2)
+    for model in (fast, slow):
+        model.blocks[0].adaLN_modulation[0].inplace = True
+    exact = copy.deepcopy(slow).double()(inputs[0].double(), *inputs[1:])
+    with torch.no_grad():
+        verdict = judge("model", fast(*inputs), slow(*inputs), exact, torch.float32)
+    assert verdict.ok, verdict
 
 
 def test_training(launches):

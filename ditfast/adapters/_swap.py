@@ -7,6 +7,7 @@ instance would be lost with pickling, a replaced child would lose its hooks.
 from __future__ import annotations
 
 import copyreg
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -29,11 +30,16 @@ def _class(mixin: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]
             return _remake, (mixin, original, make, given), *rest
         return _make, (mixin, original, *given[1:]), *rest
 
+    @functools.wraps(original.forward)  # whose signature torch.export and trainers look at
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return mixin.forward(self, *args, **kwargs)
+
     body = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "__reduce_ex__": __reduce_ex__,
+        "forward": forward,
         "_ditfast": (mixin, original),
         "_ditfast_takes": _parameters(original),
     }

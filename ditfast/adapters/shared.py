@@ -1,7 +1,7 @@
 """Models of the official shape: in inference their accelerated blocks and final layer share one launch.
 
-The first that a forward calls computes the modulations of all; the others take their slices if their condition is that
-very one, not written since. Under torch.compile and in inference mode (which counts no writes) each has its own Linear.
+The first that a forward calls computes all; others take theirs if their condition is that very one, not written since.
+Not under torch.compile, in inference mode (which counts no writes), or where one has hooks (which may write weights).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._model_blocks import all_modulations, is_plain_modulation
+from .._model_blocks import all_modulations, is_plain, is_plain_modulation
 from ..ops._backend import autocast_dtype
 
 # of the model that is being called: its layers; the first condition, its state, and the layers' modulations of it
@@ -28,27 +28,19 @@ class SharesModulations(nn.Module):
         layers, known = _call.get() or ([], [])
         state = c._version, autocast_dtype(c.device.type)
         if not known and any(self is layer for layer in layers):
-            known += [c, state, _slices(layers, c)]
+            plain = [x.adaLN_modulation for x in layers if is_plain(x, type(x))]
+            linears = [modulation[1] for modulation in plain if is_plain_modulation(modulation)]
+            together = all_modulations(linears, nn.functional.silu(c)) if len(linears) == len(layers) else None
+            parts = together.split([x.out_features for x in linears], dim=1) if together is not None else ()
+            known += [c, state, dict(zip(map(id, layers), parts, strict=False))]
         return known[2].get(id(self)) if known and known[0] is c and known[1] == state else None
-
-
-def _slices(layers: list[Any], c: Tensor) -> dict[int, Tensor]:
-    linears = [x.adaLN_modulation[1] for x in layers if is_plain_modulation(x.adaLN_modulation)]
-    together = all_modulations(linears, nn.functional.silu(c)) if len(linears) == len(layers) else None
-    widths = [linear.out_features for linear in linears]
-    return {} if together is None else dict(zip(map(id, layers), together.split(widths, dim=1), strict=True))
-
-
-def sharing_layers(model: nn.Module) -> list[nn.Module]:
-    """Those of a model's blocks and final layer, without wrappers that checkpoint activations."""
-    blocks, final = model._modules.get("blocks"), model._modules.get("final_layer")
-    layers = [*blocks, final] if isinstance(blocks, nn.ModuleList) else []
-    found = (getattr(layer, "_checkpoint_wrapped_module", layer) for layer in layers)
-    return [layer for layer in found if isinstance(layer, SharesModulations)]
 
 
 class FastModel(nn.Module):
     """The model's own forward, within which they share; for models with two such layers or more."""
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        """The model's own class, which may keep a register of its subclasses, does not hear of it."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -58,3 +50,11 @@ class FastModel(nn.Module):
             return super().forward(*args, **kwargs)
         finally:
             _call.reset(token)
+
+
+def sharing_layers(model: nn.Module) -> list[nn.Module]:
+    """Those of a model's blocks and final layer, without wrappers that checkpoint activations."""
+    blocks, final = model._modules.get("blocks"), model._modules.get("final_layer")
+    found = [*blocks, final] if isinstance(blocks, nn.ModuleList) else []
+    layers = [getattr(layer, "_checkpoint_wrapped_module", layer) for layer in found]
+    return [layer for layer in layers if isinstance(layer, SharesModulations)]

@@ -1,8 +1,8 @@
 """The schedule table: what the blocks are told at every step of a known schedule, for every label, ahead of the loop.
 
 Timesteps and labels of a sampling run are known before it begins, so every block's modulation for every (step, label)
-comes from one batched GEMM, and the loop reads no adaLN weight: a third of DiT-XL's weights. The null class has one
-row a step, whatever the batch. Nothing in it notices that weights change: it is made for one run, and freed after it.
+is computed many steps at a time, and the loop reads no adaLN weight: a third of DiT-XL's weights. The null class has
+one row a step, whatever the batch. Nothing in it notices that weights change: it is made for one run, and freed after.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""All adaLN Linears of a model in one launch, their weights read where they lie: nothing is copied or kept."""
+"""All adaLN Linears of a model in one launch, their weights read where they lie: nothing of them is kept."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def modulations(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | 
         weights: one or more, (N_i, D) in c's dtype; under autocast in any one, converted in registers.
         biases: (N_i,) in c's dtype, or None, one for each weight.
 
-    One launch where all are plain tensors of one dtype on a GPU, with a bias each or none; the formula runs elsewhere.
+    A launch for up to 64 of them, and many samples by the library's GEMMs, where all weights are plain tensors of one
+    dtype on a GPU, with a bias each or none; the formula runs elsewhere.
 
     Returns:
         (B, sum of N_i) in c's dtype (autocast's where it is on).
@@ -69,7 +70,7 @@ def modulations(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | 
 
 
 def takes_modulations(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
-    """Whether they are one launch.
+    """Whether they are computed together.
 
     Raises:
         RuntimeError: the kernels were asked for by ``use_backend("triton")`` and cannot run, with the reason.
@@ -81,7 +82,7 @@ def takes_modulations(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Ten
         return False
     if any(x.dtype != group[0].dtype or x.device != c.device for group in (weights, present) for x in group):
         return False
-    if any(weight.shape[1] != c.shape[1] for weight in weights):
+    if any(weight.shape[1:] != c.shape[1:] for weight in weights):  # also what is flattened while it is sharded
         return False
     if autocast_dtype(c.device.type) is None and {weights[0].dtype, *(b.dtype for b in present[:1])} != {c.dtype}:
         return False
@@ -132,8 +133,8 @@ class _Attached(torch.autograd.Function):
 
 def attached(c: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(y = c W^T + b, c) with their gradients: c (B, D), y (B, N) where it is known already."""
-    y, c = _Attached.apply(c, weight, bias, y)  # type: ignore[no-untyped-call]
-    return cast(Tensor, y), c
+    y, passed_on = _Attached.apply(c, weight, bias, y)  # type: ignore[no-untyped-call]
+    return cast(Tensor, y), passed_on if c.requires_grad else c  # else later ones would compute a gradient for it
 
 
 def modulations_by(
