@@ -183,7 +183,7 @@ def accelerated(model: M, *, check: bool = True, strict: bool = False, **gone: o
 
 def _may_share(module: nn.Module) -> bool:
     """Whether it is a model with two accelerated layers or more that can share a launch."""
-    return len(sharing_layers(module)) > 1 and _uncallable(module) is None
+    return _uncallable(module) is None and len(sharing_layers(module)) > 1
 
 
 def _check_model(model: Any) -> None:

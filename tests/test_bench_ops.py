@@ -209,7 +209,7 @@ def test_shapes_are_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ops_bench, "run_operator", run)
     assert ops("--model", "DiT-XL/2", "--model", "DiT-B/4", "--operator", "gelu_mlp", "--batch", 3).exit_code == 0
-    assert set(seen) == {Shape(3, 256, 1152, 16, ratio=4), Shape(3, 64, 768, 12, ratio=4)}
+    assert set(seen) == {Shape(3, 256, 1152, 16, ratio=4, layers=29), Shape(3, 64, 768, 12, ratio=4, layers=13)}
 
 
 @pytest.mark.parametrize(

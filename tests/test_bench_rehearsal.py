@@ -25,7 +25,7 @@ def outcome(arch="sm_90", compiled=(), failures=()):
 KERNELS = (
     "_adaln_fwd_kernel", "_adaln_bwd_kernel", "_attention_fwd_kernel", "_attention_dq_kernel", "_attention_dkv_kernel",
     "_attention_dbias_kernel", "_conditioning_kernel", "_sinusoid_kernel", "_gemm_kernel", "_gelu_bwd_kernel",
-    "_sum_kernel",
+    "_sum_kernel", "_modulations_kernel",
 )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def test_a_dry_run_needs_no_gpu() -> None:
         (line,) = (line for line in result.stdout.splitlines() if key in line)
         assert "DiT-S/8" in line
     assert "M=4096 N=1536 K=384" in result.stdout and "TMA 128x" in result.stdout
-    assert "14 shapes, " in result.stdout
+    assert "15 shapes, " in result.stdout
     both = invoke("--dry-run", "--model", "DiT-S/8", "--batch", "256", "--image-size", "256", "--image-size", "512")
     assert "attention_fwd/bfloat16/64/64 " in both.stdout and "DiT-S/8 512" in both.stdout
     older = invoke("--dry-run", "--model", "DiT-S/8", "--gpu", "sm_80", "--dtype", "fp16")

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from model_helpers import TINY, assert_parity, inference, pair
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ditfast import DiT, DiTConfig, reference
+from ditfast import DiT, DiTConfig, ops, reference
 from ditfast.bench.cost import count
 from ditfast.bench.inputs import random_batch, randomize_
 from ditfast.bench.parity import judge, relative_error
@@ -51,13 +52,15 @@ def test_configured_variants(change):
         assert not failures(check_model(replace(TINY, conditioning=conditioning, **change), torch.float32))
 
 
-def test_inference_takes_one_modulation_gemm():
-    fast, slow = pair()
-    inputs = random_batch(TINY, 2)
-    inference(fast, inputs)
-    adaln_linears = TINY.depth + 1
-    launches = [count(lambda model=model: model(*inputs)).launches["addmm"] for model in (slow, fast)]
-    assert launches[1] == launches[0] - adaln_linears + 1
+def test_all_modulations_are_one_launch():
+    inputs = [value.to("meta") for value in random_batch(TINY, 2)]
+    for backend, together in (("auto", 0), ("triton", 1)):  # on a CPU each Linear runs on its own
+        with torch.device("meta"), ops.use_backend(backend):
+            fast, slow = DiT(TINY).eval(), reference.DiT(TINY).eval()
+            ours, theirs = (count(partial(model, *inputs)).launches for model in (fast, slow))
+        assert ours["modulations"] == together
+        gelu = ours["linear_gelu"]  # a GEMM with its epilogue
+        assert ours["addmm"] + gelu == theirs["addmm"] - together * (TINY.depth + 1)
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
