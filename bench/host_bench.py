@@ -199,8 +199,8 @@ def _part(case: Case, recorded: _Recorded, seconds: float, launches: Callable[[]
     with torch.inference_mode(not case.training):
         found = [measured("forward", forward)]
         leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.requires_grad]
-        if case.training and leaves:
-            outputs = [x for x in tree_leaves(forward()) if isinstance(x, Tensor) and x.requires_grad and x.numel()]
+        outputs = [x for x in tree_leaves(forward()) if isinstance(x, Tensor) and x.requires_grad and x.numel()]
+        if case.training and leaves and outputs:
             gradients = [torch.empty_like(x) for x in outputs]
 
             def backward(_: int = 0) -> None:

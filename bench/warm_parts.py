@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import torch
+from torch import Tensor, nn
 
+from ditfast import _model_blocks, model
 from ditfast.config import VAE_FACTOR, DiTConfig
 
 from . import ops_attention, ops_bench, rehearsal, verify
@@ -101,19 +104,28 @@ def runs(part: Part) -> Iterator[Run]:
         return
     assert part.config is not None
     config = replace(part.config, depth=min(part.config.depth, _DEPTH))
-    yield from {"model": _model, "bench": _benchmarked, "tune": _candidates}[part.purpose](config, part)
+    found = {"model": _model, "bench": _benchmarked, "tune": _candidates}[part.purpose](config, part)
+    for name, run in found:
+        yield name, partial(_with_modulations_of, part.config.depth, run)
+
+
+def _with_modulations_of(depth: int, run: Callable[[], object]) -> None:
+    """Runs what a shortened model launches: of its modulations the whole's, whose number is part of their kernel."""
+
+    def deep(linears: Sequence[nn.Linear], c: Tensor) -> Tensor | None:
+        *blocks, final = linears
+        together = _model_blocks.all_modulations([*blocks[:1] * depth, final], c)
+        return None if together is None else together[:, -sum(linear.out_features for linear in linears) :]
+
+    with patch.object(model, "all_modulations", deep):
+        run()
 
 
 def _model(config: DiTConfig, part: Part) -> Iterator[Run]:
     """Forward also guided and with modulations given, as sampling has it; training also under autocast."""
     run = rehearsal.train if is_training(part.mode or "forward") else rehearsal.infer
-    assert part.config is not None
     for batch in part.batches or BATCHES:
         yield f"batch {batch}", partial(run, config, batch, part.dtype)
-        # the one kernel that the depth is a part of
-        shape = Shape(batch, 1, config.hidden_size, layers=part.config.depth + 1)
-        call = partial(ops_bench.launch_once, OPERATORS["modulations"], "forward", shape, part.dtype, _CPU)
-        yield f"modulations, batch {batch}", call
 
 
 def _benchmarked(config: DiTConfig, part: Part) -> Iterator[Run]:
@@ -158,7 +170,7 @@ def _candidates(config: DiTConfig, part: Part) -> Iterator[Run]:
 
     gpu = GPUS[part.arch]
     target = Target(gpu.name, gpu.capability[0], gpu.multiprocessors)
-    for task in tasks({config.name: config}, [part.dtype], part.batches or TUNED):
+    for task in tasks({config.name: part.config or config}, [part.dtype], part.batches or TUNED):
         yield f"{task.key} ({task.family.describe(task.shape)})", partial(_tune, task, target)
 
 

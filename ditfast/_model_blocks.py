@@ -77,8 +77,7 @@ def all_modulations(linears: Sequence[nn.Module], c: Tensor) -> Tensor | None:
     biases = [cast("Tensor | None", linear.bias) for linear in linears]
     if not takes_modulations(c, weights, biases):
         return None
-    with torch.no_grad():
-        return modulations_of(c, weights, biases)
+    return modulations_of(c, weights, biases)
 
 
 def modulation_of(

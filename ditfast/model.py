@@ -39,7 +39,7 @@ class DiT(reference.DiT):
     All adaLN Linears run in one launch that reads their weights where they lie, at the beginning of each call, so that
     whatever wrote these before is seen. Each Linear runs on its own where a weight is not a plain tensor on the others'
     device (sharded, wrapped by LoRA, offloaded, quantised), where a block or the final layer has hooks or a wrapper, on
-    a CPU, and in training under autocast or torch.compile; above 512 samples by the library's GEMM.
+    a CPU, and in training under autocast; above 512 samples by the library's GEMM.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -168,8 +168,7 @@ class DiT(reference.DiT):
         """(c where the layers have a use for it, the modulation of each block and of the final layer).
 
         None where the layer computes its own from c. In training that is one launch too, and each layer's gradient its
-        own, as soon as it is known. Not so under autocast, where the backward would have to cast each weight again,
-        and under torch.compile.
+        own, as soon as it is known. Not so under autocast, where the backward would have to cast each weight again.
         """
         apart = c, (None,) * (len(self.blocks) + 1)
         linears = self._modulation_linears() if activated else []
@@ -178,7 +177,7 @@ class DiT(reference.DiT):
             return apart
         parameters = [linear.weight for linear in linears] + [x.bias for x in linears if x.bias is not None]
         trains = torch.is_grad_enabled() and any(x.requires_grad for x in (c, *parameters))
-        if trains and (torch.compiler.is_compiling() or autocast_dtype(c.device.type) is not None):
+        if trains and autocast_dtype(c.device.type) is not None:
             return apart
         together = all_modulations(linears, c)
         if together is None:

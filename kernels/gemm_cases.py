@@ -193,7 +193,7 @@ def _modulations(
             **dict.fromkeys(("M", "K", "stride_c", "stride_out"), "i32"),
         },
         constants={
-            "WIDTHS": (6 * width,) * _LAYERS + (2 * width,),
+            "WIDTHS": modulations.packed((6 * width,) * _LAYERS + (2 * width,)),
             "DTYPE": modulations._TRITON[dtype],
             "PRECISION": "tf32" if tf32 else "ieee",
             "UPCAST": False,

@@ -42,16 +42,16 @@ def _modulations_kernel(
 ):  # fmt: skip
     # the row tiles of one column tile follow each other, so that they share its weights in L2
     tile = tl.program_id(1)
-    layer, first, place, width = 0, 0, 0, WIDTHS[0]
+    layer, first, place, width = 0, 0, 0, 0
     tiles, columns = 0, 0  # of the layers before
-    for i in tl.static_range(len(WIDTHS)):
+    for i in tl.static_range(len(weights)):
         here = tile >= tiles
         layer = tl.where(here, i, layer)
         first = tl.where(here, tiles, first)
         place = tl.where(here, columns, place)
-        width = tl.where(here, WIDTHS[i], width)
-        tiles += (WIDTHS[i] + BLOCK_N - 1) // BLOCK_N
-        columns += WIDTHS[i]
+        width = tl.where(here, WIDTHS >> (32 * i) & 0xFFFFFFFF, width)
+        tiles += ((WIDTHS >> (32 * i) & 0xFFFFFFFF) + BLOCK_N - 1) // BLOCK_N
+        columns += WIDTHS >> (32 * i) & 0xFFFFFFFF
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n, offs_k = (tile - first) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     mask_m, mask_n = (offs_m < M)[:, None], (offs_n < width)[None, :]
@@ -76,6 +76,12 @@ def _modulations_kernel(
         acc += bias.to(tl.float32)[None, :]
     out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * stride_out + (place + offs_n)[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_m & mask_n)
+
+
+def packed(widths: Sequence[int]) -> int:
+    """32 bits each, the first lowest: as a tuple of them a kernel compiled ahead would have another key in Triton's
+    cache, for it is carried as JSON."""
+    return sum(width << (32 * index) for index, width in enumerate(widths))
 
 
 def _launches(tiles: list[int]) -> Iterator[tuple[slice, int]]:
@@ -116,7 +122,7 @@ def modulations(
                 tuple(bias.contiguous() for bias in biases[part]) or None,
                 out[:, place:],
                 rows, inner, c.stride(0), out.stride(0),
-                WIDTHS=tuple(widths[part]),
+                WIDTHS=packed(widths[part]),
                 DTYPE=_TRITON[dtype],
                 PRECISION="tf32" if dtype == torch.float32 and uses_tf32() else "ieee",
                 UPCAST=dtype == torch.bfloat16 and interpreting(),

@@ -155,6 +155,7 @@ def test_a_case(mode):
         assert {operator: part.uses for (operator, _), part in parts.items()} == {
             "timestep_embedding": 1,
             "conditioning": 1,
+            "modulations_of": 1,
             "layer_norm_modulate": 1,
             "gated_residual_layer_norm_modulate": 4,
             "self_attention": 2,
@@ -167,12 +168,14 @@ def test_a_case(mode):
         assert uses == {
             "timestep_embedding": 1,
             "conditioning": 1,
-            "modulate": 2,
+            "modulations_of": 1,
+            "attached": 3,
             "norm_attention": 2,
             "norm_mlp": 2,
             "adaln": 1,
         }
-        assert {name for name, direction in parts if direction == "backward"} == {*uses} - {"timestep_embedding"}
+        backward = {name for name, direction in parts if direction == "backward"}
+        assert backward == {*uses} - {"timestep_embedding", "modulations_of"}
         assert parts["norm_attention", "backward"].launches == 4
     for part in mine.parts:
         levels = [getattr(part, level) for level in LEVELS]

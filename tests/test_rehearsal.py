@@ -91,7 +91,8 @@ def test_accelerated_models_compile_along_a_gpus_path(how, hopper):
     eager = launches(hopper, model, arguments, how)
     assert eager > 8
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert launches(hopper, compiled, arguments, how) == eager
+    # but for the launch of all modulations: compiled, each layer runs its own Linear
+    assert launches(hopper, compiled, arguments, how) == eager - (how == "inference")
 
 
 @pytest.mark.compiler
@@ -125,6 +126,7 @@ COMPILATIONS = {
     "_conditioning_kernel": 1,
     "_gelu_bwd_kernel": 1,
     "_gemm_tma_kernel": 7,
+    "_modulations_kernel": 4,
     "_sinusoid_kernel": 2,
     "_sum_kernel": 5,
 }
@@ -144,7 +146,7 @@ def test_another_batch_or_token_count_compiles_nothing():
                 rehearsal.infer(config, batch, torch.bfloat16)
                 rehearsal.train(config, batch, torch.bfloat16)
     assert Counter(item.kernel for item in seen.compilations) == COMPILATIONS
-    assert at_256_tokens == 26
+    assert at_256_tokens == 30
     assert not [item for item in seen.compilations if item.ones]  # no size of 1 is a reason
 
 

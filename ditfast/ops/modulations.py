@@ -60,8 +60,7 @@ def modulations(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | 
         return modulations_of(c, weights, biases)
     count = len(weights)
     c, *parameters = autocast(c, *weights, *biases)
-    with torch.no_grad():
-        given = modulations_of(c, parameters[:count], parameters[count:])
+    given = modulations_of(c, parameters[:count], parameters[count:])
     parts = []
     for weight, bias, part in zip(parameters[:count], parameters[count:], split(given, weights), strict=True):
         part, c = attached(c, weight, bias, part)
@@ -95,9 +94,9 @@ def modulations_of(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor
     """:func:`modulations` that :func:`takes_modulations`, without gradients."""
     present = [bias for bias in biases if bias is not None]
     demanded = current_backend() == "triton"
-    return cast(
-        Tensor, torch.ops.ditfast.modulations.default(c, list(weights), present, working_dtype(c), demanded)
-    )
+    with torch.no_grad():
+        out = torch.ops.ditfast.modulations.default(c, list(weights), present, working_dtype(c), demanded)
+    return cast(Tensor, out)
 
 
 def split(together: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
