@@ -10,7 +10,9 @@ of all (alignment). Weights are converted to DTYPE in registers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -84,15 +86,33 @@ def packed(widths: Sequence[int]) -> int:
     return sum(width << (32 * index) for index, width in enumerate(widths))
 
 
-def _launches(tiles: list[int]) -> Iterator[tuple[slice, int]]:
-    """(the Linears of each launch, their tiles together) of the tiles of each Linear."""
-    first, total = 0, 0
-    for index, count in enumerate(tiles):
-        if index - first == MOST or total + count > _MOST_TILES:
-            yield slice(first, index), total
-            first, total = index, 0
-        total += count
-    yield slice(first, len(tiles)), total
+class _Launch(NamedTuple):
+    """Some Linears: which, their columns together, their tiles, and their packed widths."""
+
+    part: slice
+    columns: int
+    tiles: int
+    widths: int
+
+
+@lru_cache(maxsize=256)
+def _launches(widths: tuple[int, ...], block_n: int, most: int, most_tiles: int) -> list[_Launch]:
+    """All, in launches of at most so many, and so many tiles."""
+    groups: list[list[int]] = [[]]
+    tiles = 0
+    for index, width in enumerate(widths):
+        count = triton.cdiv(width, block_n)
+        if len(groups[-1]) == most or (groups[-1] and tiles + count > most_tiles):
+            groups.append([])
+            tiles = 0
+        groups[-1].append(index)
+        tiles += count
+    found = []
+    for group in groups:
+        part = slice(group[0], group[-1] + 1)
+        own = widths[part]
+        found.append(_Launch(part, sum(own), sum(triton.cdiv(width, block_n) for width in own), packed(own)))
+    return found
 
 
 def modulations(
@@ -107,29 +127,34 @@ def modulations(
     c (M, K), the weights and the biases (or none) are each of one dtype; what is not contiguous is copied.
     """
     rows, inner = c.shape
-    widths = [len(weight) for weight in weights]
-    out = c.new_empty((rows, sum(widths)), dtype=dtype)
+    widths = tuple(weight.shape[0] for weight in weights)
+    columns = sum(widths)
+    out = c.new_empty((rows, columns), dtype=dtype)
     if not out.numel():
         return out
-    config = config or modulations_config(rows, sum(widths), inner, c, dtype, weights[0].dtype, True)
+    config = config or modulations_config(rows, columns, inner, c, dtype, weights[0].dtype, True)
     c = c if c.stride(-1) == 1 else c.contiguous()
+    weights, biases = (tuple(x if x.is_contiguous() else x.contiguous() for x in group) for group in (weights, biases))
+    constants: dict[str, Any] = {
+        "DTYPE": _TRITON[dtype],
+        "PRECISION": "tf32" if dtype == torch.float32 and uses_tf32() else "ieee",
+        "UPCAST": dtype == torch.bfloat16 and interpreting(),
+        "EVEN_K": inner % config.block_k == 0,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    if config.max_registers:
+        constants["maxnreg"] = config.max_registers
     place = 0
     with on_device(c):
-        for part, tiles in _launches([triton.cdiv(width, config.block_n) for width in widths]):
-            _modulations_kernel[(triton.cdiv(rows, config.block_m), tiles)](
-                c,
-                tuple(weight.contiguous() for weight in weights[part]),
-                tuple(bias.contiguous() for bias in biases[part]) or None,
-                out[:, place:],
-                rows, inner, c.stride(0), out.stride(0),
-                WIDTHS=packed(widths[part]),
-                DTYPE=_TRITON[dtype],
-                PRECISION="tf32" if dtype == torch.float32 and uses_tf32() else "ieee",
-                UPCAST=dtype == torch.bfloat16 and interpreting(),
-                EVEN_K=inner % config.block_k == 0,
-                BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-                num_warps=config.num_warps, num_stages=config.num_stages,
-                **({"maxnreg": config.max_registers} if config.max_registers else {}),
+        for launch in _launches(widths, config.block_n, MOST, _MOST_TILES):
+            _modulations_kernel[(triton.cdiv(rows, config.block_m), launch.tiles)](
+                c, weights[launch.part], biases[launch.part] or None, out[:, place:] if place else out,
+                rows, inner, c.stride(0), columns,
+                WIDTHS=launch.widths, **constants,
             )  # fmt: skip
-            place += sum(widths[part])
+            place += launch.columns
     return out
