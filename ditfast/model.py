@@ -22,7 +22,6 @@ from ._model_blocks import (
     all_modulations,
     is_plain,
     is_plain_modulation,
-    reads,
 )
 from .config import DiTConfig
 from .ops._backend import autocast_dtype
@@ -39,7 +38,7 @@ class DiT(reference.DiT):
     All adaLN Linears run in one launch that reads their weights where they lie, at the beginning of each call, so that
     whatever wrote these before is seen. Each Linear runs on its own where a weight is not a plain tensor on the others'
     device (sharded, wrapped by LoRA, offloaded, quantised), where a block or the final layer has hooks or a wrapper, on
-    a CPU, and in training under autocast; above 512 samples by the library's GEMM.
+    a CPU, and in training under autocast; above 1024 samples by the library's GEMM.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -173,10 +172,11 @@ class DiT(reference.DiT):
         apart = c, (None,) * (len(self.blocks) + 1)
         linears = self._modulation_linears() if activated else []
         # a layer's hooks and wrappers may write or gather its weights before it is called
-        if not (activated and reads(*linears) and all(is_plain(*each) for each in self._fused_layers())):
+        if not activated or not all(is_plain(*each) for each in self._fused_layers()):
             return apart
-        parameters = [linear.weight for linear in linears] + [x.bias for x in linears if x.bias is not None]
-        trains = torch.is_grad_enabled() and any(x.requires_grad for x in (c, *parameters))
+        # not linear.parameters(): a replica of DataParallel has plain tensors
+        tensors = [c, *(getattr(linear, name, None) for linear in linears for name in ("weight", "bias"))]
+        trains = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
         if trains and autocast_dtype(c.device.type) is not None:
             return apart
         together = all_modulations(linears, c)

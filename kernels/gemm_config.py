@@ -68,7 +68,7 @@ FEW_ROWS = (
     GemmConfig("triton", 64, 64, 64, 1, 1, 4, 4, 0, 0),
 )
 MANY_ROWS = GemmConfig("triton", 128, 128, 64, 1, 1, 8, 3, 128, 0)
-_MOST_ROWS = 512  # where reading the weights is a tenth of computing
+_MOST_ROWS = 1024  # where reading the weights is a tenth of computing
 _INTERPRETED = GemmConfig("triton", 64, 128, 64, 2, 2, 4, 1, 0, 0)  # each program and step costs milliseconds there
 # compute capabilities with TMA, an asynchronous tensor core that feeds on shared memory, and 227 KB of it for a block:
 # Hopper and datacenter Blackwell, not the consumers' sm_120 with 99 KB

@@ -173,7 +173,7 @@ def test_errors_name_the_argument():
 @pytest.mark.parametrize(
     ("rows", "tile", "candidate"),
     [(1, 16, "triton"), (2, 16, "triton"), (16, 16, "triton"), (64, 64, "triton"), (256, 128, "triton"),
-     (512, 128, "triton"), (513, 128, "separate")],
+     (512, 128, "triton"), (1025, 128, "separate")],
 )  # fmt: skip
 def test_tiles_follow_the_rows(rows, tile, candidate):
     for major in (8, 9):
