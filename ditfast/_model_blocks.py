@@ -25,6 +25,9 @@ from .ops.modulations import attached, modulations_of, takes_modulations
 from .reference import dit as reference
 
 
+_NORM = "gated_residual_layer_norm_modulate"
+
+
 def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     """Whether a layer may be read as its parameters: no subclass (LoRA, sharding), no forward of its own
     (offloading), no hooks, its own or (not seen while compiling) global."""
@@ -33,6 +36,11 @@ def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return False
     return torch.compiler.is_compiling() or not _has_any_global_hook()
+
+
+def records_gradients() -> bool:
+    """Whether autograd records, and not torch.jit.trace, whose check calls a model once more without gradients."""
+    return torch.is_grad_enabled() and not torch.jit.is_tracing()
 
 
 def is_as_built(model: nn.Module) -> bool:
@@ -132,7 +140,7 @@ def promoted(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
 
 def add_and_norm(x: Tensor, pending: Pending, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Adds the pending branch: (new x, its modulated norm)."""
-    if pending.bias is not None and takes_triton("adaln", x, x.shape[2]):
+    if pending.bias is not None and takes_triton(_NORM, x, x.shape[2], (*pending, shift, scale)):
         return adaln(x, pending.branch, pending.gate, shift, scale, eps, pending.bias)
     branch, gate, _ = pending.settled()
     if branch is not None and gate is not None:
@@ -258,7 +266,7 @@ class AdaLNForward(nn.Module):
         it may be left its bias's gradient.
         """
         pending = Pending(branch, gate, bias)
-        readable = torch.is_grad_enabled() and self._is_readable(x)
+        readable = records_gradients() and self._is_readable(x)
         modulation, c = modulation_of(self.adaLN_modulation, c, activated, modulation, readable)
         shift1, scale1, gate1, shift2, scale2, gate2 = self._chunks(modulation)
         norm1, norm2 = (shift1, scale1, self.norm1.eps), (shift2, scale2, self.norm2.eps)
@@ -292,8 +300,8 @@ class AdaLNForward(nn.Module):
             return False
         if not (is_plain(attn, type(attn)) and is_plain(mlp, type(mlp)) and reads(attn.qkv, attn.proj)):
             return False
-        hidden = len(mlp.fc1.weight)
-        return takes_triton("adaln", x, x.shape[2]) and takes_gemm("gelu_mlp", x, x.shape[2], hidden)
+        widths = (x.shape[2], len(mlp.fc1.weight))
+        return takes_triton(_NORM, x, x.shape[2], self.parameters()) and takes_gemm("gelu_mlp", x, widths, ())
 
     def _wants_gradient(self, x: Tensor, modulation: Tensor) -> bool:
         """Whether anything wants one, in dtypes that the nodes take."""

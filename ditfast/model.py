@@ -22,6 +22,7 @@ from ._model_blocks import (
     all_modulations,
     is_plain,
     is_plain_modulation,
+    records_gradients,
 )
 from .config import DiTConfig
 from .ops._backend import autocast_dtype
@@ -124,7 +125,7 @@ class DiT(reference.DiT):
         pending = Pending()
         *given, last = modulations
         # whose branches nobody sees between: no hooks, wrappers, sharding or forward of their own
-        private = [torch.is_grad_enabled() and is_plain(layer, kind) for layer, kind in self._fused_layers()]
+        private = [records_gradients() and is_plain(layer, kind) for layer, kind in self._fused_layers()]
         hands_over = [here and there for here, there in zip(private[:-1], private[1:], strict=True)]
         for block, modulation, over in zip(self.blocks, given, hands_over, strict=True):
             x, *rest, c = block(x, *pending, c, activated, modulation, *([True] if over else []))

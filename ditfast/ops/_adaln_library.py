@@ -11,9 +11,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ._library import library, register
+from ._library import Kernel, apply, library, register
 
 library.define(
     "adaln_forward(Tensor x, Tensor? branch, Tensor? gate, Tensor? shift, Tensor? scale, float eps)"
@@ -154,11 +153,13 @@ def norm_backward(
     return gradients, out, sums
 
 
-class _AdaLN(torch.autograd.Function):
+class _AdaLN(Kernel):
     """(x, branch, gate, bias, shift, scale, eps) -> (r, out, mean, rstd); mean and rstd are for the backward only.
 
     bias is only there to be given its gradient: the branch has it already.
     """
+
+    operator = "layer_norm_modulate and gated_residual"
 
     @staticmethod
     def forward(
@@ -182,9 +183,9 @@ class _AdaLN(torch.autograd.Function):
         ctx.save_for_backward(*norm_saved(ctx, x, branch, gate, None, scale, r, mean, rstd))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_r: Tensor | None, d_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+    def gradients(
+        ctx: Any, saved: tuple[Any, ...], d_r: Tensor | None, d_out: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
         gate, scale = saved[2], saved[4]
         # a compiled backward gives zeros, not None, for the outputs that an operator does not have
         d_r = None if gate is None else d_r
@@ -207,5 +208,5 @@ def adaln(
 
     ``bias`` (D,) gets the gradient of the bias of the Linear that made the branch, which must have taken it detached.
     """
-    r, out, _, _ = _AdaLN.apply(x, branch, gate, bias, shift, scale, eps)  # type: ignore[no-untyped-call]
+    r, out, _, _ = apply("_AdaLN", x, branch, gate, bias, shift, scale, eps)
     return r, out

@@ -6,9 +6,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ._library import library, register
+from ._library import Kernel, apply, library, register
 
 library.define(
     "attention_forward(Tensor qkv, int num_heads, float scale, Tensor? bias, bool save) -> (Tensor out, Tensor stats)"
@@ -81,8 +80,10 @@ register("attention_forward", _forward, _forward_fake)
 register("attention_backward", _backward, _backward_fake)
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Kernel):
     """(qkv, bias, num_heads, scale) -> (out, stats)."""
+
+    operator = "self_attention"
 
     @staticmethod
     def forward(qkv: Tensor, bias: Tensor | None, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -97,11 +98,10 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(qkv, bias, *output)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def gradients(ctx: Any, saved: tuple[Any, ...], d_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if d_out is None:
             return (None,) * 4
-        qkv, bias, out, stats = ctx.saved_tensors
+        qkv, bias, out, stats = saved
         want_qkv, want_bias, _, _ = ctx.needs_input_grad
         d_qkv, d_bias, _ = torch.ops.ditfast.attention_backward.default(
             d_out, qkv, out, stats, ctx.num_heads, ctx.scale, bias, want_bias, False
@@ -113,4 +113,4 @@ def attention(qkv: Tensor, bias: Tensor | None, num_heads: int, scale: float) ->
     """(B, T, D) by the kernels, differentiable; bias None or of four axes that broadcast to (B, H, T, T)."""
     if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (qkv, bias))):
         return cast(Tensor, torch.ops.ditfast.attention_forward.default(qkv, num_heads, scale, bias, False)[0])
-    return cast(Tensor, _Attention.apply(qkv, bias, num_heads, scale)[0])  # type: ignore[no-untyped-call]
+    return cast(Tensor, apply("_Attention", qkv, bias, num_heads, scale)[0])

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
+from itertools import chain
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..kernels.launch import gpu, gpu_index, interpreting, on_gpu
+from ..reference.transforms import in_forward_mode, in_nested_gradients, in_second_order, in_vmap
 from ._attention_backends import AttentionBackend, machine_reason
 
 Backend = Literal["auto", "triton", "torch"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+NOT_TWICE = "its gradient has no derivative (torch.func.grad within another gradient)"
 
 MAX_WIDTH = 8192  # elements of a row: a row kernel keeps one in registers
 
@@ -30,8 +34,12 @@ def use_backend(backend: Backend) -> Iterator[None]:
 
     "auto" (the default) takes the fastest implementation that fits the tensors, "torch" the formula. "triton"
     demands the Triton kernel of every operator that has one, or raises; meta tensors trace the launches of a GPU
-    under it (timestep_embedding and conditioning have kernels for eager inference only, and run their formulas in
-    training and under torch.compile). A compiled function keeps the choice made when it was traced.
+    under it (timestep_embedding and conditioning run their formulas under torch.compile). A compiled function keeps the
+    choice made when it was traced.
+
+    The kernels have first gradients. Forward-mode derivatives (``torch.func.jvp``), vmap, gradients of gradients within
+    torch.func's transforms and ``torch.jit.trace`` take the formula under "auto", and are refused under "triton". A
+    kernel's gradient, differentiated after all, raises, and names what to do.
 
     Raises:
         ValueError: unknown backend.
@@ -88,11 +96,12 @@ def _register_sharding_rules() -> None:
     _registered()  # Dynamo looks through a cache's wrapper and misses the mark below
 
 
-def takes_triton(operator: str, x: Tensor, width: int) -> bool:
+def takes_triton(operator: str, x: Tensor, width: int, others: Iterable[Tensor | None] = ()) -> bool:
     """Whether an operator runs its Triton kernel for a tensor like x with rows of ``width`` elements.
 
     "auto" takes the kernel on a GPU that has it, "triton" also for CPU tensors in Triton's interpreter and for
-    meta tensors, which trace the fused path.
+    meta tensors, which trace the fused path. ``others`` are further tensors that may want a gradient: where that may be
+    differentiated in turn, which a kernel's refuses, "auto" takes the formula.
 
     Raises:
         RuntimeError: a kernel was asked for by ``use_backend("triton")`` and cannot run, with the reason.
@@ -103,15 +112,15 @@ def takes_triton(operator: str, x: Tensor, width: int) -> bool:
     sharded(x)  # whose rules torch needs before a kernel's operator is called
     reason = triton_reason(x, width)
     if reason is not None and backend == "triton":
-        raise RuntimeError(f"{operator} cannot run its Triton kernel: {reason}")
-    return reason is None
+        raise RuntimeError(f"ditfast.ops.{operator} cannot run its Triton kernel: {reason}")
+    return reason is None and not (backend == "auto" and in_second_order(chain((x,), others)))
 
 
 def triton_reason(x: Tensor, width: int) -> str | None:
     """Why no Triton kernel runs for a tensor like x with rows of ``width`` elements, or None."""
-    reason = None
-    if not torch.compiler.is_compiling() and _under_vmap():
-        reason = "it has no rule for torch.vmap"
+    reason = transform_reason()
+    if reason is not None:
+        reason = f"{reason}; use_backend(\"torch\") takes the formula"
     elif x.dtype == torch.float64:
         reason = "the kernels compute in fp32, and their input is fp64"
     elif width > MAX_WIDTH:
@@ -125,9 +134,17 @@ def triton_reason(x: Tensor, width: int) -> str | None:
     return reason
 
 
-def _under_vmap() -> bool:
-    stack = torch._C._functorch.get_interpreter_stack()
-    return bool(stack) and any(item.key() == torch._C._functorch.TransformType.Vmap for item in stack or ())
+def transform_reason() -> str | None:
+    """Which of torch's transforms in force here a fused kernel does not serve, or None."""
+    if in_forward_mode():
+        return "it has no forward-mode derivative (torch.func.jvp)"
+    if in_vmap():
+        return "it has no rule for torch.vmap"
+    if in_nested_gradients():
+        return NOT_TWICE
+    if torch.jit.is_tracing():
+        return "torch.jit.trace would not record its gradient"
+    return None
 
 
 def _gpu_unavailable(index: int) -> str | None:

@@ -17,9 +17,9 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._adaln_library import norm_backward, norm_saved
+from ._library import Kernel, apply
 from ._linear_autograd import Gradients, weight_gradient
 
 _NORM_INPUTS = 7  # of each node: (x, branch, gate, bias, shift, scale, eps)
@@ -32,7 +32,7 @@ def _norm_forward(inputs: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 def _save(
-    ctx: Any, inputs: Sequence[Any], r: Tensor, mean: Tensor, rstd: Tensor, *rest: Tensor, hidden: Sequence[Tensor]
+    ctx: Any, inputs: Sequence[Any], r: Tensor, mean: Tensor, rstd: Tensor, *rest: Tensor | None, hidden: Sequence[Tensor]
 ) -> None:
     """Saves what the backward wants; ``hidden`` are outputs for it alone."""
     x, branch, gate, _, shift, scale, eps = inputs[:_NORM_INPUTS]
@@ -71,8 +71,10 @@ def _norm_gradients(
     return [*gradients, None], norm.flatten(0, 1) if want_norm else norm, sums
 
 
-class _NormLinear(torch.autograd.Function):
+class _NormLinear(Kernel):
     """(..., weight, bias) -> (r, y, mean, rstd) with y = norm W^T + b, (B, T, N)."""
+
+    operator = "layer_norm_modulate and a Linear in one node"
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
@@ -85,9 +87,9 @@ class _NormLinear(torch.autograd.Function):
         _save(ctx, inputs, r, mean, rstd, inputs[_NORM_INPUTS], hidden=())
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_r: Tensor | None, d_y: Tensor | None, *_: None) -> Gradients:
-        saved = ctx.saved_tensors  # once: activation checkpointing computes them again at each look
+    def gradients(
+        ctx: Any, saved: tuple[Any, ...], d_r: Tensor | None, d_y: Tensor | None, *_: None
+    ) -> Gradients:
         weight = saved[_NORM_INPUTS]
         want_weight, want_bias = ctx.needs_input_grad[_NORM_INPUTS:]
         if d_y is None:
@@ -97,8 +99,10 @@ class _NormLinear(torch.autograd.Function):
         return (*gradients, weight_gradient(d_y, norm, want_weight), d_y.sum(0) if want_bias else None)
 
 
-class _NormAttention(torch.autograd.Function):
+class _NormAttention(Kernel):
     """(..., weight, bias, num_heads, scale) -> (r, out, qkv, stats, mean, rstd): qkv = norm W^T + b, its attention."""
+
+    operator = "layer_norm_modulate and self_attention in one node"
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
@@ -110,15 +114,15 @@ class _NormAttention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        weight, _, ctx.num_heads, ctx.scale = inputs[_NORM_INPUTS:]
+        weight, bias, ctx.num_heads, ctx.scale = inputs[_NORM_INPUTS:]
         r, out, qkv, stats, mean, rstd = output
-        _save(ctx, inputs, r, mean, rstd, weight, qkv, out, stats, hidden=(qkv, stats))
+        _save(ctx, inputs, r, mean, rstd, weight, qkv, out, stats, bias, hidden=(qkv, stats))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_r: Tensor | None, d_out: Tensor | None, *_: None) -> Gradients:
-        saved = ctx.saved_tensors
-        weight, qkv, out, stats = saved[_NORM_INPUTS:]
+    def gradients(
+        ctx: Any, saved: tuple[Any, ...], d_r: Tensor | None, d_out: Tensor | None, *_: None
+    ) -> Gradients:
+        weight, qkv, out, stats, _bias = saved[_NORM_INPUTS:]
         want_weight, want_bias, _, _ = ctx.needs_input_grad[_NORM_INPUTS:]
         if d_out is None:
             return (*_norm_gradients(ctx, saved, d_r, None, False, [])[0], *(None,) * 4)
@@ -133,8 +137,10 @@ class _NormAttention(torch.autograd.Function):
         return (*gradients, d_weight, d_bias[0][0] if want_bias else None, None, None)
 
 
-class _NormMlp(torch.autograd.Function):
+class _NormMlp(Kernel):
     """(..., w1, b1, w2, b2, hands_over, demanded) -> (r, y, pre, mean, rstd) with y = the MLP of the norm."""
+
+    operator = "layer_norm_modulate and gelu_mlp in one node"
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
@@ -145,15 +151,15 @@ class _NormMlp(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        w1, _, w2, _, ctx.hands_over, ctx.demanded = inputs[_NORM_INPUTS:]
+        w1, b1, w2, _, ctx.hands_over, ctx.demanded = inputs[_NORM_INPUTS:]
         r, _, pre, mean, rstd = output
-        _save(ctx, inputs, r, mean, rstd, w1, w2, pre, hidden=(pre,))
+        _save(ctx, inputs, r, mean, rstd, w1, w2, pre, b1, hidden=(pre,))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_r: Tensor | None, d_y: Tensor | None, *_: None) -> Gradients:
-        saved = ctx.saved_tensors
-        w1, w2, pre = saved[_NORM_INPUTS:]
+    def gradients(
+        ctx: Any, saved: tuple[Any, ...], d_r: Tensor | None, d_y: Tensor | None, *_: None
+    ) -> Gradients:
+        w1, w2, pre, _b1 = saved[_NORM_INPUTS:]
         want_w1, want_b1, want_w2, want_b2, _, _ = ctx.needs_input_grad[_NORM_INPUTS:]
         if d_y is None:
             return (*_norm_gradients(ctx, saved, d_r, None, False, [])[0], *(None,) * 6)
@@ -171,13 +177,13 @@ class _NormMlp(torch.autograd.Function):
 
 def norm_linear(*inputs: Any) -> tuple[Tensor, Tensor]:
     """(r, y): inputs as above, then weight (N, D) and bias (N,) or None; r is empty without a branch."""
-    r, y, *_ = _NormLinear.apply(*inputs)  # type: ignore[no-untyped-call]
+    r, y, *_ = apply("_NormLinear", *inputs)
     return r, y
 
 
 def norm_attention(*inputs: Any) -> tuple[Tensor, Tensor]:
     """(r, out): inputs as above, then the packed projection's weight and bias, num_heads, scale; out (B, T, D)."""
-    r, out, *_ = _NormAttention.apply(*inputs)  # type: ignore[no-untyped-call]
+    r, out, *_ = apply("_NormAttention", *inputs)
     return r, out
 
 
@@ -186,5 +192,5 @@ def norm_mlp(*inputs: Any) -> tuple[Tensor, Tensor]:
 
     With ``hands_over`` b2's gradient is left to whoever takes y as a branch, and b2 as its bias.
     """
-    r, y, *_ = _NormMlp.apply(*inputs)  # type: ignore[no-untyped-call]
+    r, y, *_ = apply("_NormMlp", *inputs)
     return r, y

@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._backend import sharded
+from ._library import Kernel, apply
 from ._linear_library import summed
 
 Gradients = tuple[Tensor | None, ...]
@@ -30,8 +30,10 @@ def bias_gradient(d_y: Tensor, partial: Tensor, wanted: bool) -> Tensor | None:
     return d_y.sum(0) if sharded(d_y) else summed(partial, d_y.dtype)
 
 
-class _LinearGelu(torch.autograd.Function):
+class _LinearGelu(Kernel):
     """(x, weight, bias, demanded) -> (gelu_tanh(pre), pre)."""
+
+    operator = "linear_gelu"
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, demanded: bool) -> tuple[Tensor, Tensor]:
@@ -40,17 +42,16 @@ class _LinearGelu(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, _, _ = inputs
+        x, weight, bias, _ = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)  # else the pre-activation's would be made, as zeros
-        ctx.save_for_backward(x, weight, output[1])
+        ctx.save_for_backward(x, weight, output[1], bias)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_act: Tensor | None, _: None) -> Gradients:
+    def gradients(ctx: Any, saved: tuple[Any, ...], d_act: Tensor | None, _: None) -> Gradients:
         if d_act is None:
             return (None,) * 4
-        x, weight, pre = ctx.saved_tensors
+        x, weight, pre, _bias = saved
         want_x, want_weight, want_bias, _ = ctx.needs_input_grad
         # a shard's partial sums are of another number than the whole's: what is sharded is summed afterwards
         d_pre, partial = torch.ops.ditfast.gelu_backward.default(d_act, pre, want_bias and not sharded(d_act))
@@ -58,8 +59,10 @@ class _LinearGelu(torch.autograd.Function):
         return d_pre @ weight if want_x else None, weight_gradient(d_pre, x, want_weight), d_bias, None
 
 
-class _GeluMlp(torch.autograd.Function):
+class _GeluMlp(Kernel):
     """(x, w1, b1, w2, b2, demanded) -> (the MLP, the pre-activation)."""
+
+    operator = "gelu_mlp"
 
     @staticmethod
     def forward(
@@ -70,18 +73,17 @@ class _GeluMlp(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, w1, _, w2, _, demanded = inputs
+        x, w1, b1, w2, _, demanded = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, w1, w2, output[1])
+        ctx.save_for_backward(x, w1, w2, output[1], b1)
         ctx.demanded = demanded
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_y: Tensor | None, _: None) -> Gradients:
+    def gradients(ctx: Any, saved: tuple[Any, ...], d_y: Tensor | None, _: None) -> Gradients:
         if d_y is None:
             return (None,) * 6
-        x, w1, w2, pre = ctx.saved_tensors
+        x, w1, w2, pre, _b1 = saved
         want_x, want_w1, want_b1, want_w2, want_b2, _ = ctx.needs_input_grad
         sums = want_b1 and not sharded(d_y)
         d_pre, act, partial = torch.ops.ditfast.linear_gelu_backward.default(d_y, w2, pre, sums, ctx.demanded)
@@ -95,11 +97,13 @@ class _GeluMlp(torch.autograd.Function):
         )
 
 
-class _LinearGatedResidual(torch.autograd.Function):
+class _LinearGatedResidual(Kernel):
     """(x, weight, bias, gate, residual, demanded) -> (residual + gate * branch, branch).
 
     The branch is stored where the gate wants its gradient.
     """
+
+    operator = "linear_gated_residual"
 
     @staticmethod
     def forward(
@@ -110,17 +114,16 @@ class _LinearGatedResidual(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, _, gate, _, _, _ = inputs
+        x, weight, bias, gate, _, _, _ = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, gate, output[1])
+        ctx.save_for_backward(x, weight, gate, output[1], bias)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_r: Tensor | None, _: None) -> Gradients:
+    def gradients(ctx: Any, saved: tuple[Any, ...], d_r: Tensor | None, _: None) -> Gradients:
         if d_r is None:
             return (None,) * 7
-        x, weight, gate, branch = ctx.saved_tensors
+        x, weight, gate, branch, _bias = saved
         want_x, want_weight, want_bias, want_gate, want_residual, _, _ = ctx.needs_input_grad
         d_x, d_weight, d_bias, d_gate = None, None, None, None
         if want_x or want_weight or want_bias or want_gate:
@@ -141,7 +144,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, demanded: bool) 
     """gelu_tanh(x W^T + b) by the operators above, (M, N); nothing is stored where nothing wants a gradient."""
     if not _wants_gradient(x, weight, bias):
         return cast(Tensor, torch.ops.ditfast.linear_gelu.default(x, weight, bias, False, demanded)[0])
-    return cast(Tensor, _LinearGelu.apply(x, weight, bias, demanded)[0])  # type: ignore[no-untyped-call]
+    return cast(Tensor, apply("_LinearGelu", x, weight, bias, demanded)[0])
 
 
 def gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, demanded: bool) -> Tensor:
@@ -149,7 +152,7 @@ def gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | 
     if not _wants_gradient(x, w1, b1, w2, b2):
         act = torch.ops.ditfast.linear_gelu.default(x, w1, b1, False, demanded)[0]
         return F.linear(act, w2, b2)
-    return cast(Tensor, _GeluMlp.apply(x, w1, b1, w2, b2, demanded)[0])  # type: ignore[no-untyped-call]
+    return cast(Tensor, apply("_GeluMlp", x, w1, b1, w2, b2, demanded)[0])
 
 
 def linear_gated_residual(
@@ -160,7 +163,7 @@ def linear_gated_residual(
         arguments = (x, weight, bias, gate, residual, False, demanded)
         return cast(Tensor, torch.ops.ditfast.linear_gated_residual.default(*arguments)[0])
     inputs = (x, weight, bias, gate, residual, demanded, gate.requires_grad)
-    return cast(Tensor, _LinearGatedResidual.apply(*inputs)[0])  # type: ignore[no-untyped-call]
+    return cast(Tensor, apply("_LinearGatedResidual", *inputs)[0])
 
 
 def _wants_gradient(*inputs: Tensor | None) -> bool:

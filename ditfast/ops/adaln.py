@@ -28,7 +28,7 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e
     """
     _check.tensor("x", x, 3)
     _check_norm(x, "x", shift, scale, eps)
-    if takes_triton("layer_norm_modulate", x, x.shape[2]):
+    if takes_triton("layer_norm_modulate", x, x.shape[2], (shift, scale)):
         return adaln(x, None, None, shift, scale, eps)[1]
     return formulas.layer_norm_modulate(x, shift, scale, eps)
 
@@ -50,7 +50,7 @@ def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
         TypeError, ValueError: a dtype, shape or device does not fit, naming the argument.
     """
     _check_residual(residual, branch, gate)
-    if takes_triton("gated_residual", residual, residual.shape[2]):
+    if takes_triton("gated_residual", residual, residual.shape[2], (branch, gate)):
         return adaln(residual, branch, gate, None, None)[0]
     return formulas.gated_residual(residual, branch, gate)
 
@@ -75,7 +75,8 @@ def gated_residual_layer_norm_modulate(
     _check_residual(residual, branch, gate)
     _check_norm(residual, "residual", shift, scale, eps)
     _check.same_dtype("shift", shift, "branch", branch)
-    if takes_triton("gated_residual_layer_norm_modulate", residual, residual.shape[2]):
+    others = (branch, gate, shift, scale)
+    if takes_triton("gated_residual_layer_norm_modulate", residual, residual.shape[2], others):
         return adaln(residual, branch, gate, shift, scale, eps)
     return formulas.gated_residual_layer_norm_modulate(residual, branch, gate, shift, scale, eps)
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ..kernels.launch import gpu_exists, gpu_index
+from ..reference.transforms import in_second_order
 from . import _check
 from ._attention_backends import AttentionBackend, library_reason, run
 from ._attention_choice import MAX_HEAD_DIM, Case, choose
 from ._attention_library import attention
-from ._backend import current_backend, sharded, takes_triton, triton_reason
+from ._backend import NOT_TWICE, current_backend, sharded, takes_triton, transform_reason, triton_reason
 from .linear import working_dtype
 
 
@@ -110,12 +111,12 @@ def attention_backend(
     Raises:
         RuntimeError: the kernels were asked for by ``use_backend("triton")`` and cannot run, with the reason.
     """
-    if not takes_triton("self_attention", like, 1):
+    if not takes_triton("self_attention", like, 1, (bias,)):
         return "sdpa"
     reason = _unfit(head_dim, bias)
     if current_backend() == "triton":
         if reason is not None:
-            raise RuntimeError(f"self_attention cannot run its Triton kernel: {reason}")
+            raise RuntimeError(f"ditfast.ops.self_attention cannot run its Triton kernel: {reason}")
         return "triton"
     training = _wants_gradient(like, bias) if training is None else training
     case = Case(tokens, head_dim, like.dtype, bias is not None, training)
@@ -151,6 +152,10 @@ def _unavailable(backend: AttentionBackend, qkv: Tensor, num_heads: int, bias: T
     """Why an implementation cannot take these tensors, or None."""
     if backend == "triton":
         return triton_reason(qkv, 1) or _unfit(qkv.shape[2] // (3 * num_heads), bias)
+    if backend != "sdpa":
+        reason = NOT_TWICE if in_second_order((qkv, bias)) else transform_reason()
+        if reason is not None:
+            return f'{reason}; backend "sdpa" has'
     return library_reason(backend, qkv, num_heads, bias, _wants_gradient(qkv, bias))
 
 

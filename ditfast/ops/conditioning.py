@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..reference import ops as formulas
 from . import _check
-from ._backend import sharded, takes_triton
+from ._backend import current_backend, sharded, takes_triton
 from ._library import library, register
 
 library.define("timestep_embedding(Tensor t, int dim, float freq_shift, ScalarType dtype) -> Tensor")
@@ -19,7 +19,7 @@ library.define("conditioning(Tensor t_emb, Tensor y, Tensor table) -> Tensor")
 
 
 def timestep_embedding(t: Tensor, dim: int, freq_shift: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The sinusoid of the timesteps, [cos, sin]; no gradient.
+    """The sinusoid of the timesteps, [cos, sin]. The kernel has no gradient: for a t that wants one the formula runs.
 
     Source: Vaswani et al. 2017, section 3.5, with DiT's order of the halves.
 
@@ -49,7 +49,7 @@ def timestep_embedding(t: Tensor, dim: int, freq_shift: float = 0.0, dtype: torc
         raise ValueError(f"freq_shift must be in [0, {dim // 2}), got {freq_shift}")
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating, got {dtype}")
-    if _takes_kernel("timestep_embedding", t, 1) and dtype != torch.float64:
+    if dtype != torch.float64 and _takes_kernel("timestep_embedding", t, t=t):
         return cast(Tensor, torch.ops.ditfast.timestep_embedding.default(t, dim, float(freq_shift), dtype))
     if sharded(t):  # the frequencies are no DTensor
         from ._sharding import by_samples
@@ -73,8 +73,7 @@ def conditioning(t_emb: Tensor, y: Tensor, table: Tensor) -> Tensor:
         table: (rows, D).
 
     Returns:
-        (B, D) in the wider of the two dtypes. The kernel serves inference; where a gradient is wanted the formula
-        runs.
+        (B, D) in the wider of the two dtypes. The kernel has no gradient: where one is wanted the formula runs.
 
     Raises:
         TypeError, ValueError: a dtype or shape does not fit, naming the argument.
@@ -90,15 +89,22 @@ def conditioning(t_emb: Tensor, y: Tensor, table: Tensor) -> Tensor:
     _check.shape("y", y, (t_emb.shape[0],))
     for name, value in (("y", y), ("table", table)):
         _check.same_device(name, value, t_emb)
-    wants_gradient = torch.is_grad_enabled() and (t_emb.requires_grad or table.requires_grad)
-    if not wants_gradient and _takes_kernel("conditioning", t_emb, 1):
+    if _takes_kernel("conditioning", t_emb, t_emb=t_emb, table=table):
         return cast(Tensor, torch.ops.ditfast.conditioning.default(t_emb, y, table))
     return F.silu(t_emb + F.embedding(y, table))
 
 
-def _takes_kernel(operator: str, like: Tensor, width: int) -> bool:
+def _takes_kernel(operator: str, like: Tensor, **wanting: Tensor) -> bool:
     # Inductor fuses these formulas with what stands around them; an opaque kernel would stop it
-    return not torch.compiler.is_compiling() and takes_triton(operator, like, width)
+    if torch.compiler.is_compiling() or not takes_triton(operator, like, 1, wanting.values()):
+        return False
+    wants = [name for name, tensor in wanting.items() if tensor.requires_grad] if torch.is_grad_enabled() else []
+    if wants and current_backend() == "triton":
+        raise RuntimeError(
+            f"ditfast.ops.{operator} cannot run its Triton kernel: {wants[0]} wants a gradient, which it does not give; "
+            'use_backend("torch") takes the formula'
+        )
+    return not wants
 
 
 def _timestep_embedding(*args: Any) -> Tensor:

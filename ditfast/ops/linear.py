@@ -5,6 +5,7 @@ The fused operators take widths that are multiples of 8 (16-byte rows of 16-bit 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     _check_input("x", x)
     _check.linear(x, ("weight", "bias"), weight, bias, x.shape[-1])
-    if not takes_gemm("linear_gelu", x, *weight.shape):
+    if not takes_gemm("linear_gelu", x, weight.shape, (weight, bias)):
         return formulas.linear_gelu(x, weight, bias)
     x, weight, bias = autocast(x, weight, bias)
     out = _linear_autograd.linear_gelu(x.reshape(-1, x.shape[-1]), weight, bias, _demanded())
@@ -57,7 +58,7 @@ def gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | 
     _check_input("x", x)
     _check.linear(x, ("w1", "b1"), w1, b1, x.shape[-1])
     _check.linear(x, ("w2", "b2"), w2, b2, w1.shape[0])
-    if not takes_gemm("gelu_mlp", x, *w1.shape, w2.shape[0]):
+    if not takes_gemm("gelu_mlp", x, (*w1.shape, w2.shape[0]), (w1, b1, w2, b2)):
         return formulas.gelu_mlp(x, w1, b1, w2, b2)
     x, w1, b1, w2, b2 = autocast(x, w1, b1, w2, b2)
     out = _linear_autograd.gelu_mlp(x.reshape(-1, x.shape[-1]), w1, b1, w2, b2, _demanded())
@@ -94,7 +95,7 @@ def linear_gated_residual(
     if autocast_dtype(x.device.type) is None:
         _check.same_dtype("gate", gate, "x", x)
         _check.stream("residual", residual, "x", x)
-    if not takes_gemm("linear_gated_residual", x, *weight.shape):
+    if not takes_gemm("linear_gated_residual", x, weight.shape, (weight, bias, gate, residual)):
         return formulas.linear_gated_residual(x, weight, bias, gate, residual)
     x, weight, bias = autocast(x, weight, bias)
     if gate.dtype != x.dtype or residual.dtype not in (x.dtype, torch.float32):
@@ -115,17 +116,17 @@ def _demanded() -> bool:
     return current_backend() == "triton"
 
 
-def takes_gemm(operator: str, x: Tensor, *widths: int) -> bool:
-    """Whether an operator runs on the fused GEMMs for an x and Linears of these widths.
+def takes_gemm(operator: str, x: Tensor, widths: Sequence[int], others: Iterable[Tensor | None]) -> bool:
+    """Whether an operator runs on the fused GEMMs for an x, Linears of these widths and others that may want gradients.
 
     Raises:
         RuntimeError: the kernels were asked for by ``use_backend("triton")`` and cannot run, with the reason.
     """
-    if not takes_triton(operator, x, 1):
+    if not takes_triton(operator, x, 1, others):
         return False
     odd = [width for width in widths if width % 8]
     if odd and _demanded():
-        raise RuntimeError(f"{operator} cannot run its Triton kernel: widths must be multiples of 8, got {odd[0]}")
+        raise RuntimeError(f"ditfast.ops.{operator} cannot run its Triton kernel: widths must be multiples of 8, got {odd[0]}")
     return not odd and all(widths)
 
 

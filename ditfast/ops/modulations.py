@@ -9,13 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from ..reference import ops as formulas
 from . import _check
 from ._backend import autocast_dtype, current_backend
-from ._library import library, register
+from ._library import Kernel, apply, library, register
 from ._linear_autograd import Gradients, weight_gradient
 from .linear import autocast, takes_gemm, working_dtype
 
@@ -77,8 +75,6 @@ def takes_modulations(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Ten
     present = [bias for bias in biases if bias is not None]
     if any(type(x) not in _PLAIN for x in (c, *weights, *present)) or len(present) not in (0, len(biases)):
         return False
-    if forward_ad._current_level >= 0:  # a kernel has no tangents
-        return False
     if any(x.dtype != group[0].dtype or x.device != c.device for group in (weights, present) for x in group):
         return False
     if any(weight.shape[1:] != c.shape[1:] for weight in weights):  # also what is flattened while it is sharded
@@ -87,7 +83,8 @@ def takes_modulations(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Ten
         return False
     if any(x.dtype == torch.float64 for x in (weights[0], *present[:1])):
         return False
-    return takes_gemm("modulations", c, c.shape[1], *(weight.shape[0] for weight in weights))
+    widths = (c.shape[1], *(weight.shape[0] for weight in weights))
+    return takes_gemm("modulations", c, widths, (*weights, *biases))
 
 
 def modulations_of(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
@@ -104,9 +101,11 @@ def split(together: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return together.split_with_sizes([weight.shape[0] for weight in weights], dim=1)
 
 
-class _Attached(torch.autograd.Function):
+class _Attached(Kernel):
     """(c, weight, bias, y or None) -> (y = c W^T + b, c): c goes on to the next, so that its gradient is one addmm
     a Linear."""
+
+    operator = "modulations"
 
     @staticmethod
     def forward(c: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -118,9 +117,8 @@ class _Attached(torch.autograd.Function):
         ctx.save_for_backward(inputs[0], inputs[1])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_y: Tensor | None, d_c: Tensor | None) -> Gradients:
-        c, weight = ctx.saved_tensors
+    def gradients(ctx: Any, saved: tuple[Any, ...], d_y: Tensor | None, d_c: Tensor | None) -> Gradients:
+        c, weight = saved
         want_c, want_weight, want_bias, _ = ctx.needs_input_grad
         if d_y is None:
             return d_c, None, None, None
@@ -132,7 +130,7 @@ class _Attached(torch.autograd.Function):
 
 def attached(c: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(y = c W^T + b, c) with their gradients: c (B, D), y (B, N) where it is known already."""
-    y, passed_on = _Attached.apply(c, weight, bias, y)  # type: ignore[no-untyped-call]
+    y, passed_on = apply("_Attached", c, weight, bias, y)
     return cast(Tensor, y), passed_on if c.requires_grad else c  # else later ones would compute a gradient for it
 
 

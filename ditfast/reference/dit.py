@@ -81,7 +81,7 @@ class Attention(nn.Module):
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        out = ops.attention(self.q_norm(q), self.k_norm(k), v)
         return cast(Tensor, self.proj(ops.merge_heads(out)))
 
 
@@ -97,7 +97,7 @@ class CrossAttention(nn.Module):
         def heads(y: Tensor) -> Tensor:
             return y.view(y.shape[0], y.shape[1], self.num_heads, self.head_dim).transpose(1, 2)
 
-        out = F.scaled_dot_product_attention(heads(self.q(x)), heads(self.k(context)), heads(self.v(context)))
+        out = ops.attention(heads(self.q(x)), heads(self.k(context)), heads(self.v(context)))
         return cast(Tensor, self.proj(ops.merge_heads(out)))
 
 

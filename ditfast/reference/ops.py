@@ -10,6 +10,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .transforms import beyond_gradients, refuse_second_order
 
 
 def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -66,8 +69,23 @@ def self_attention(qkv: Tensor, num_heads: int, scale: float | None = None, bias
     The last axis of qkv is [q; k; v], each head-major. ``scale`` is head_dim ** -0.5 by default;
     ``bias`` broadcasts to (B, H, T, T).
     """
-    q, k, v = split_heads(qkv, num_heads)
-    return merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale))
+    return merge_heads(attention(*split_heads(qkv, num_heads), bias, scale))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """softmax(scale * q k^T + bias) v: q (B, H, T, head_dim); k, v (B, H, S, head_dim); bias to (B, H, T, S).
+
+    By torch's kernels. These have first gradients alone: within torch.func's transforms that want more, by its math.
+    """
+    if beyond_gradients(q, k, v, bias):
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    refuse_second_order(
+        out, "ScaledDotProduct", "ditfast: attention by torch's fused kernels has no derivative of its gradient; compute "
+        "the forward under torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), which has",
+    )  # fmt: skip
+    return out
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
