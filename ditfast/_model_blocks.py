@@ -178,10 +178,12 @@ class FusedTimestepEmbedder(reference.TimestepEmbedder):
 class FusedLabelEmbedder(reference.LabelEmbedder):
     def forward(self, y: Tensor, t_emb: Tensor, activated: bool) -> Tensor:  # type: ignore[override]
         """The summed embeddings (B, D), through SiLU where ``activated``."""
-        if not activated or self.training or not is_plain(self.embedding_table, nn.Embedding):
+        table = self.embedding_table
+        learns = torch.is_grad_enabled() and any(x.requires_grad for x in (t_emb, *table.parameters()))
+        if not activated or self.training or learns or not is_plain(table, nn.Embedding):
             c = t_emb + super().forward(y)
             return F.silu(c) if activated else c
-        return ops.conditioning(t_emb, y, self.embedding_table.weight)
+        return ops.conditioning(t_emb, y, table.weight)
 
 
 class PackedAttention(nn.Module):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_inference_engine import LABELS, assert_parity, loaded, models, noise, replaced, stepped, written
 
+from ditfast.bench.parity import relative_error
 from ditfast.inference import Engine, Guidance, Sampler, graphs
 
 
@@ -158,3 +159,45 @@ def test_other_codebases_are_not_captured(captures):
     engine = Engine(fast, Sampler("ddim", 3), Guidance(2.0))
     assert_parity(engine, slow, engine.guidance)
     assert captures == [] and engine.graphs.unavailable().startswith("layers of other codebases")
+
+
+def changed_epsilon(model):
+    model.blocks[0].norm1.eps = 0.5
+
+
+def without_a_gelu(model):
+    model.t_embedder.mlp[1] = torch.nn.Identity()
+
+
+@pytest.mark.parametrize("change", [changed_epsilon, without_a_gelu])
+def test_a_layer_without_weights_that_changes_is_seen(change, captures):
+    fast, slow = models()
+    engine = Engine(fast, Sampler("ddim", 2), Guidance(2.0), table_mib=0)
+    assert_parity(engine, slow, engine.guidance)
+    for model in (fast, slow):
+        change(model)
+    assert_parity(engine, slow, engine.guidance)
+    assert captures == [3, 3]
+
+
+def test_the_precision_switch_is_part_of_a_capture(captures):
+    fast, slow = models()
+    engine = Engine(fast, Sampler("ddim", 2), Guidance(2.0))
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high", "highest"):
+            torch.set_float32_matmul_precision(precision)
+            assert_parity(engine, slow, engine.guidance)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert captures == [3, 3]
+
+
+def test_nothing_is_captured_within_a_transform(captures):
+    fast, slow = models()
+    engine = Engine(fast, Sampler("ddim", 2), Guidance(2.0))
+    start = noise()
+    found, _ = torch.func.jvp(lambda x: engine(x, LABELS), (start,), (start,))
+    assert captures == []
+    assert_parity(engine, slow, engine.guidance)
+    assert captures == [3] and relative_error(found, engine(start, LABELS)) < 1e-5  # another path of attention

@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ditfast.training import GaussianDiffusion, diffusion_loss
+from ditfast.training.loss import _kept
 
 
 def constants():
@@ -83,3 +85,25 @@ def test_constants():
     diffusion = GaussianDiffusion()
     assert diffusion.sqrt_alphas_bar[[0, 999]].square().tolist() == pytest.approx([bars[0], bars[999]], rel=1e-10)
     assert diffusion.min_log_variance[0] == diffusion.min_log_variance[1]
+
+
+def test_what_a_transform_made_is_not_kept():
+    _kept.cache_clear()
+    x, t, noise = torch.randn(2, 4, 4, 4), torch.tensor([1, 500]), torch.randn(2, 4, 4, 4)
+
+    def loss(x, t=t, noise=noise):
+        return diffusion_loss(lambda x, t, y: torch.cat([x.sin(), x.cos()], dim=1), x, t, t, noise)
+
+    expected = loss(x.double()).float()
+    _kept.cache_clear()
+    with FakeTensorMode() as mode:
+        loss(*map(mode.from_tensor, (x, t, noise)))
+    torch.func.grad(loss)(x)
+    torch.func.jvp(loss, (x,), (x,))
+    torch.vmap(loss)(x[None], t[None], noise[None])
+    assert _kept.cache_info().currsize == 0
+    with torch.inference_mode():
+        loss(x)
+    learned = x.clone().requires_grad_()
+    loss(learned).backward()
+    torch.testing.assert_close(loss(x), expected)

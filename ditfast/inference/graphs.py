@@ -12,6 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .._model_blocks import is_as_built
 from ..ops._backend import autocast_dtype, current_backend
+from ..reference.transforms import makes_plain_tensors
 
 _DEVICE = "cuda"
 _WARM_UP = 3  # calls before a capture: libraries choose and allocate in their first ones
@@ -27,7 +28,7 @@ class StepGraphs:
     """The captured steps of a model, one for each key and shapes, the least recently used dropped beyond ``limit``.
 
     Weights are read where they lie: writing them in place (``load_state_dict``) is seen by a replay. Where they lie
-    otherwise, everything is captured anew. What else changes from step to step, a schedule table's rows too, is an
+    otherwise, or a layer is another one or has another setting, everything is captured anew. What else changes from step to step, a schedule table's rows too, is an
     input, whose values are copied into the graph's own buffers.
     """
 
@@ -35,29 +36,32 @@ class StepGraphs:
         self._model = model
         self._limit = limit
         self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
-        self._weights: tuple[object, ...] = ()
+        self._read: tuple[object, ...] = ()
 
     def __len__(self) -> int:
         return len(self._captured)
 
     def look(self) -> bool:
-        """Before a run: drops what was captured of other weights; whether the model can be captured as it is."""
+        """Before a run: drops what was captured of another model; whether the model can be captured as it is."""
+        if self.unavailable() is not None:
+            self._captured.clear()
+            return False
         tensors = (*self._model.parameters(), *self._model.buffers())
         # another dtype or layout may lie where the old one was
-        weights = tuple(
-            (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors
-        )
-        available = self.unavailable() is None
-        if weights != self._weights or not available:
+        weights = [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
+        read = (*weights, *(_settings(module) for module in self._model.modules()))
+        if read != self._read:
             self._captured.clear()
-            self._weights = weights
-        return available
+            self._read = read
+        return True
 
     def unavailable(self) -> str | None:
         """Why its steps run without graphs, or None."""
         devices = {parameter.device.type for parameter in self._model.parameters()}
         if devices != {_DEVICE}:
             return f"the model is on {', '.join(sorted(devices)) or 'no device'}"
+        if not makes_plain_tensors(torch.device(_DEVICE)):
+            return "what a transform, another capture or fake tensors are in the middle of is no other call's"
         if autocast_dtype(_DEVICE) is not None:
             return "autocast keeps casts of the weights, which a replay would not make anew"
         if _has_any_global_hook() or any(_has_hooks(module) for module in self._model.modules()):
@@ -69,7 +73,9 @@ class StepGraphs:
     def run(self, key: Hashable, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """``function(*inputs)`` by the graph of ``key`` and the inputs' shapes; a tensor of its own."""
         shapes = tuple((tuple(value.shape), value.dtype, value.device) for value in inputs)
-        full = (key, shapes, current_backend(), self._model.training)
+        # a replay on another stream could write the buffers that the last one still reads
+        stream = torch.cuda.current_stream(inputs[0].device) if inputs[0].is_cuda else None
+        full = (key, shapes, current_backend(), stream, _precision())
         if full not in self._captured:
             while len(self._captured) >= self._limit:
                 self._captured.popitem(last=False)
@@ -97,6 +103,17 @@ def _capture(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> _Ca
         with torch.cuda.graph(graph):
             output = function(*buffers)
     return _Captured(graph, buffers, output)
+
+
+def _settings(module: nn.Module) -> tuple[object, ...]:
+    """What a layer's forward may read besides tensors and other layers."""
+    plain = (bool, int, float, str, tuple, type(None))
+    return type(module), *((name, value) for name, value in vars(module).items() if isinstance(value, plain))
+
+
+def _precision() -> tuple[object, ...]:
+    """torch's switches that a captured kernel was chosen by."""
+    return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -45,6 +45,16 @@ def beyond_gradients(*tensors: Tensor | None) -> bool:
     return in_forward_mode() or in_second_order(tensors)
 
 
+def makes_plain_tensors(device: torch.device) -> bool:
+    """Whether what is made here on a device is any later call's to read: not a transform's, fake, traced, or a CUDA
+    graph's."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or in_forward_mode():
+        return False
+    if functorch.maybe_current_level() is not None or torch._C._len_torch_dispatch_stack():
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
 def _vmaps_and_gradients() -> tuple[int, int]:
     """How many of torch.func's vmap and grad are in force here, one within the other."""
     kinds = [item.key() for item in functorch.get_interpreter_stack() or ()]

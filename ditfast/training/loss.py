@@ -14,6 +14,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..reference.transforms import makes_plain_tensors
+
 
 class GaussianDiffusion:
     """The per-timestep constants of the forward process, fp64 tensors of shape (steps,)."""
@@ -34,8 +36,16 @@ class GaussianDiffusion:
 
 
 @lru_cache(maxsize=8)
+def _kept(device: torch.device) -> GaussianDiffusion:
+    with torch.inference_mode(False):
+        constants = GaussianDiffusion(device=device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # other streams may be the next to read them
+    return constants
+
+
 def _diffusion(device: torch.device) -> GaussianDiffusion:
-    return GaussianDiffusion(device=device)
+    return _kept(device) if makes_plain_tensors(device) else GaussianDiffusion(device=device)
 
 
 def diffusion_loss(
