@@ -53,7 +53,6 @@ def unavailable(
     provider: str, qkv: Tensor, num_heads: int, bias: Tensor | None = None, backward: bool = False
 ) -> str | None:
     """Why a provider cannot take these tensors, or None; ``backward``: where gradients of all of them are wanted."""
-    if backward and bias is not None and PROVIDERS[provider] == "cudnn":
-        return "torch has no gradient of a bias for cuDNN's attention"  # which it only says in the call
-    bias = None if bias is None else bias.reshape((1,) * (4 - bias.ndim) + tuple(bias.shape))
+    if bias is not None:
+        bias = bias.detach().reshape((1,) * (4 - bias.ndim) + tuple(bias.shape)).requires_grad_(backward)
     return ops.attention_backends(qkv, num_heads, bias)[PROVIDERS[provider]]

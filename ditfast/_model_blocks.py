@@ -179,7 +179,7 @@ class FusedLabelEmbedder(reference.LabelEmbedder):
     def forward(self, y: Tensor, t_emb: Tensor, activated: bool) -> Tensor:  # type: ignore[override]
         """The summed embeddings (B, D), through SiLU where ``activated``."""
         table = self.embedding_table
-        learns = torch.is_grad_enabled() and any(x.requires_grad for x in (t_emb, *table.parameters()))
+        learns = records_gradients() and any(x.requires_grad for x in (t_emb, *table.parameters()))
         if not activated or self.training or learns or not is_plain(table, nn.Embedding):
             c = t_emb + super().forward(y)
             return F.silu(c) if activated else c

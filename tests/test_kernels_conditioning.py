@@ -74,9 +74,8 @@ def test_gradients_come_from_the_formula():
     table = torch.randn(11, 72, dtype=torch.float64, requires_grad=True)
     y = torch.tensor([1, 9, 1])
     assert torch.autograd.gradcheck(lambda a, b: ops.conditioning(a, y, b), (t_emb, table))
-    with ops.use_backend("triton"):
-        ops.conditioning(t_emb.float(), y, table.float()).sum().backward()
-    assert table.grad[1].abs().min() > 0
+    with ops.use_backend("triton"), pytest.raises(RuntimeError, match="t_emb wants a gradient, which it does not give"):
+        ops.conditioning(t_emb.float(), y, table.float())
 
 
 def test_opcheck():

@@ -146,3 +146,48 @@ def test_compiled(transform):
     torch.compiler.reset()
     found = result(fast, lambda call: torch.compile(call, backend="aot_eager", fullgraph=True))
     assert judge("model", found, result(slow), result(copy.deepcopy(slow).double()), torch.float32).ok
+
+
+def trained(model, x, t, y, call=None):
+    model.zero_grad()
+    (model if call is None else call)(x, t, y).sin().sum().backward()
+    return together([p.grad for p in model.parameters() if p.grad is not None])
+
+
+def accelerated():
+    slow = foreign_models.randomised(foreign_models.Model(dim=24, num_heads=3, depth=1))
+    fast = copy.deepcopy(slow)
+    ditfast.accelerate(fast)
+    return fast, slow
+
+
+def fast_and_slow():
+    return model_helpers.pair(TINY)
+
+
+@pytest.mark.parametrize("pair", [fast_and_slow, accelerated])
+def test_compiled_with_dynamic_shapes_and_trained_on_the_kernels(pair):
+    fast, slow = pair()
+    torch.compiler.reset()
+    compiled = torch.compile(fast, backend="aot_eager", fullgraph=True, dynamic=True)
+    for batch in (2, 3):
+        inputs = random_batch(TINY, batch) if pair is fast_and_slow else foreign_models.inputs(batch)
+        with ops.use_backend("triton"):
+            found = trained(fast, *inputs, call=compiled)
+        x, t, y = inputs
+        oracle = trained(copy.deepcopy(slow).double(), x.double(), t, y)
+        verdict = judge("model", found, trained(slow, *inputs), oracle, torch.float32)
+        assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize("pair", [fast_and_slow, accelerated])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_traced(pair, gradients, machine):
+    fast, slow = pair()
+    inputs = random_batch(TINY, 2) if pair is fast_and_slow else foreign_models.inputs(2)
+    with torch.set_grad_enabled(gradients):
+        traced = torch.jit.trace(fast.eval(), inputs)
+    x, t, y = inputs
+    oracle = trained(copy.deepcopy(slow).double(), x.double(), t, y)
+    verdict = judge("model", trained(traced, *inputs), trained(slow, *inputs), oracle, torch.float32)
+    assert verdict.ok, verdict

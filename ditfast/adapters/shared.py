@@ -1,7 +1,7 @@
 """Models of the official shape: in inference their accelerated blocks and final layer share one launch.
 
 The first that a forward calls computes all; others take theirs if their condition is that very one, not written since.
-Not under torch.compile, in inference mode (which counts no writes), or where one has hooks (which may write weights).
+Not under torch.compile or torch.jit.trace, in inference mode (which counts no writes), or where one has hooks (which may write weights).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class SharesModulations(nn.Module):
     """Mixin of a layer that takes its modulation (B, N) from its model's launch; None: it runs its own Linear."""
 
     def shared_modulation(self, c: Tensor) -> Tensor | None:
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or c.is_inference():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled() or c.is_inference():
             return None
         layers, known = _call.get() or ([], [])
         state = c._version, autocast_dtype(c.device.type)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..reference import ops as formulas
+from ..reference.transforms import refuse_second_order
 
 AttentionBackend = Literal[
     "triton", "sdpa", "cudnn", "flash", "efficient", "flash_attn", "flash_attn_3", "flash_attn_4"
@@ -144,6 +145,8 @@ def library_reason(
     """Why a library's implementation cannot take these very tensors, or None."""
     head_dim = qkv.shape[2] // (3 * num_heads)
     gpu = qkv.get_device() if qkv.is_cuda else None
+    if backend == "cudnn" and training and bias is not None and bias.requires_grad:
+        return "torch has no gradient of a bias for cuDNN's attention"
     reason = machine_reason(backend, gpu)
     if reason is None and backend in PACKAGES:
         major = torch.cuda.get_device_capability(gpu)[0]
@@ -210,4 +213,8 @@ def _flash_attention(
     out = _traceable_function(backend)(*inputs, softmax_scale=scale, deterministic=deterministic)
     if isinstance(out, tuple):  # some versions return the log-sum-exp too
         out = out[0]
+    refuse_second_order(
+        out, "", f'ditfast: the gradient of self_attention by "{backend}" has no derivative; give backend="sdpa" under '
+        "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)",
+    )  # fmt: skip
     return cast(Tensor, out).reshape(batch, tokens, width // 3)
