@@ -91,7 +91,7 @@ def read(path: Path, weights: str) -> Loaded:
         sets, others = find_weights(file.content, (key,) if key else ())
         # within a folder a set is known by its file, within a file by its entry
         found += [(chosen, file, chosen.label.removeprefix(key).lstrip(".")) for chosen in sets]
-        unnamed += others
+        unnamed += others or ([key] if not sets and is_average(key) else [])
     if found:
         chosen = choose([entry[0] for entry in found], unnamed, weights, str(path))
         _, file, entry = next(entry for entry in found if entry[0] is chosen)
@@ -102,18 +102,18 @@ def read(path: Path, weights: str) -> Loaded:
         chosen, source = without_names(file.content, str(file.path))
     else:
         raise CheckpointError(f"{path}: no tensors with the names of a DiT in {some([*paths])}")
-    config: Path | None = file.path.parent / CONFIG_FILE
-    if not config.is_file():
-        config = None
-        if chosen.is_diffusers:
-            raise CheckpointError(
-                f"{source}: the names are those of diffusers' DiTTransformer2DModel, which needs its {CONFIG_FILE}; "
-                "give the folder that holds both"
-            )
-    elif not chosen.is_diffusers and not file.path.name.startswith(_DIFFUSERS_STEM):
-        config = None
+    config = [path for path in [file.path.parent / CONFIG_FILE] if path.is_file()]
+    if chosen.is_diffusers and not config:
+        raise CheckpointError(
+            f"{source}: the names are those of diffusers' DiTTransformer2DModel, which needs its {CONFIG_FILE}; "
+            "give the folder that holds both"
+        )
+    # a file of diffusers' name is refused by its config where it holds something else
+    if not chosen.is_diffusers and not file.path.name.startswith(_DIFFUSERS_STEM):
+        config = []
     tensors, told = clean(chosen, source), told_classes(file.content)
-    return Loaded(tensors, source, [*filter(None, [config]), file.path, *file.shards], config, file.metadata, told)
+    files = [*config, file.path, *file.shards]
+    return Loaded(tensors, source, files, config[0] if config else None, file.metadata, told)
 
 
 def _weight_files(folder: Path) -> dict[str, Path]:
@@ -124,7 +124,8 @@ def _weight_files(folder: Path) -> dict[str, Path]:
     for inner in _folders(folder):
         if inner.name == "transformer" or is_average(inner.name) or _holds_dit(inner):
             for key, path in _named_files(inner).items():
-                found[".".join(filter(None, (inner.name, key.removeprefix(_DIFFUSERS_STEM).lstrip("."))))] = path
+                variant = key.removeprefix(_DIFFUSERS_STEM).lstrip(".")
+                found[f"{inner.name}.{variant}" if variant else inner.name] = path
     if found:
         return found
     raise CheckpointError(
@@ -164,7 +165,9 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _averages_in_folders(folder: Path) -> list[str]:
-    return [inner.name for inner in _folders(folder) if is_average(inner.name) and (inner / _SHARDED).is_file()]
+    return [
+        inner.name for inner in _folders(folder) if is_average(inner.name) and (inner / _SHARDED).is_file()
+    ]
 
 
 def _refusal(folder: Path) -> str:
@@ -194,12 +197,14 @@ def _read_file(path: Path) -> _File:
         return _File(path, content, metadata, [])
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        places: dict[str, str] = dict(values["weight_map"])
+        places = {str(name): str(place) for name, place in dict(values["weight_map"]).items()}
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: no index of shards, a JSON object with a 'weight_map': {error}") from error
-    names = sorted({str(name) for name in places.values()})
+        raise CheckpointError(
+            f"{path}: no index of shards, a JSON object with a 'weight_map': {error}"
+        ) from error
+    names = sorted({*places.values()})
     if outside := [name for name in names if name in ("", ".", "..") or set(name) & {"/", "\\", "\0"}]:
         raise CheckpointError(f"{path}: shards must be files beside the index, got {some(outside)}")
     shards = {name: path.parent / name for name in names}
@@ -210,7 +215,9 @@ def _read_file(path: Path) -> _File:
     for name, place in places.items():
         held = contents[place]
         if not isinstance(held, Mapping) or name not in held:
-            raise CheckpointError(f"{shards[place]}: tensor {name!r} is missing, which {path.name} says is in it")
+            raise CheckpointError(
+                f"{shards[place]}: tensor {name!r} is missing, which {path.name} says is in it"
+            )
         tensors[name] = held[name]
     return _File(path, tensors, {}, [*shards.values()])
 

@@ -22,8 +22,7 @@ OFFICIAL, DIFFUSERS = "x_embedder.proj.weight", "proj_out_2.weight"
 
 # DistributedDataParallel and the averages of torch and timm, torch.compile, FSDP, activation checkpointing
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-# other modules in a container of averages; the moments of an optimiser
-_NOT_AVERAGED = {"online", "backup", "non", "exp"}
+_NOT_AVERAGED = {"online", "backup", "non"}  # raw weights beside or within what is named after averages
 _DEPTH = 6
 
 
@@ -58,7 +57,7 @@ def choose(found: Sequence[WeightSet], unnamed: Sequence[str], weights: str, sou
     Args:
         found, unnamed: of :func:`find_weights`.
         weights: "ema", the average; "model", what is no average; "auto", the average before the other; or a label,
-            or its end.
+            or a part of one.
         source: names the file in messages.
 
     Raises:
@@ -67,14 +66,14 @@ def choose(found: Sequence[WeightSet], unnamed: Sequence[str], weights: str, sou
     averages, raw = [each for each in found if each.average], [each for each in found if not each.average]
     if weights == "auto" and unnamed and not averages:
         raise CheckpointError(
-            f"{source}: holds an average that cannot be read, for it has no names of a DiT's tensors or is refused: "
-            f"{some(unnamed)}; weights='model' (--weights model) takes the raw weights"
+            f"{source}: holds an average that cannot be taken, because it has no names of a DiT's tensors or reading "
+            f"it could run code: {some(unnamed)}; weights='model' (--weights model) takes the raw weights"
         )
     if weights == "model" and [each.label for each in found] == [""]:
         raw = []  # bare, it does not say what it is
     pool = {"auto": averages or raw, "ema": averages, "model": raw}.get(weights)
     named = [each for each in found if each.label == weights] or [
-        each for each in found if each.label.endswith(f".{weights}")
+        each for each in found if f".{weights}." in f".{each.label}."
     ]
     if pool is None:
         pool = named
@@ -89,7 +88,9 @@ def choose(found: Sequence[WeightSet], unnamed: Sequence[str], weights: str, sou
             f"weights={labels[-1]} (--weights)"
         )
     rest = f"; of {some(unnamed)} it has no names" if unnamed else ""
-    holds = f"it holds {' and '.join(labels)}" if labels else "this is a bare state dict, wanted a training file"
+    holds = (
+        f"it holds {' and '.join(labels)}" if labels else "this is a bare state dict, wanted a training file"
+    )
     raise CheckpointError(f"{source}: no {weights!r} in it{';' if labels else ':'} {holds}{rest}")
 
 
@@ -124,7 +125,9 @@ def without_names(content: object, source: str) -> tuple[WeightSet, str]:
             content, source = content[key], f"{source}[{key!r}]"
             break
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{source}: wanted a state dict or a training file, got a {type(content).__name__}")
+        raise CheckpointError(
+            f"{source}: wanted a state dict or a training file, got a {type(content).__name__}"
+        )
     return WeightSet("", [(name, name, value) for name, value in content.items()], False), source
 
 
@@ -138,6 +141,7 @@ def told_classes(content: object) -> int | None:
 
 def is_average(label: str) -> bool:
     """Whether a name is an average's: ``ema_model``, ``state_dict_ema``, ``modelEma``, ``swa``, but not ``non_ema``."""
+    label = label.replace("exp_avg", "")  # an optimiser's moments
     words = set(re.findall("[a-z]+", re.sub("(?<=[a-z])(?=[A-Z])", "_", label).lower()))
     if words & _NOT_AVERAGED:
         return False
@@ -155,7 +159,9 @@ def _outermost(pool: list[WeightSet]) -> list[WeightSet]:
     return pool
 
 
-def _walk(value: object, path: tuple[str, ...], found: list[WeightSet], unnamed: list[str], seen: set[int]) -> None:
+def _walk(
+    value: object, path: tuple[str, ...], found: list[WeightSet], unnamed: list[str], seen: set[int]
+) -> None:
     here: list[WeightSet] = []
     items: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, Mapping):
@@ -216,14 +222,18 @@ def _without_dots(
             flat = {name: prefix + name.replace(".", "") for _, name, _ in entries if isinstance(name, str)}
             # the position table is frozen, and what is frozen is not averaged
             averaged = [
-                (flat[name], name, mapping[flat[name]]) if flat.get(name) in mapping else (original, name, value)
+                (flat[name], name, mapping[flat[name]])
+                if flat.get(name) in mapping
+                else (original, name, value)
                 for original, name, value in entries
                 if flat.get(name) in mapping or name == "pos_embed"
             ]
             yield WeightSet(".".join((*path, prefix.rpartition(".")[0] or prefix)), averaged, True)
 
 
-def _nameless_copies(mapping: Mapping[Any, Any], here: Sequence[WeightSet], path: tuple[str, ...]) -> Iterator[str]:
+def _nameless_copies(
+    mapping: Mapping[Any, Any], here: Sequence[WeightSet], path: tuple[str, ...]
+) -> Iterator[str]:
     """Averages of a DiT among tensors by name, whose names are none of its own: flattened some other way."""
     known = {original for each in here for original, _, _ in each.entries}
     names = [name for name in mapping if isinstance(name, str) and "x_embedder" in name and name not in known]
@@ -234,7 +244,9 @@ def _nameless_copies(mapping: Mapping[Any, Any], here: Sequence[WeightSet], path
 def _has_weights(value: object, depth: int = 0) -> bool:
     if isinstance(value, Tensor):
         return value.numel() > 1
-    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    items = (
+        value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    )
     return depth < _DEPTH and any(_has_weights(item, depth + 1) for item in items)
 
 

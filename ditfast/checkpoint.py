@@ -77,13 +77,22 @@ def load_checkpoint(
 
     The configuration comes from the file (safetensors written by ditfast, diffusers folders), or is inferred
     from the tensors. What tensors cannot show: the number of heads is that of the named model with this depth
-    and width; the label table's last row is the null class, as in every official checkpoint; epsilons and the
-    timestep's frequency shift are the official ones. ``config`` says otherwise.
+    and width; the label table's last row is the null class, as in every official checkpoint, unless a training
+    file's ``args.num_classes`` says otherwise; epsilons and the timestep's frequency shift are the official ones.
+    ``config`` says otherwise.
+
+    A DiT is found by its names in any container and under any prefix, and the wrappers of DistributedDataParallel,
+    FSDP, torch.compile and activation checkpointing are left out of them.
 
     Args:
-        path: an official state dict, bare or in a training file (.pt), a .safetensors file, or the folder of
-            diffusers' ``DiTTransformer2DModel`` or of a pipeline around it.
-        weights: what to take from a training file: "ema", "model", or "auto" for "ema" before "model".
+        path: an official state dict, bare or in a training file (.pt), a .safetensors file, an index of shards, or
+            the folder of diffusers' ``DiTTransformer2DModel`` (safetensors or .bin, variants, shards), of a pipeline
+            or a training around it, or of accelerate. Folders of torch.distributed.checkpoint and of DeepSpeed are
+            refused with the command that converts them.
+        weights: what to take where there are several: "ema", the average, whatever it is called (``model_ema``,
+            ``ema_model``, ``state_dict_ema``, ``transformer_ema``, ...); "model", what is no average; "auto", the
+            average where there is one, else the model; or an entry by its name ("ema_0.9999"; "state.ema" within
+            another), which may be a diffusers variant ("fp16").
         config: the configuration of the file's model. Where the file carries its own, only the epsilons, the
             frequency shift and the label dropout may differ from it.
         model: a name such as "DiT-XL/2"; a file that holds another model is refused.
@@ -98,11 +107,16 @@ def load_checkpoint(
         dtype: of the weights; by default the file's own. A file with parameters of several dtypes needs it
             (``pos_embed`` does not count and takes the parameters' dtype).
 
+    Warns:
+        UserWarning: the label table has as many rows as data sets have classes (10, 100, 365, 1000, ...), and nothing
+            says whether the last is the null class.
+
     Raises:
-        CheckpointError: the file is missing, broken, unsafe or no DiT, or it is not the model asked for.
+        CheckpointError: the file is missing, broken, unsafe or no DiT, or it is not the model asked for; or several
+            entries could be meant, or the average is there in a form that cannot be read.
         TypeError, ValueError: an argument is wrong in itself.
     """
-    if not isinstance(weights, str):
+    if not isinstance(weights, str) or not weights:
         raise TypeError(f"weights must be auto, ema, model or the name of an entry, got {weights!r}")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
