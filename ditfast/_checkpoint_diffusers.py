@@ -23,7 +23,6 @@ from .reference import ops
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-_OLD_WEIGHTS_FILE = "diffusion_pytorch_model.bin"
 
 #: What the class hard-codes, by the config's field.
 CONSTANTS: Mapping[str, float] = MappingProxyType(
@@ -69,7 +68,7 @@ _DEFAULTS: dict[str, Any] = {
     "norm_eps": 1e-5,
 }
 # DiT's class before diffusers 0.28 served other models too, with other defaults
-_CLASSES: dict[str, dict[str, Any]] = {
+CLASSES: Mapping[str, dict[str, Any]] = {
     "DiTTransformer2DModel": {},
     "Transformer2DModel": {
         "attention_bias": False,
@@ -94,9 +93,9 @@ def config_from_diffusers(values: Mapping[str, Any], source: str) -> DiTConfig:
     drawn once a sample, as in the paper.
     """
     name = values.get("_class_name")
-    if not isinstance(name, str) or name not in _CLASSES:
-        raise CheckpointError(f"{source}: _class_name must be one of {', '.join(_CLASSES)}, got {name!r}")
-    fields = {**_DEFAULTS, **_CLASSES[name], **values}
+    if not isinstance(name, str) or name not in CLASSES:
+        raise CheckpointError(f"{source}: _class_name must be one of {', '.join(CLASSES)}, got {name!r}")
+    fields = {**_DEFAULTS, **CLASSES[name], **values}
     for key, wanted in _REQUIRED.items():
         if fields[key] != wanted:
             raise CheckpointError(f"{source}: {key} must be {wanted!r} for a DiT, got {fields[key]!r}")
@@ -224,25 +223,6 @@ def tensors_from_diffusers(
         ops.sincos_position_table(config.hidden_size, *config.grid_size).float().unsqueeze(0)
     )
     return result
-
-
-def find_files(path: Path) -> tuple[Path, Path]:
-    """Config and weights of the transformer in ``path``, or in ``transformer/`` of a pipeline's folder.
-
-    Raises:
-        CheckpointError: no config.json, or the weights are missing or in several files.
-    """
-    folder = path if (path / CONFIG_FILE).is_file() else path / "transformer"
-    if not (folder / CONFIG_FILE).is_file():
-        raise CheckpointError(
-            f"{path}: no {CONFIG_FILE} in this folder or in transformer/; wanted a diffusers folder"
-        )
-    for name in (WEIGHTS_FILE, _OLD_WEIGHTS_FILE):
-        if (folder / name).is_file():
-            return folder / CONFIG_FILE, folder / name
-    sharded = (folder / f"{WEIGHTS_FILE}.index.json").is_file()
-    hint = "; it is in several files, save it again with a larger max_shard_size" if sharded else ""
-    raise CheckpointError(f"{folder}: no {WEIGHTS_FILE} in this folder{hint}")
 
 
 def read_config(path: Path) -> DiTConfig:

@@ -1,20 +1,17 @@
-"""What a file holds: its tensors, read safely, which model they are, and whether they are all there.
+"""Which model the tensors of a file are, and whether they are all there.
 
 ``source`` names the file (and the entry in it) in every message.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import pickle
 import re
-from collections.abc import Mapping
-from pathlib import Path
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .config import MODELS, Conditioning, DiTConfig
@@ -22,7 +19,6 @@ from .reference import ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 _SHOWN = 5
 
@@ -31,38 +27,9 @@ class CheckpointError(ValueError):
     """A checkpoint that is unreadable, does not fit, or cannot hold the model; names file and tensor."""
 
 
-def read_file(path: Path, weights: str) -> tuple[dict[str, Tensor], Mapping[str, str], str]:
-    """The tensors as the file names them (mapped, not read), its metadata, and the source for messages.
-
-    Args:
-        path: a PyTorch or a safetensors file, told apart by their first bytes.
-        weights: what to take from a training file: "auto" ("ema" before "model"), "ema" or "model".
-    """
-    try:
-        with open(path, "rb") as file:
-            head = file.read(9)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    metadata: Mapping[str, str] = {}
-    if not head:
-        raise CheckpointError(f"{path}: the file is empty")
-    # safetensors first: its header's length, of any value, comes before the brace
-    if head[8:] == b"{":
-        try:
-            with safe_open(path, framework="pt") as handle:
-                metadata = handle.metadata() or {}
-                content: object = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: truncated or damaged safetensors file: {error}") from error
-    elif head.startswith((b"PK\x03\x04", b"\x80")):
-        # only the zip container can be mapped; b"\x80" opens a bare pickle, torch's format before 1.6
-        content = _load_pickle(path, mapped=head.startswith(b"PK"))
-    else:
-        raise CheckpointError(
-            f"{path}: not a checkpoint; wanted a PyTorch file, a safetensors file or a diffusers folder"
-        )
-    entries, source = _select_weights(content, weights, str(path))
-    return _clean_state_dict(entries, source), metadata, source
+def some(names: Sequence[str]) -> str:
+    """Up to five of the names, for a message."""
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def check_tensors(
@@ -77,7 +44,7 @@ def check_tensors(
         if name in tensors and tensors[name].shape != tensor.shape
     ]
     kinds = (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", wrong))
-    faults = [f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds if names]
+    faults = [f"{len(names)} {kind}: {some(names)}" for kind, names in kinds if names]
     if faults:
         raise CheckpointError(f"{source}: the tensors are not those of {what}; {'; '.join(faults)}")
 
@@ -115,11 +82,17 @@ def infer_config(
     model: str | None = None,
     num_heads: int | None = None,
     latent_size: tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    told_classes: int | None = None,
 ) -> DiTConfig:
     """The configuration of an official state dict, from its names and shapes.
 
     The number of heads is taken from the named models (by depth and width) or from qk-norm's width; the grid
-    from the sine-cosine table that ``pos_embed`` is. The label table's last row is taken for the null class.
+    from the sine-cosine table that ``pos_embed`` is. The label table's last row is taken for the null class, unless
+    ``told_classes``, of the file, says that there is none; ``num_classes``, of the caller, may confirm it.
+
+    Warns:
+        UserWarning: the label table looks as if it had no row for the null class, and nothing says so.
     """
     width, channels, patch, columns = _shape(tensors, "x_embedder.proj.weight", 4, source)
     if patch != columns:
@@ -157,7 +130,7 @@ def infer_config(
             **sizes,
             num_heads=num_heads,
             in_channels=channels,
-            num_classes=rows - 1,
+            **_classes(rows, num_classes, told_classes, source),
             learn_sigma=outputs == 2 * patch**2 * channels,
             latent_size=_latent_size(tensors, patch, latent_size, source),
             conditioning=_conditioning(tensors, width, source),
@@ -196,72 +169,6 @@ def check_grid(pos_embed: Tensor, config: DiTConfig, source: str) -> None:
             f"{source}: tensor 'pos_embed' is the table of a grid of {_grids(grids)} patches, wanted "
             f"{_grids([config.grid_size])} (latent_size {config.latent_hw})"
         )
-
-
-def _load_pickle(path: Path, mapped: bool) -> object:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged pickle can raise anything
-        refused = re.search(r"(?:GLOBAL|function|but got) (\S+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and refused:
-            raise CheckpointError(
-                f"{path}: refused, because its pickle calls for {refused[1]} and could run code; wanted only "
-                "tensors, plain containers and argparse.Namespace. Nothing was run"
-            ) from error
-        first = str(error).strip().partition("\n")[0]
-        if "weights_only" in first:  # torch's advice to switch the guard off
-            first = "its pickle holds more than tensors and plain containers"
-        raise CheckpointError(
-            f"{path}: truncated or damaged PyTorch file, or an unsafe one; nothing in it was run: "
-            f"{first or type(error).__name__}"
-        ) from error
-
-
-def _select_weights(content: object, weights: str, source: str) -> tuple[Mapping[Any, Any], str]:
-    """The state dict in a loaded file, bare or in a training file, and its source.
-
-    ``weights`` is "auto" ("ema" before "model"; a bare state dict as it is), "ema" or "model".
-    """
-    if not isinstance(content, Mapping):
-        raise CheckpointError(
-            f"{source}: wanted a state dict or a training file, got a {type(content).__name__}"
-        )
-    found = [key for key in ("ema", "model") if isinstance(content.get(key), Mapping)]
-    if not found:
-        if weights != "auto":
-            raise CheckpointError(
-                f"{source}: no {weights!r} in it: this is a bare state dict, wanted a training file"
-            )
-        return content, source
-    if weights != "auto" and weights not in found:
-        raise CheckpointError(f"{source}: no {weights!r} in it; it holds {' and '.join(map(repr, found))}")
-    key = found[0] if weights == "auto" else weights
-    return content[key], f"{source}[{key!r}]"
-
-
-def _clean_state_dict(entries: Mapping[Any, Any], source: str) -> dict[str, Tensor]:
-    """The entries as floating tensors, without the prefixes of wrappers; refuses everything else by name."""
-    if not entries:
-        raise CheckpointError(f"{source}: holds no tensors")
-    tensors: dict[str, Tensor] = {}
-    for name, value in entries.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise CheckpointError(
-                f"{source}: wanted names and tensors (or a training file with 'model' or 'ema'), "
-                f"got a {type(value).__name__} under {name!r}"
-            )
-        if value.dtype not in DTYPES or value.layout != torch.strided:
-            wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-            raise CheckpointError(
-                f"{source}: tensor {name!r} must be dense and {wanted}, got {value.layout}, {value.dtype}"
-            )
-        tensors[name] = value.detach()
-    while prefix := next((p for p in _WRAPPERS if all(name.startswith(p) for name in tensors)), ""):
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return tensors
 
 
 def _latent_size(
@@ -304,6 +211,24 @@ def _conditioning(tensors: Mapping[str, Tensor], width: int, source: str) -> Con
     return "adaln_zero" if rows == 6 * width else "adaln"
 
 
+def _classes(rows: int, wanted: int | None, told: int | None, source: str) -> dict[str, Any]:
+    """How many classes a label table of so many rows has, and its label dropout where that is not the usual one."""
+    if told == rows:
+        return {"num_classes": rows, "class_dropout_prob": 0.0}
+    # data sets have a round number of classes, and their tables with the null class one more: 10, 100, 365, 1000
+    suspicious = rows % 10 == 0 or rows == 365 or told is not None
+    if suspicious and rows - 1 not in (told, wanted):
+        says = "nothing says" if told is None else f"its args, with num_classes={told}, do not say"
+        warnings.warn(
+            f"{source}: the label table has {rows} rows, and {says} whether the last is the null class: taken for "
+            f"{rows - 1} classes and the null class. The data's number of classes tells: if it is {rows}, there is "
+            f"none, and config= must be given, with num_classes={rows} and class_dropout_prob=0; num_classes="
+            f"{rows - 1} confirms what was taken",
+            stacklevel=4,
+        )
+    return {"num_classes": rows - 1}
+
+
 def _depth(tensors: Mapping[str, Tensor], source: str) -> int:
     blocks = sorted({int(match[1]) for match in map(_BLOCK.match, tensors) if match})
     # not the largest index: a file must not be able to ask for a billion blocks
@@ -325,7 +250,7 @@ def _shape(tensors: Mapping[str, Tensor], name: str, ndim: int, source: str) -> 
     if name not in tensors:
         raise CheckpointError(
             f"{source}: tensor {name!r} is missing; wanted a DiT's state dict with the official names, "
-            f"got {len(tensors)} tensors: {_some(list(tensors))}"
+            f"got {len(tensors)} tensors: {some(list(tensors))}"
         )
     shape = tuple(tensors[name].shape)
     if len(shape) != ndim or not all(shape):
@@ -333,10 +258,6 @@ def _shape(tensors: Mapping[str, Tensor], name: str, ndim: int, source: str) -> 
             f"{source}: tensor {name!r} must have {ndim} non-empty dimensions, got shape {shape}"
         )
     return shape
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def _grids(grids: list[tuple[int, int]]) -> str:

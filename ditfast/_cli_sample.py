@@ -13,7 +13,7 @@ _INTERRUPTED, _REFUSED = 130, 2
 
 def sample(
     checkpoint: Annotated[
-        Path, typer.Option(help="A .pt or .safetensors file, or a diffusers folder.", metavar="PATH")
+        Path, typer.Option(help="A .pt or .safetensors file, or a folder of diffusers or accelerate.", metavar="PATH")
     ],
     vae: Annotated[
         Path | None,
@@ -74,8 +74,8 @@ def sample(
     seed: Annotated[int, typer.Option(help="Image i has a random stream of its own, of this and i.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images computed together; the bytes are of this size.")] = 32,
     weights: Annotated[
-        Literal["auto", "ema", "model"],
-        typer.Option(help="Which weights of a training checkpoint; auto prefers ema."),
+        str,
+        typer.Option(help="Of several: ema, model, or an entry's name; auto prefers an average.", metavar="NAME"),
     ] = "auto",
     num_heads: Annotated[
         int | None, typer.Option(help="Attention heads, where the file does not tell them.", show_default=False)

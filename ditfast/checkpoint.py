@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import _checkpoint_diffusers as diffusers
+from . import _checkpoint_files as files
 from ._checkpoint_infer import (
     DTYPES,
     CheckpointError,
@@ -31,7 +32,6 @@ from ._checkpoint_infer import (
     common_dtype,
     infer_config,
     is_position_table,
-    read_file,
 )
 from .config import VAE_FACTOR, DiTConfig
 from .model import DiT
@@ -40,7 +40,6 @@ from .reference.dit import DiT as ReferenceDiT
 __all__ = ["CheckpointError", "convert", "load_checkpoint", "save_checkpoint"]
 
 Format = Literal["official", "safetensors", "diffusers"]
-Weights = Literal["auto", "ema", "model"]
 PathLike = str | os.PathLike[str]
 Size = int | tuple[int, int]
 
@@ -64,7 +63,7 @@ _MAX_TOKENS = 1 << 20  # a damaged or hostile configuration must not fill the me
 def load_checkpoint(
     path: PathLike,
     *,
-    weights: Weights = "auto",
+    weights: str = "auto",
     config: DiTConfig | None = None,
     model: str | None = None,
     num_heads: int | None = None,
@@ -78,13 +77,22 @@ def load_checkpoint(
 
     The configuration comes from the file (safetensors written by ditfast, diffusers folders), or is inferred
     from the tensors. What tensors cannot show: the number of heads is that of the named model with this depth
-    and width; the label table's last row is the null class, as in every official checkpoint; epsilons and the
-    timestep's frequency shift are the official ones. ``config`` says otherwise.
+    and width; the label table's last row is the null class, as in every official checkpoint, unless a training
+    file's ``args.num_classes`` says otherwise; epsilons and the timestep's frequency shift are the official ones.
+    ``config`` says otherwise.
+
+    A DiT is found by its names in any container and under any prefix, and the wrappers of DistributedDataParallel,
+    FSDP, torch.compile and activation checkpointing are left out of them.
 
     Args:
-        path: an official state dict, bare or in a training file (.pt), a .safetensors file, or the folder of
-            diffusers' ``DiTTransformer2DModel`` or of a pipeline around it.
-        weights: what to take from a training file: "ema", "model", or "auto" for "ema" before "model".
+        path: an official state dict, bare or in a training file (.pt), a .safetensors file, an index of shards, or
+            the folder of diffusers' ``DiTTransformer2DModel`` (safetensors or .bin, variants, shards), of a pipeline
+            or a training around it, or of accelerate. Folders of torch.distributed.checkpoint and of DeepSpeed are
+            refused with the command that converts them.
+        weights: what to take where there are several: "ema", the average, whatever it is called (``model_ema``,
+            ``ema_model``, ``state_dict_ema``, ``transformer_ema``, ...); "model", what is no average; "auto", the
+            average where there is one, else the model; or an entry by its name ("ema_0.9999"; "state.ema" within
+            another), which may be a diffusers variant ("fp16").
         config: the configuration of the file's model. Where the file carries its own, only the epsilons, the
             frequency shift and the label dropout may differ from it.
         model: a name such as "DiT-XL/2"; a file that holds another model is refused.
@@ -99,25 +107,37 @@ def load_checkpoint(
         dtype: of the weights; by default the file's own. A file with parameters of several dtypes needs it
             (``pos_embed`` does not count and takes the parameters' dtype).
 
+    Warns:
+        UserWarning: the label table has as many rows as data sets have classes (10, 100, 365, 1000, ...), and nothing
+            says whether the last is the null class.
+
     Raises:
-        CheckpointError: the file is missing, broken, unsafe or no DiT, or it is not the model asked for.
+        CheckpointError: the file is missing, broken, unsafe or no DiT, or it is not the model asked for; or several
+            entries could be meant, or the average is there in a form that cannot be read.
         TypeError, ValueError: an argument is wrong in itself.
     """
-    if weights not in get_args(Weights):
-        raise ValueError(f"weights must be one of {', '.join(get_args(Weights))}, got {weights!r}")
+    if not isinstance(weights, str) or not weights:
+        raise TypeError(f"weights must be auto, ema, model or the name of an entry, got {weights!r}")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
     if config is not None and not isinstance(config, DiTConfig):
         raise TypeError(f"config must be a DiTConfig, got {type(config).__name__}")
     latent_hw = _wanted_latent_size(image_size, latent_size)
-    target = Path(path)
-    tensors, stored, source = _read(target, weights)
+    tensors, stored, source, told = _read(Path(path), weights)
 
     given = config
     config = (
         given
         or stored
-        or infer_config(tensors, source, model=model, num_heads=num_heads, latent_size=latent_hw)
+        or infer_config(
+            tensors,
+            source,
+            model=model,
+            num_heads=num_heads,
+            latent_size=latent_hw,
+            num_classes=num_classes,
+            told_classes=told,
+        )
     )
     if stored is not None and given is not None:
         free = {*_OFFICIAL_CONSTANTS, *_NULL_ROW}
@@ -131,7 +151,7 @@ def load_checkpoint(
     check_grid(tensors["pos_embed"], config, source)
     dtype = dtype or common_dtype(tensors, source)
     if num_classes is not None and num_classes != config.num_classes:
-        if given is None and stored is None and num_classes == config.num_embeddings:
+        if given is None and stored is None and told is None and num_classes == config.num_embeddings:
             raise CheckpointError(
                 f"{source}: tensor 'y_embedder.embedding_table.weight' has {num_classes} rows: {num_classes} "
                 f"classes, or {num_classes - 1} and the null class; give config= with its class_dropout_prob"
@@ -221,21 +241,18 @@ def convert(
     return model.config
 
 
-def _read(path: Path, weights: Weights) -> tuple[dict[str, Tensor], DiTConfig | None, str]:
-    """The weights under official names, the configuration where it is stored, and the source for messages."""
-    if path.is_dir():
-        config_file, weights_file = diffusers.find_files(path)
-        config = diffusers.read_config(config_file)
-        entries, _, source = read_file(weights_file, weights)
-        tensors = diffusers.tensors_from_diffusers(
-            entries, config, _expected(config, entries, source), source
-        )
-        return tensors, config, source
-    tensors, metadata, source = read_file(path, weights)
-    if _METADATA_KEY not in metadata:
-        return tensors, None, source
+def _read(path: Path, weights: str) -> tuple[dict[str, Tensor], DiTConfig | None, str, int | None]:
+    """The weights under official names, the configuration where it is stored, the source, the told class count."""
+    found = files.read(path, weights)
+    tensors, source = found.tensors, found.source
+    if found.config_file is not None:
+        config = diffusers.read_config(found.config_file)
+        tensors = diffusers.tensors_from_diffusers(tensors, config, _expected(config, tensors, source), source)
+        return tensors, config, source, None
+    if _METADATA_KEY not in found.metadata:
+        return tensors, None, source, found.told_classes
     try:
-        return tensors, DiTConfig.from_dict(json.loads(metadata[_METADATA_KEY])), source
+        return tensors, DiTConfig.from_dict(json.loads(found.metadata[_METADATA_KEY])), source, None
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: metadata {_METADATA_KEY!r} is no DiTConfig in JSON: {error}"

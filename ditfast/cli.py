@@ -128,15 +128,18 @@ def explain(
 
 @app.command()
 def convert(
-    src: Annotated[Path, typer.Argument(help="A .pt or .safetensors file, or a diffusers folder.", metavar="SRC")],
+    src: Annotated[
+        Path,
+        typer.Argument(help="A .pt or .safetensors file, or a folder of diffusers or accelerate.", metavar="SRC"),
+    ],
     dst: Annotated[Path, typer.Argument(help="The file or folder to write.", metavar="DST")],
     to: Annotated[
         Literal["official", "safetensors", "diffusers"] | None,
         typer.Option(help="The format to write; by default what DST's suffix implies.", show_default=False),
     ] = None,
     weights: Annotated[
-        Literal["auto", "ema", "model"],
-        typer.Option(help="Which weights of a training checkpoint; auto prefers ema."),
+        str,
+        typer.Option(help="Of several: ema, model, or an entry's name; auto prefers an average.", metavar="NAME"),
     ] = "auto",
     allow_inexact: Annotated[
         bool,

@@ -158,8 +158,10 @@ def test_convert_to_diffusers_is_refused_where_it_would_be_inexact(tmp_path: Pat
 def test_convert_takes_the_weights_it_is_asked_for(model: ditfast.DiT, tmp_path: Path) -> None:
     source, target = tmp_path / "training.pt", tmp_path / "model.safetensors"
     ema = {name: tensor + 1 if name != "pos_embed" else tensor for name, tensor in model.state_dict().items()}
-    torch.save({"model": model.state_dict(), "ema": ema}, source)
-    for weights, state in (("model", model.state_dict()), ("ema", ema), ("auto", ema)):
+    best = {name: tensor.clone() for name, tensor in ema.items()}
+    best["final_layer.linear.bias"] += 1
+    torch.save({"model": model.state_dict(), "ema": ema, "best.3": best}, source)
+    for weights, state in (("best.3", best), ("model", model.state_dict()), ("ema", ema), ("auto", ema)):
         result = _ditfast("convert", source, target, "--weights", weights, "--num-heads", "2")
         assert result.exit_code == 0, result.output
         loaded = ditfast.load_checkpoint(target).state_dict()

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from .. import __version__
-from .._checkpoint_diffusers import find_files
+from .. import _checkpoint_files as checkpoint_files
 from ..checkpoint import load_checkpoint
 from .decode import Decoder, autoencoder_files
 from .engine import Engine, NotFinite
@@ -119,7 +119,6 @@ class Plan:
     def settings(self) -> dict[str, Any]:
         """Everything that the bytes depend on, under the options' names."""
         request = self.request
-        path = request.checkpoint
         on_gpu = self.device.type == "cuda"
         found: dict[str, Any] = {
             "ditfast": __version__,
@@ -128,7 +127,7 @@ class Plan:
             "device": torch.cuda.get_device_name(self.device) if on_gpu else "cpu",
             # convolutions on a CPU sum in another order with another number
             "threads": None if on_gpu else torch.get_num_threads(),
-            "checkpoint": digest(find_files(path) if path.is_dir() else [path]),
+            "checkpoint": digest(checkpoint_files.read(request.checkpoint, request.weights).files),
             "result": "latents" if request.latents else "png" if request.npz is None else "npz",
             "dtype": str(self.dtype).removeprefix("torch."),
             "classes": _listed(self.classes),

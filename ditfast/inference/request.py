@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 
-from ..checkpoint import Weights
 from .decode import SCALING, autoencoder_files
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,7 +41,7 @@ class Request:
     latents: bool = False
     out: Path | None = None
     npz: Path | None = None
-    weights: Weights = "auto"
+    weights: str = "auto"
     num_heads: int | None = None
     device: str | None = None
     dtype: str | None = None

@@ -1,0 +1,254 @@
+"""Which sets of weights a loaded file holds, in whatever containers and under whatever prefixes, and which is meant.
+
+A set of weights is known by a DiT's names in it, and an average by the names that lead to it. The label of a set is
+those keys and prefixes between dots: ``ema``, ``state.ema``, ``state_dict.ema_model``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._checkpoint_infer import DTYPES, CheckpointError, some
+
+#: A name that every DiT has: officially, and in diffusers.
+OFFICIAL, DIFFUSERS = "x_embedder.proj.weight", "proj_out_2.weight"
+
+# DistributedDataParallel and the averages of torch and timm, torch.compile, FSDP, activation checkpointing
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_NOT_AVERAGED = {"online", "backup", "non"}  # raw weights beside or within what is named after averages
+_DEPTH = 6
+
+
+@dataclass(frozen=True, eq=False)
+class WeightSet:
+    """One set of weights: its label, and of each entry its name in the file, its name in the model and its value."""
+
+    label: str
+    entries: Sequence[tuple[Any, Any, Any]]
+    average: bool
+
+    @property
+    def is_diffusers(self) -> bool:
+        return any(name == DIFFUSERS for _, name, _ in self.entries)
+
+
+def find_weights(content: object, path: tuple[str, ...] = ()) -> tuple[list[WeightSet], list[str]]:
+    """The sets of weights in a loaded file, and the labels of averages that have no DiT's names.
+
+    ``path`` leads to the file, and opens each label. Without names are, for one, the lists of diffusers' ``EMAModel``
+    and of optimisers that average.
+    """
+    found: list[WeightSet] = []
+    unnamed: list[str] = []
+    _walk(content, path, found, unnamed, set())
+    return found, unnamed
+
+
+def choose(found: Sequence[WeightSet], unnamed: Sequence[str], weights: str, source: str) -> WeightSet:
+    """The set that is meant.
+
+    Args:
+        found, unnamed: of :func:`find_weights`.
+        weights: "ema", the average; "model", what is no average; "auto", the average before the other; or a label,
+            or a part of one.
+        source: names the file in messages.
+
+    Raises:
+        CheckpointError: there is no such set, or several, or for "auto" none but the raw weights beside an average.
+    """
+    averages, raw = [each for each in found if each.average], [each for each in found if not each.average]
+    if weights == "auto" and unnamed and not averages:
+        raise CheckpointError(
+            f"{source}: holds an average that cannot be taken, because it has no names of a DiT's tensors or reading "
+            f"it could run code: {some(unnamed)}; weights='model' (--weights model) takes the raw weights"
+        )
+    if weights == "model" and [each.label for each in found] == [""]:
+        raw = []  # bare, it does not say what it is
+    pool = {"auto": averages or raw, "ema": averages, "model": raw}.get(weights)
+    named = [each for each in found if each.label == weights] or [
+        each for each in found if f".{weights}." in f".{each.label}."
+    ]
+    if pool is None:
+        pool = named
+    elif len(pool) > 1:
+        pool = [each for each in named if each in pool] or _outermost(pool)
+    if len(pool) == 1:
+        return pool[0]
+    labels = [repr(each.label) for each in pool or found if each.label]
+    if pool:
+        raise CheckpointError(
+            f"{source}: holds several that could be meant: {', '.join(labels)}; choose one by name, for example "
+            f"weights={labels[-1]} (--weights)"
+        )
+    rest = f"; of {some(unnamed)} it has no names" if unnamed else ""
+    holds = (
+        f"it holds {' and '.join(labels)}" if labels else "this is a bare state dict, wanted a training file"
+    )
+    raise CheckpointError(f"{source}: no {weights!r} in it{';' if labels else ':'} {holds}{rest}")
+
+
+def clean(chosen: WeightSet, source: str) -> dict[str, Tensor]:
+    """The entries as floating tensors by their names in the model; refuses everything else by name."""
+    if not chosen.entries:
+        raise CheckpointError(f"{source}: holds no tensors")
+    tensors: dict[str, Tensor] = {}
+    wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+    for original, name, value in chosen.entries:
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{source}: wanted names and tensors (or a training file with 'model' or 'ema'), "
+                f"got a {type(value).__name__} under {original!r}"
+            )
+        if chosen.average and value.ndim == 0:  # how often it was updated
+            continue
+        if value.dtype not in DTYPES or value.layout != torch.strided:
+            raise CheckpointError(
+                f"{source}: tensor {original!r} must be dense and {wanted}, got {value.layout}, {value.dtype}"
+            )
+        if name in tensors:
+            raise CheckpointError(f"{source}: tensor {name!r} is there twice, once as {original!r}")
+        tensors[name] = value.detach()
+    return tensors
+
+
+def without_names(content: object, source: str) -> tuple[WeightSet, str]:
+    """What is most likely the model in a file without a DiT's names, and its source: for messages."""
+    for key in ("ema", "model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content, source = content[key], f"{source}[{key!r}]"
+            break
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"{source}: wanted a state dict or a training file, got a {type(content).__name__}"
+        )
+    return WeightSet("", [(name, name, value) for name, value in content.items()], False), source
+
+
+def told_classes(content: object) -> int | None:
+    """The ``num_classes`` that a training file's ``args`` tell."""
+    args = content.get("args") if isinstance(content, Mapping) else None
+    values = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, Mapping) else {}
+    number = values.get("num_classes")
+    return number if isinstance(number, int) and not isinstance(number, bool) else None
+
+
+def is_average(label: str) -> bool:
+    """Whether a name is an average's: ``ema_model``, ``state_dict_ema``, ``modelEma``, ``swa``, but not ``non_ema``."""
+    label = label.replace("exp_avg", "")  # an optimiser's moments
+    words = set(re.findall("[a-z]+", re.sub("(?<=[a-z])(?=[A-Z])", "_", label).lower()))
+    if words & _NOT_AVERAGED:
+        return False
+    return bool(words & {"avg", "swa", "shadow", "polyak"}) or any(
+        word.startswith(("ema", "averag")) or word.endswith("ema") for word in words
+    )
+
+
+def _outermost(pool: list[WeightSet]) -> list[WeightSet]:
+    """The one within whose label all others lie, such as a plain file among its variants, or all."""
+    for outer in pool:
+        within = f"{outer.label}." if outer.label else ""
+        if all(each is outer or each.label.startswith(within) for each in pool):
+            return [outer]
+    return pool
+
+
+def _walk(
+    value: object, path: tuple[str, ...], found: list[WeightSet], unnamed: list[str], seen: set[int]
+) -> None:
+    here: list[WeightSet] = []
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        here = list(_sets_of(value, path))
+        found += here
+        # by number or under "state" lies what an optimiser knows of each parameter
+        skipped = "state" if "param_groups" in value else None
+        items = [(key, item) for key, item in value.items() if isinstance(key, str) and key != skipped]
+        unnamed += _nameless_copies(value, here, path)
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    if id(value) in seen or len(path) > _DEPTH:  # a pickle can hold itself
+        return
+    seen.add(id(value))
+    for key, item in items:
+        before = len(found), len(unnamed)
+        if isinstance(item, (Mapping, list, tuple)):
+            _walk(item, (*path, str(key)), found, unnamed, seen)
+        elif here or "." in str(key):
+            continue
+        if (len(found), len(unnamed)) == before and is_average(str(key)) and _has_weights(item):
+            unnamed.append(".".join((*path, str(key))))
+
+
+def _sets_of(mapping: Mapping[Any, Any], path: tuple[str, ...]) -> Iterator[WeightSet]:
+    """The sets whose tensors lie in this very mapping, apart by the prefixes of their names."""
+    names = {name: _unwrapped(name) for name in mapping if isinstance(name, str)}
+    prefixes = {
+        name.removesuffix(marker)
+        for original, name in names.items()
+        for marker in (OFFICIAL, DIFFUSERS)
+        if name.endswith(marker) and name.removesuffix(marker)[-1:] in ("", ".")
+        if isinstance(mapping[original], Tensor)
+    }
+    for prefix in sorted(prefixes):
+        inner = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
+        entries = [
+            (original, name.removeprefix(prefix), mapping[original])
+            for original in mapping
+            for name in [names.get(original, original)]
+            if not prefix or (isinstance(name, str) and name.startswith(prefix))
+            if not (isinstance(name, str) and name.startswith(inner))
+        ]
+        label = ".".join((*path, *filter(None, [prefix.rstrip(".")])))
+        average = is_average(label) or any(name == "n_averaged" for _, name, _ in entries)
+        yield WeightSet(label, entries, average)
+        if not average:
+            yield from _without_dots(mapping, entries, path)
+
+
+def _without_dots(
+    mapping: Mapping[Any, Any], entries: Sequence[tuple[Any, Any, Any]], path: tuple[str, ...]
+) -> Iterator[WeightSet]:
+    """The averages that latent-diffusion codebases keep beside a model, under its names without their dots."""
+    for marker in {name.replace(".", "") for _, name, _ in entries if name in (OFFICIAL, DIFFUSERS)}:
+        for key in [key for key in mapping if isinstance(key, str) and key.endswith(marker)]:
+            prefix = key.removesuffix(marker)
+            flat = {name: prefix + name.replace(".", "") for _, name, _ in entries if isinstance(name, str)}
+            # the position table is frozen, and what is frozen is not averaged
+            averaged = [
+                (flat[name], name, mapping[flat[name]])
+                if flat.get(name) in mapping
+                else (original, name, value)
+                for original, name, value in entries
+                if flat.get(name) in mapping or name == "pos_embed"
+            ]
+            yield WeightSet(".".join((*path, prefix.rpartition(".")[0] or prefix)), averaged, True)
+
+
+def _nameless_copies(
+    mapping: Mapping[Any, Any], here: Sequence[WeightSet], path: tuple[str, ...]
+) -> Iterator[str]:
+    """Averages of a DiT among tensors by name, whose names are none of its own: flattened some other way."""
+    known = {original for each in here for original, _, _ in each.entries}
+    names = [name for name in mapping if isinstance(name, str) and "x_embedder" in name and name not in known]
+    heads = {name.partition("x_embedder")[0] for name in names}
+    yield from (".".join((*path, head.rstrip("._"))) for head in sorted(heads) if is_average(head))
+
+
+def _has_weights(value: object, depth: int = 0) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() > 1
+    items = (
+        value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    )
+    return depth < _DEPTH and any(_has_weights(item, depth + 1) for item in items)
+
+
+def _unwrapped(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
