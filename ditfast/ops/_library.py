@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..reference.transforms import in_forward_mode, refuse_derivatives
+from ..reference.transforms import carries_tangents, refuse_derivatives
 
 library = torch.library.Library("ditfast", "FRAGMENT")
 
@@ -85,11 +85,12 @@ class Kernel(Function):
     @classmethod
     def backward(cls, ctx: Any, *incoming: Tensor | None) -> Any:
         saved = ctx.saved_tensors
-        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or in_forward_mode()):
+        tangents = carries_tangents((*saved, *incoming))
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or tangents):
             return tuple(cls.gradients(ctx, saved, *incoming))
         message = f"ditfast: the gradient of {cls.operator} has no derivative where kernels computed it; "
         message += 'compute the forward under ditfast.ops.use_backend("torch")'
-        if in_forward_mode():
+        if tangents:
             raise RuntimeError(message)
         with torch.no_grad():
             found = cls.gradients(ctx, saved, *incoming)

@@ -21,6 +21,13 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def carries_tangents(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether any may: a level is every thread's, also of one that differentiates something else."""
+    if not in_forward_mode() or functorch.maybe_current_level() is not None:
+        return in_forward_mode()
+    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
 def in_vmap() -> bool:
     """Whether tensors may be batches of what they look like."""
     return _vmaps_and_gradients()[0] > 0
