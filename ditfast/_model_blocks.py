@@ -23,7 +23,7 @@ from .ops.attention import attention_backend
 from .ops.linear import autocast, takes_gemm, working_dtype
 from .ops.modulations import attached, modulations_of, takes_modulations
 from .reference import dit as reference
-
+from .reference.transforms import in_trace
 
 _NORM = "gated_residual_layer_norm_modulate"
 
@@ -40,7 +40,7 @@ def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
 
 def records_gradients() -> bool:
     """Whether autograd records, and not torch.jit.trace, whose check calls a model once more without gradients."""
-    return torch.is_grad_enabled() and not torch.jit.is_tracing()
+    return torch.is_grad_enabled() and not in_trace()
 
 
 def is_as_built(model: nn.Module) -> bool:

@@ -1,7 +1,8 @@
 """Models of the official shape: in inference their accelerated blocks and final layer share one launch.
 
 The first that a forward calls computes all; others take theirs if their condition is that very one, not written since.
-Not under torch.compile or torch.jit.trace, in inference mode (which counts no writes), or where one has hooks (which may write weights).
+Not under torch.compile or torch.jit.trace, in inference mode (which counts no writes), or where one has hooks (which may
+write weights).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from .._model_blocks import all_modulations, is_plain, is_plain_modulation
 from ..ops._backend import autocast_dtype
+from ..reference.transforms import in_trace
 
 # of the model that is being called: its layers; the first condition, its state, and the layers' modulations of it
 _call: ContextVar[tuple[list[Any], list[Any]] | None] = ContextVar("ditfast_call", default=None)
@@ -23,7 +25,7 @@ class SharesModulations(nn.Module):
     """Mixin of a layer that takes its modulation (B, N) from its model's launch; None: it runs its own Linear."""
 
     def shared_modulation(self, c: Tensor) -> Tensor | None:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled() or c.is_inference():
+        if torch.compiler.is_compiling() or in_trace() or torch.is_grad_enabled() or c.is_inference():
             return None
         layers, known = _call.get() or ([], [])
         state = c._version, autocast_dtype(c.device.type)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,8 @@ class StepGraphs:
     """The captured steps of a model, one for each key and shapes, the least recently used dropped beyond ``limit``.
 
     Weights are read where they lie: writing them in place (``load_state_dict``) is seen by a replay. Where they lie
-    otherwise, or a layer is another one or has another setting, everything is captured anew. What else changes from step to step, a schedule table's rows too, is an
-    input, whose values are copied into the graph's own buffers.
+    otherwise, or a layer is another one or has another setting, everything is captured anew. What else changes from step
+    to step, a schedule table's rows too, is an input, whose values are copied into the graph's own buffers.
     """
 
     def __init__(self, model: nn.Module, limit: int = 4) -> None:
@@ -113,7 +113,8 @@ def _settings(module: nn.Module) -> tuple[object, ...]:
 
 def _precision() -> tuple[object, ...]:
     """torch's switches that a captured kernel was chosen by."""
-    return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+    cudnn: Any = torch.backends.cudnn
+    return torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision
 
 
 def _has_hooks(module: nn.Module) -> bool:

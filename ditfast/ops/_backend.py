@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.launch import gpu, gpu_index, interpreting, on_gpu
-from ..reference.transforms import in_forward_mode, in_nested_gradients, in_second_order, in_vmap
+from ..reference.transforms import in_forward_mode, in_nested_gradients, in_second_order, in_trace, in_vmap
 from ._attention_backends import AttentionBackend, machine_reason
 
 Backend = Literal["auto", "triton", "torch"]
@@ -142,7 +142,7 @@ def transform_reason() -> str | None:
         return "it has no rule for torch.vmap"
     if in_nested_gradients():
         return NOT_TWICE
-    if torch.jit.is_tracing():
+    if in_trace():
         return "torch.jit.trace would not record its gradient"
     return None
 

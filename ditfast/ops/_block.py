@@ -32,7 +32,13 @@ def _norm_forward(inputs: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 def _save(
-    ctx: Any, inputs: Sequence[Any], r: Tensor, mean: Tensor, rstd: Tensor, *rest: Tensor | None, hidden: Sequence[Tensor]
+    ctx: Any,
+    inputs: Sequence[Any],
+    r: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    *rest: Tensor | None,
+    hidden: Sequence[Tensor],
 ) -> None:
     """Saves what the backward wants; ``hidden`` are outputs for it alone."""
     x, branch, gate, _, shift, scale, eps = inputs[:_NORM_INPUTS]

@@ -72,15 +72,13 @@ class Kernel(Function):
     What the gradients depend on must be saved, besides what came in: their derivative is looked for there.
 
     Attributes:
-        operator: the public operator or operators it belongs to, for messages.
+        operator: the public operators it belongs to, for messages.
+        gradients: static, (ctx, saved, *incoming) -> those of all inputs; saved are ctx.saved_tensors, which activation
+            checkpointing lets one look at once.
     """
 
     operator: str
-
-    @staticmethod
-    def gradients(ctx: Any, saved: tuple[Any, ...], *incoming: Tensor | None) -> Sequence[Tensor | None]:
-        """Of all inputs; ``saved`` are ctx.saved_tensors, which activation checkpointing lets one look at once."""
-        raise NotImplementedError
+    gradients: Callable[..., Sequence[Tensor | None]]
 
     @classmethod
     def backward(cls, ctx: Any, *incoming: Tensor | None) -> Any:

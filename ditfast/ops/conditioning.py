@@ -101,8 +101,8 @@ def _takes_kernel(operator: str, like: Tensor, **wanting: Tensor) -> bool:
     wants = [name for name, tensor in wanting.items() if tensor.requires_grad] if torch.is_grad_enabled() else []
     if wants and current_backend() == "triton":
         raise RuntimeError(
-            f"ditfast.ops.{operator} cannot run its Triton kernel: {wants[0]} wants a gradient, which it does not give; "
-            'use_backend("torch") takes the formula'
+            f"ditfast.ops.{operator} cannot run its Triton kernel: {wants[0]} wants a gradient, which it does not "
+            'give; use_backend("torch") takes the formula'
         )
     return not wants
 

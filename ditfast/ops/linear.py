@@ -117,7 +117,7 @@ def _demanded() -> bool:
 
 
 def takes_gemm(operator: str, x: Tensor, widths: Sequence[int], others: Iterable[Tensor | None]) -> bool:
-    """Whether an operator runs on the fused GEMMs for an x, Linears of these widths and others that may want gradients.
+    """Whether an operator runs on the fused GEMMs for an x, Linears of these widths, and others that may learn.
 
     Raises:
         RuntimeError: the kernels were asked for by ``use_backend("triton")`` and cannot run, with the reason.
@@ -126,7 +126,8 @@ def takes_gemm(operator: str, x: Tensor, widths: Sequence[int], others: Iterable
         return False
     odd = [width for width in widths if width % 8]
     if odd and _demanded():
-        raise RuntimeError(f"ditfast.ops.{operator} cannot run its Triton kernel: widths must be multiples of 8, got {odd[0]}")
+        reason = f"widths must be multiples of 8, got {odd[0]}"
+        raise RuntimeError(f"ditfast.ops.{operator} cannot run its Triton kernel: {reason}")
     return not odd and all(widths)
 
 

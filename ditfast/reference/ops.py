@@ -14,6 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .transforms import beyond_gradients, refuse_second_order
 
+_BY_FUSED_KERNELS = (
+    "ditfast: attention by torch's fused kernels has no derivative of its gradient; compute the forward under "
+    "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), which has"
+)
+
 
 def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """LN(x) * (1 + scale) + shift: x (B, T, D); shift, scale (B, D). In shift's dtype.
@@ -69,7 +74,8 @@ def self_attention(qkv: Tensor, num_heads: int, scale: float | None = None, bias
     The last axis of qkv is [q; k; v], each head-major. ``scale`` is head_dim ** -0.5 by default;
     ``bias`` broadcasts to (B, H, T, T).
     """
-    return merge_heads(attention(*split_heads(qkv, num_heads), bias, scale))
+    q, k, v = split_heads(qkv, num_heads)
+    return merge_heads(attention(q, k, v, bias, scale))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
@@ -81,10 +87,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    refuse_second_order(
-        out, "ScaledDotProduct", "ditfast: attention by torch's fused kernels has no derivative of its gradient; compute "
-        "the forward under torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), which has",
-    )  # fmt: skip
+    refuse_second_order(out, "ScaledDotProduct", _BY_FUSED_KERNELS)
     return out
 
 

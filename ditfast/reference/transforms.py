@@ -21,6 +21,11 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def in_trace() -> bool:
+    """Whether torch.jit.trace records."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
 def carries_tangents(tensors: Iterable[Tensor | None]) -> bool:
     """Whether any may: a level is every thread's, also of one that differentiates something else."""
     if not in_forward_mode() or functorch.maybe_current_level() is not None:
@@ -55,7 +60,7 @@ def beyond_gradients(*tensors: Tensor | None) -> bool:
 def makes_plain_tensors(device: torch.device) -> bool:
     """Whether what is made here on a device is any later call's to read: not a transform's, fake, traced, or a CUDA
     graph's."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or in_forward_mode():
+    if torch.compiler.is_compiling() or in_trace() or in_forward_mode():
         return False
     if functorch.maybe_current_level() is not None or torch._C._len_torch_dispatch_stack():
         return False
@@ -64,13 +69,15 @@ def makes_plain_tensors(device: torch.device) -> bool:
 
 def _vmaps_and_gradients() -> tuple[int, int]:
     """How many of torch.func's vmap and grad are in force here, one within the other."""
+    if functorch.maybe_current_level() is None:  # a tenth of the stack's cost
+        return 0, 0
     kinds = [item.key() for item in functorch.get_interpreter_stack() or ()]
     return kinds.count(functorch.TransformType.Vmap), kinds.count(functorch.TransformType.Grad)
 
 
 # Dynamo enters the transforms that it traces, and guards those around what it compiles
-for _asked in (in_forward_mode, _vmaps_and_gradients):
-    _asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
+in_forward_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_vmaps_and_gradients._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _levels(tensor: Tensor) -> list[int]:
