@@ -1,8 +1,8 @@
 """Models of the official shape: in inference their accelerated blocks and final layer share one launch.
 
 The first that a forward calls computes all; others take theirs if their condition is that very one, not written since.
-Not under torch.compile or torch.jit.trace, in inference mode (which counts no writes), or where one has hooks (which may
-write weights).
+Not under torch.compile or torch.jit.trace, in inference mode (which counts no writes), or where one has hooks (which
+may write weights).
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ class StepGraphs:
     """The captured steps of a model, one for each key and shapes, the least recently used dropped beyond ``limit``.
 
     Weights are read where they lie: writing them in place (``load_state_dict``) is seen by a replay. Where they lie
-    otherwise, or a layer is another one or has another setting, everything is captured anew. What else changes from step
-    to step, a schedule table's rows too, is an input, whose values are copied into the graph's own buffers.
+    otherwise, or a layer is another one or has another setting, everything is captured anew. What else changes from
+    step to step, a schedule table's rows too, is an input, whose values are copied into the graph's own buffers.
     """
 
     def __init__(self, model: nn.Module, limit: int = 4) -> None:
