@@ -216,3 +216,40 @@ def test_the_gradient_by_a_timestep(machine):
     torch.testing.assert_close(t.grad.double(), exact.grad, rtol=1e-4, atol=0)
     with ops.use_backend("triton"), pytest.raises(RuntimeError, match=r"t wants a gradient.*use_backend\(.torch"):
         ops.timestep_embedding(t, 16)
+
+
+def test_compiled_autograd_takes_the_backward():
+    fused, _, xs, _ = case("gated_residual_layer_norm_modulate")
+    leaves = [x.clone().requires_grad_() for x in xs]
+    eager = torch.autograd.grad(by_kernels(loss(fused))(*leaves), leaves)
+    torch.compiler.reset()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        by_kernels(loss(fused))(*leaves).backward()
+    assert all(torch.equal(leaf.grad, expected) for leaf, expected in zip(leaves, eager, strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name, each in OPERATORS.items() if each.gradients and "+" not in name])
+def test_compiled_twice_over_with_dynamic_shapes(name):
+    """In one graph, and with one tensor in two places."""
+    operator = OPERATORS[name]
+
+    def twice(*given):
+        first, second = (operator.fused(**dict(zip(names, given, strict=True)), **options) for _ in range(2))
+        return [a.sin() + b for a, b in zip(*map(tupled, (first, second)), strict=True)]
+
+    def tupled(out):
+        return out if isinstance(out, tuple) else (out,)
+
+    torch.compiler.reset()
+    compiled = torch.compile(twice, backend="aot_eager", fullgraph=True, dynamic=True)
+    for shape in (SHAPE, Shape(3, 4, 72, layers=2)):
+        inputs, options = draw_inputs(operator, shape, torch.float32, "cpu"), operator.options(shape)
+        inputs |= {"scale": inputs["shift"]} if "scale" in inputs else {}
+        names = list(inputs)
+        leaves = [x.requires_grad_() for x in inputs.values()]
+        found, expected = (
+            torch.autograd.grad([out.square().sum() for out in by_kernels(f)(*leaves)], leaves, allow_unused=True)
+            for f in (compiled, twice)
+        )
+        for gradient, eager in zip(found, expected, strict=True):
+            assert judge("operator", gradient, eager, eager.double(), torch.float32).ok

@@ -80,23 +80,33 @@ class Kernel(Function):
     operator: str
     gradients: Callable[..., Sequence[Tensor | None]]
 
-    @classmethod
-    def backward(cls, ctx: Any, *incoming: Tensor | None) -> Any:
-        saved = ctx.saved_tensors
-        tangents = carries_tangents((*saved, *incoming))
-        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or tangents):
-            return tuple(cls.gradients(ctx, saved, *incoming))
-        message = f"ditfast: the gradient of {cls.operator} has no derivative where kernels computed it; "
-        message += 'compute the forward under ditfast.ops.use_backend("torch")'
-        if tangents:
-            raise RuntimeError(message)
-        with torch.no_grad():
-            found = cls.gradients(ctx, saved, *incoming)
-        return refuse_derivatives(message, found, (*saved, *incoming))
-
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         _KERNELS[cls.__name__] = cls
+        # no classmethod: compiled autograd takes none
+        cls.backward = staticmethod(_backward(cls.gradients, cls.operator))  # type: ignore[method-assign]
+
+
+def _backward(gradients: Callable[..., Sequence[Tensor | None]], operator: str) -> Callable[..., Any]:
+    """The Function's backward: its gradients, which refuse to be differentiated in turn."""
+    message = (
+        f"ditfast: the gradient of {operator} has no derivative where kernels computed it; compute the forward under "
+        'ditfast.ops.use_backend("torch")'
+    )
+
+    def backward(ctx: Any, *incoming: Tensor | None) -> Any:
+        saved = ctx.saved_tensors
+        if torch.compiler.is_compiling():
+            return tuple(gradients(ctx, saved, *incoming))
+        if carries_tangents((*saved, *incoming)):
+            raise RuntimeError(message)
+        if not torch.is_grad_enabled():
+            return tuple(gradients(ctx, saved, *incoming))
+        with torch.no_grad():
+            found = gradients(ctx, saved, *incoming)
+        return refuse_derivatives(message, found, (*saved, *incoming))
+
+    return backward
 
 
 _KERNELS: dict[str, type[Kernel]] = {}
