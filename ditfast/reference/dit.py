@@ -261,7 +261,7 @@ class DiT(nn.Module):
 
         Args:
             x: latents (B, C, height, width) of ``config.latent_size``, any floating dtype.
-            t: timesteps (B,), int or float.
+            t: timesteps (B,), int or float; bf16, which rounds them, is warned of.
             y: labels (B,), int32 or int64; ``config.null_class`` is the null class. A label outside the table
                 is torch's IndexError on the CPU; a GPU's kernels answer it with an assertion or with NaN.
 
