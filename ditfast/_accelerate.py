@@ -78,6 +78,7 @@ def accelerate(model: nn.Module, *, check: bool = True, strict: bool = False, **
     copies and pickles stay what they were. Where the fused forward does not apply to a call (a mask, a live dropout),
     the module's own runs. In inference those blocks and the final layer of a model of the official shape (``blocks``,
     ``final_layer``) that are matched share one launch for their modulations; the model's class becomes a subclass too.
+    Where diffusers' caches know a block's class, they are told of its subclass.
 
     Args:
         model: any module; blocks are found wherever they stand in it.

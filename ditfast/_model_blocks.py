@@ -170,8 +170,8 @@ def _norm_and(
 
 
 class FusedTimestepEmbedder(reference.TimestepEmbedder):
-    def forward(self, t: Tensor) -> Tensor:
-        dtype = cast(Tensor, self.mlp[0].weight).dtype
+    def forward(self, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = self.input_dtype(t, dtype)
         return cast(Tensor, self.mlp(ops.timestep_embedding(t, self.frequency_embedding_size, self.freq_shift, dtype)))
 
 

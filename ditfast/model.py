@@ -140,7 +140,7 @@ class DiT(reference.DiT):
 
     def _conditioning(self, t: Tensor, y: Tensor, activated: bool) -> Tensor:
         """c, through its SiLU where ``activated``."""
-        t_emb = self.t_embedder(t)
+        t_emb = self._embedded_times(t)
         if isinstance(self.y_embedder, FusedLabelEmbedder):
             return cast(Tensor, self.y_embedder(y, t_emb, activated))
         c = t_emb + self.y_embedder(y)
@@ -153,7 +153,7 @@ class DiT(reference.DiT):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The parameters' dtype, which is the output's."""
+        """The output's dtype: the position table's, whatever the Linears' weights are stored in."""
         return self.pos_embed.dtype
 
     def reset_cache(self) -> NoReturn:

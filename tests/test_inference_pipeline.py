@@ -115,6 +115,17 @@ def test_the_same_seed_gives_the_same_noise(folder, monkeypatch):
             assert all(torch.equal(a, b) for a, b in zip(theirs, ours, strict=True))
 
 
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_euler_starts_from_its_own_noise(folder, scale):
+    """Its steps are DDIM's in other variables; theirs starts, and steps, from x where Euler's variable is x / alpha."""
+    pipe, found = ditfast.DiTPipeline.from_pretrained(folder).to(torch.float64), {}
+    for name in ("DDIMScheduler", "EulerDiscreteScheduler"):
+        given = {"clip_sample": False} if name == "DDIMScheduler" else {"timestep_spacing": "leading"}
+        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **given)
+        found[name] = run(pipe, guidance_scale=scale)
+    torch.testing.assert_close(found["EulerDiscreteScheduler"], found["DDIMScheduler"], rtol=1e-4, atol=1e-4)
+
+
 def test_one_engine_with_a_table_in_every_call(folder, monkeypatch):
     pipe, rows = ditfast.DiTPipeline.from_pretrained(folder), []
     made = ditfast.DiT.modulation
@@ -165,5 +176,9 @@ def test_bad_input(folder, tmp_path):
     theirs = diffusers.DiTPipeline.from_pretrained(folder)
     with pytest.raises(TypeError, match="transformer must be a ditfast.DiT, got DiTTransformer2DModel"):
         ditfast.DiTPipeline(theirs.transformer, theirs.vae, theirs.scheduler)
+    pipe = ditfast.DiTPipeline.from_pretrained(folder)
+    pipe.scheduler = diffusers.TCDScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="scheduler must be one of .*DDIM.*, got TCDScheduler: it is for models dist"):
+        pipe([1], num_inference_steps=2)
     with pytest.raises(ValueError, match=r"labels must be in 0..999, got 1000"):
         ditfast.DiTPipeline.from_pretrained(folder)([1000], num_inference_steps=2)

@@ -1,6 +1,7 @@
 """The reference DiT against the paper's counts, direct formulas, and its own four designs."""
 
 import math
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ditfast import MODELS, DiTConfig, reference
+from ditfast import MODELS, DiT, DiTConfig, load_checkpoint, reference, save_checkpoint
 from ditfast.bench.inputs import random_batch, randomize_
 from ditfast.bench.parity import relative_error
 from ditfast.config import CONDITIONINGS
@@ -266,3 +267,45 @@ def test_zero_batch():
     for conditioning in CONDITIONINGS:
         model = reference.DiT(replace(TINY, conditioning=conditioning)).eval()
         assert model(*random_batch(TINY, 0)).shape == (0, 8, 8, 12)
+
+
+@pytest.mark.parametrize("kind", [reference.DiT, DiT])
+def test_channels_last(kind, tmp_path):
+    """Values by the seed, not by the layout; the same results; files."""
+    torch.manual_seed(0)
+    plain, model = kind(TINY).eval(), kind(TINY).to(memory_format=torch.channels_last).eval()
+    weight = model.x_embedder.proj.weight
+    for each in (plain, model):
+        torch.manual_seed(1)
+        each.initialize_weights()
+    assert not weight.is_contiguous() and weight is model.x_embedder.proj.weight
+    state = plain.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    model.load_state_dict(randomize_(plain).state_dict())
+    x, t, y = random_batch(TINY, 2)
+    found, expected = model(x.contiguous(memory_format=torch.channels_last), t, y), plain(x, t, y)
+    torch.testing.assert_close(found, expected)
+    for out in (found, expected):
+        out.square().mean().backward()
+    torch.testing.assert_close(weight.grad, plain.x_embedder.proj.weight.grad)
+    if kind is DiT:
+        save_checkpoint(model, tmp_path / "model.safetensors")
+        again = load_checkpoint(tmp_path / "model.safetensors").state_dict()
+        assert all(torch.equal(value, again[name]) for name, value in plain.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", [reference.DiT, DiT])
+def test_rounded_timesteps_are_warned_of_once(kind):
+    model, (x, t, y) = kind(TINY).eval(), random_batch(TINY, 2)
+    calls = [model, *([lambda x, t, y: model.modulation(t, y)] if kind is DiT else [])]
+    for call in calls:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("default")
+            for _ in range(2):
+                call(x, t.bfloat16(), y)
+        (warning,) = seen
+        assert warning.category is UserWarning and "timestep 999 has become 1000" in str(warning.message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for times in (t, t.float(), t.half()):  # integers up to 2048
+            model.bfloat16()(x, times, y)

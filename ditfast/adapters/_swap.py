@@ -7,21 +7,29 @@ instance would be lost with pickling, a replaced child would lose its hooks.
 from __future__ import annotations
 
 import copyreg
+import dataclasses
 import functools
+import importlib
 import inspect
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
 
+_REGISTER = "diffusers.hooks._helpers"
 _CLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
 def _class(mixin: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
     """The subclass of (mixin, original), one for each pair in a process; holds no state."""
-    if (mixin, original) in _CLASSES:
-        return _CLASSES[mixin, original]
+    found = _CLASSES.get((mixin, original)) or _made(mixin, original)
+    _make_known(found, original)
+    return found
 
+
+def _made(mixin: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         # the class is made here, so that neither pickle nor copy can find it by its name
         how: Any = original.__reduce_ex__(self, 2)
@@ -45,6 +53,20 @@ def _class(mixin: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]
     }
     # two threads may both make one: the first that is kept counts
     return _CLASSES.setdefault((mixin, original), type(original.__name__, (mixin, original), body))
+
+
+def _make_known(cls: type[nn.Module], original: type[nn.Module]) -> None:
+    """diffusers' caches look a block up by its very class; one of its own modules' needs not have imported them yet."""
+    if original.__module__.startswith("diffusers."):
+        with suppress(ImportError):  # an older diffusers
+            importlib.import_module(_REGISTER)
+    register: Any = getattr(sys.modules.get(_REGISTER), "TransformerBlockRegistry", None)
+    if register is None or cls in register._registry:
+        return
+    # it imports many models to fill itself when first asked: not for a class that cannot be in it
+    if original.__module__.startswith("diffusers.") or original in register._registry:
+        with suppress(ValueError):  # not registered
+            register.register(cls, dataclasses.replace(register.get(original)))
 
 
 def _parameters(original: type[nn.Module]) -> tuple[str, ...]:

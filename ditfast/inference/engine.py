@@ -72,7 +72,7 @@ class Engine:
 
     Raises:
         ValueError: guidance of a model without a null class; a negative table_mib.
-        TypeError: ``labels``, which is gone.
+        TypeError: a sampler without one of what :class:`Steps` has; ``labels``, which is gone.
     """
 
     def __init__(
@@ -89,6 +89,9 @@ class Engine:
         refuse_gone("Engine", gone, {"labels": "the schedule table is made in every call; leave it out"})
         config: Any = getattr(model, "config", None)
         self.model, self.sampler, self.guidance = model, sampler, guidance
+        if not all(hasattr(sampler, name) for name in ("timesteps", "start", "model_input", "step")):
+            kind = type(sampler).__name__
+            raise TypeError(f"sampler must have timesteps, start, model_input and step, got {kind}")
         if not table_mib >= 0:
             raise ValueError(f"table_mib must be 0 or more, got {table_mib}")
         self.table_mib = table_mib

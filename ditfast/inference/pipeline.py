@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..checkpoint import load_checkpoint, save_checkpoint
 from ..model import DiT
+from ._schedulers import check_scheduler
 from .engine import Engine
 from .guidance import Guidance
 
@@ -24,9 +25,13 @@ _Base: Any = diffusers.DiTPipeline  # its types are stubs that lack what it inhe
 class DiTPipeline(_Base):  # type: ignore[misc]
     """diffusers' pipeline with another model in it: schedule table, CUDA graphs, one label embedding.
 
-    Everything around the transformer is diffusers': ``pipe.scheduler`` may be any scheduler that its DiTPipeline
-    takes, ``pipe.to(device)``, ``pipe.labels``, ``pipe.get_label_ids``. The solver computes in fp32 whatever the
-    model's dtype.
+    Everything around the transformer is diffusers': ``pipe.scheduler``, ``pipe.to(device)``, ``pipe.labels``,
+    ``pipe.get_label_ids``. The solver computes in fp32 whatever the model's dtype.
+
+    ``pipe.scheduler`` may be any of diffusers' that goes from noise to data by the model's output alone, of the kind
+    that its config says (noise, data, v; a velocity for the FlowMatch schedulers, EDM's F for the EDM ones); others are
+    refused in the call. The noise is scaled by ``init_noise_sigma``, which diffusers' DiTPipeline leaves out: with
+    those where it is not 1 (Euler, Heun, LMS, KDPM2, EDM) its images are wrong, and ours are not the same.
 
     Args:
         transformer: a :class:`ditfast.DiT` with a null class.
@@ -113,9 +118,15 @@ class DiTPipeline(_Base):  # type: ignore[misc]
         output_type: str | None = "pil",
         return_dict: bool = True,
     ) -> Any:
-        """As diffusers' ``DiTPipeline.__call__``, which guides all latent channels."""
+        """As diffusers' ``DiTPipeline.__call__``, which guides all latent channels.
+
+        Raises:
+            ValueError: a scheduler that is not taken, with the reason and those that are; as
+                :class:`ditfast.inference.Engine`.
+        """
         model: DiT = self.transformer
         config, device = model.config, self._execution_device
+        check_scheduler(self.scheduler)
         shape = (len(class_labels), config.in_channels, *config.latent_hw)
         noise = randn_tensor(shape, generator=generator, device=device, dtype=model.dtype)
         self.scheduler.set_timesteps(num_inference_steps)
@@ -144,18 +155,24 @@ class _SchedulerSteps:
     """A diffusers scheduler as the engine's sampler, stepped as diffusers' DiTPipeline does.
 
     With guidance it steps both halves of the batch there, which draw noise both; so does this, that the same seed
-    gives the same images. Not so where a scheduler scales the model's input (Euler's and its kin): there it steps from
-    the scaled latents, which is no step of theirs; here from the latents.
+    gives the same images. Not so where a scheduler scales the noise or the model's input (Euler's and its kin): there
+    the noise is left as it is, and it steps from the scaled latents, which is no step of theirs; here from the latents.
+
+    Raises:
+        ValueError: as :func:`._schedulers.check_scheduler`.
     """
 
     def __init__(self, scheduler: Any, twice: bool) -> None:
+        check_scheduler(scheduler)
         self._scheduler, self._twice = scheduler, twice
         self.timesteps: Tensor = scheduler.timesteps
 
     def start(self, noise: Tensor) -> Tensor:
-        return noise
+        return noise * float(getattr(self._scheduler, "init_noise_sigma", 1.0))  # flows have none
 
     def model_input(self, x: Tensor, i: int) -> Tensor:
+        if not hasattr(self._scheduler, "scale_model_input"):  # nor this
+            return x
         scaled: Tensor = self._scheduler.scale_model_input(x, self.timesteps[i])
         return scaled
 

@@ -72,7 +72,10 @@ class ScheduleTable:
 
 
 def takes_table(model: DiT) -> bool:
-    """Whether its modulations have known widths: adaLN Linears, which may be wrapped (LoRA)."""
+    """Whether its modulations have known widths: adaLN Linears, which may be wrapped (LoRA).
+
+    Not dynamically quantised ones, whose weight is a method: they scale by the whole batch, here of many steps.
+    """
     if not model.fused:
         return False
     own = [layer.adaLN_modulation for layer in (*model.blocks, model.final_layer)]
@@ -86,5 +89,5 @@ def takes_table(model: DiT) -> bool:
 
 def _label_mib(model: DiT) -> float:
     """What one label takes a step, in MiB."""
-    weights = [layer.adaLN_modulation[-1].weight for layer in (*model.blocks, model.final_layer)]
-    return float(sum(len(weight) for weight in weights) * weights[0].element_size() / _MIB)
+    rows = sum(layer.adaLN_modulation[-1].out_features for layer in (*model.blocks, model.final_layer))
+    return float(rows * model.pos_embed.element_size() / _MIB)

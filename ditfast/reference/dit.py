@@ -7,6 +7,7 @@ modules with another forward.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Literal, cast
 
@@ -16,6 +17,25 @@ from torch import Tensor, nn
 
 from ..config import DiTConfig
 from . import ops
+
+_COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_ROUNDED = (
+    "t is bfloat16, which keeps 8 bits: timestep 999 has become 1000, and changes the output by several per cent; "
+    "keep t in int64 or float32, whatever the model's dtype"
+)
+
+
+def input_dtype(module: nn.Module, layer: object, otherwise: torch.dtype) -> torch.dtype:
+    """What a module that begins with a layer is to be given: the dtype of that layer's weight.
+
+    ``otherwise``, the model's, for quantised and float8 weights, for a layer without a weight, and where anything in
+    the module has another forward or hooks before its own, which may cast the weight.
+    """
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dtype not in _COMPUTED:
+        return otherwise
+    changed = any("forward" in part.__dict__ or part._forward_pre_hooks for part in module.modules())
+    return otherwise if changed else weight.dtype
 
 
 class PatchEmbed(nn.Module):
@@ -43,10 +63,17 @@ class TimestepEmbedder(nn.Module):
             nn.Linear(config.hidden_size, config.hidden_size),
         )
 
-    def forward(self, t: Tensor) -> Tensor:
-        dtype = cast(Tensor, self.mlp[0].weight).dtype
+    def forward(self, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """``dtype``: the model's, for a first Linear whose weight does not say what it computes in."""
+        dtype = self.input_dtype(t, dtype)
         sinusoid = ops.timestep_embedding(t, self.frequency_embedding_size, self.freq_shift, dtype)
         return cast(Tensor, self.mlp(sinusoid.to(dtype)))
+
+    def input_dtype(self, t: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+        """What the sinusoid of t is given to the first Linear in."""
+        if getattr(t, "dtype", None) == torch.bfloat16 and not torch.compiler.is_compiling():
+            warnings.warn(_ROUNDED, stacklevel=1)
+        return input_dtype(self.mlp, self.mlp[0], torch.get_default_dtype() if dtype is None else dtype)
 
 
 class LabelEmbedder(nn.Module):
@@ -234,7 +261,7 @@ class DiT(nn.Module):
 
         Args:
             x: latents (B, C, height, width) of ``config.latent_size``, any floating dtype.
-            t: timesteps (B,), int or float.
+            t: timesteps (B,), int or float; bf16, which rounds them, is warned of.
             y: labels (B,), int32 or int64; ``config.null_class`` is the null class. A label outside the table
                 is torch's IndexError on the CPU; a GPU's kernels answer it with an assertion or with NaN.
 
@@ -306,7 +333,7 @@ class DiT(nn.Module):
     def _embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, c, and what the blocks are conditioned on: c, or the length-2 sequence [t, class]."""
         x = self._tokens(x)
-        t_emb, y_emb = self.t_embedder(t), self.y_embedder(y)
+        t_emb, y_emb = self._embedded_times(t), self.y_embedder(y)
         c = t_emb + y_emb
         if self.config.conditioning in ("adaln", "adaln_zero"):
             return x, c, c
@@ -318,7 +345,13 @@ class DiT(nn.Module):
     def _tokens(self, x: Tensor) -> Tensor:
         # in this order: a pointwise result has its first operand's memory layout, and the patches' is channels first,
         # which every block would then carry on and every norm would have to copy
-        return cast(Tensor, self.pos_embed + self.x_embedder(x.to(self.x_embedder.proj.weight.dtype)))
+        dtype = input_dtype(self.x_embedder, getattr(self.x_embedder, "proj", None), self.pos_embed.dtype)
+        return cast(Tensor, self.pos_embed + self.x_embedder(x.to(dtype)))
+
+    def _embedded_times(self, t: Tensor) -> Tensor:
+        # whatever took the embedder's place takes t alone
+        own = isinstance(self.t_embedder, TimestepEmbedder)
+        return cast(Tensor, self.t_embedder(t, self.pos_embed.dtype) if own else self.t_embedder(t))
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -326,7 +359,10 @@ class DiT(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 # the patch kernel counts as a Linear of its flattened patch
-                nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
+                flat = module.weight.contiguous().flatten(1)
+                nn.init.xavier_uniform_(flat)
+                if not module.weight.is_contiguous():  # channels_last: flat is a copy
+                    module.weight.copy_(flat.view(module.weight.shape))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
