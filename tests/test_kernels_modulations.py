@@ -189,12 +189,3 @@ def test_inputs_are_drawn_for_every_layer():
     inputs = draw_inputs(OPERATORS["modulations"], Shape(3, 1, 24, layers=4), torch.bfloat16, "cpu")
     weights, biases = parameters(inputs)
     assert [len(weight) for weight in weights] == [144, 144, 144, 48] == [len(bias) for bias in biases]
-
-
-def test_tangents_take_the_formula():
-    c, weights, biases = linears(3, 72, (144, 48))
-    tangent = torch.randn_like(c)
-    with ops.use_backend("triton"), torch.no_grad():
-        out, d_out = torch.func.jvp(lambda c: ops.modulations(c, weights, biases), (c,), (tangent,))
-    torch.testing.assert_close(out, formulas.modulations(c, weights, biases))
-    torch.testing.assert_close(d_out, formulas.modulations(tangent, weights, [None, None]))
