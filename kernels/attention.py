@@ -91,6 +91,15 @@ def power(x, EXACT: tl.constexpr):
 
 
 @triton.jit
+def less_delta(p, d_p, delta, rest, rest_d):
+    """d_p - delta in launches that SPLIT (attention_bwd.py); delta, rest and rest_d broadcast along the keys."""
+    # below fp64's half an ulp the formula's own p is 1 and its d_s 0
+    saturated = rest < 1.1e-16
+    rest, rest_d = tl.where(saturated, 0.0, rest), tl.where(saturated, 0.0, rest_d)
+    return tl.where(p > 0.625, rest * d_p - rest_d, d_p - delta)
+
+
+@triton.jit
 def _attention_fwd_kernel(
     qkv_ptr, bias_ptr, out_ptr, stats_ptr,
     heads, tokens,
