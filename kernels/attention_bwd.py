@@ -8,6 +8,12 @@ launch owns queries (delta and d_q), one owns keys (d_k and d_v) and reads delta
 walks over what it was broadcast to. p is made again from stats; d_s and p are rounded to the input's dtype before
 their dots. ``sums`` are column sums of what a program writes, in fp32 before rounding, one row a program: no program
 adds to another's memory.
+
+Where one key has nearly all of a row's softmax, d_p - delta is what is left of two numbers that are all but equal.
+Launches of at most SPLIT_TOKENS tokens take delta = sum of p * d_p, and keep a key with p > 5/8, of which a row has one
+at most, apart: with rest and rest_d the sums of p and p * d_p over the other keys, its d_p - delta is
+rest * d_p - rest_d, right whatever the order in which each launch sums d_p. Longer rows take the flash form's delta
+above, as every flash kernel does: LIMIT
 """
 
 from __future__ import annotations
@@ -21,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention import (
+    SPLIT_TOKENS,
     AttentionConfig,
     alignment,
     common_launch,
@@ -37,7 +44,6 @@ from .attention_dbias import dbias_launch
 from .launch import on_device
 
 OPERATORS = ("attention_dq", "attention_dkv", "attention_dbias")  # of the launches, in order
-SPLIT_TOKENS = 128  # up to which launches split: the largest two tiles of keys
 
 
 @triton.jit
