@@ -13,7 +13,9 @@ Where one key has nearly all of a row's softmax, d_p - delta is what is left of 
 Launches of at most SPLIT_TOKENS tokens take delta = sum of p * d_p, and keep a key with p > 5/8, of which a row has one
 at most, apart: with rest and rest_d the sums of p and p * d_p over the other keys, its d_p - delta is
 rest * d_p - rest_d, right whatever the order in which each launch sums d_p. Longer rows take the flash form's delta
-above, as every flash kernel does: LIMIT
+above, as every flash kernel does, whose error where logits have a deviation of 50 to 200 is in 16 bits up to twice
+the rule's bound with torch's MATH attention as the yardstick (more where few rows are not saturated, as at 1000), in
+fp32 within it; torch's own flash kernel on a CPU errs as much.
 """
 
 from __future__ import annotations
