@@ -15,13 +15,11 @@ from ditfast.kernels.attention import SPLIT_TOKENS, attention_fwd  # noqa: E402
 from ditfast.kernels.attention_bwd import attention_bwd as backward  # noqa: E402
 
 
-def draw(batch, tokens, heads, head_dim, dtype=torch.float32, bias=None, deviation=None):
+def draw(batch, tokens, heads, head_dim, dtype=torch.float32, bias=None, deviation=1.0):
     """qkv, the incoming gradient and a bias of this shape, "B", "H" and "T" standing for the sizes.
 
-    deviation: of every second head's logits under the usual scale, by default 50, which saturates most rows, up to
-    SPLIT_TOKENS; of the others' 1.
+    deviation: of every second head's logits under the usual scale, of the others' 1. From 50 on most rows are saturated.
     """
-    deviation = (50.0 if tokens <= SPLIT_TOKENS else 1.0) if deviation is None else deviation
     sizes = {"B": batch, "H": heads, "T": tokens, "1": 1}
     qkv = torch.randn(batch, tokens, 3, heads, head_dim)
     qkv[:, :, :2, 1::2] *= deviation**0.5
