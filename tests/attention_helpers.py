@@ -18,7 +18,8 @@ from ditfast.kernels.attention_bwd import attention_bwd as backward  # noqa: E40
 def draw(batch, tokens, heads, head_dim, dtype=torch.float32, bias=None, deviation=1.0):
     """qkv, the incoming gradient and a bias of this shape, "B", "H" and "T" standing for the sizes.
 
-    deviation: of every second head's logits under the usual scale, of the others' 1. From 50 on most rows are saturated.
+    deviation: of every second head's logits under the usual scale, of the others' 1. From 50 on
+    most rows are saturated.
     """
     sizes = {"B": batch, "H": heads, "T": tokens, "1": 1}
     qkv = torch.randn(batch, tokens, 3, heads, head_dim)
