@@ -28,6 +28,8 @@ from . import launch
 from .launch import gpu_index, interpreting, on_device
 from .tables import tuned
 
+SPLIT_TOKENS = 128  # up to which the backward's launches split (attention_bwd.py): at most two tiles of 64 keys
+
 
 class AttentionConfig(NamedTuple):
     """How an attention kernel is launched: rows the program owns, rows of the loop, warps, stages of its pipeline."""
@@ -88,6 +90,15 @@ def power(x, EXACT: tl.constexpr):
     # log2(e), written out: what a caller's kernel is looked up by in Triton's cache holds a module's constant or not,
     # depending on which kernel came first in the process
     return tl.exp2(x * 1.4426950408889634) if EXACT else tl.exp2(x)
+
+
+@triton.jit
+def less_delta(p, d_p, delta, rest, rest_d):
+    """d_p - delta in launches that SPLIT (attention_bwd.py); delta, rest and rest_d broadcast along the keys."""
+    # so little is lost in the formula's rounding, in fp64 too: its d_s is 0
+    saturated = rest < 1e-14
+    rest, rest_d = tl.where(saturated, 0.0, rest), tl.where(saturated, 0.0, rest_d)
+    return tl.where(p > 0.625, rest * d_p - rest_d, d_p - delta)
 
 
 @triton.jit
@@ -332,6 +343,8 @@ def attention_config(
     if bias and dtype != torch.float32 and operator != "attention_dbias" and (not hopper or tokens % 16):
         # the bias takes registers too, most where its rows are not aligned and each element is a load of its own
         config = (64, 32, 4, 2) if hopper or operator != "attention_dkv" else (32, 16, 4, 2)
+        if operator == "attention_dq" and tokens <= SPLIT_TOKENS and not hopper:
+            config = (32, 32, 4, 2)
     return fitted(config, head_dim, tokens)
 
 

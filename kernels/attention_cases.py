@@ -36,6 +36,9 @@ def cases(arch: str) -> Iterator[KernelCase]:
     for head_dim in (32, 48, 64, 72, 80, 96, 128):
         yield from _backward(arch, head_dim)
     yield from _backward(arch, 72, tokens=257)
+    yield from _backward(arch, 72, tokens=64)
+    yield from _backward(arch, 128, tokens=128)
+    yield from _backward(arch, 72, tokens=65, bias=True)
     yield from _backward(arch, 64, bias=True)
     yield from _backward(arch, 72, bias=True)
     yield from _backward(arch, 64, dtype=torch.float32)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import AttentionConfig, common_launch, load_bias, load_tile, power
+from .attention import AttentionConfig, common_launch, less_delta, load_bias, load_tile, power
 
 
 @triton.jit(do_not_specialize=["bias_heads", "bias_rows", "repeats_batch", "repeats_head", "repeats_row"])
@@ -26,7 +26,7 @@ def _attention_dbias_kernel(
     scale, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, EXACT: tl.constexpr,
-    ALLOW_TF32: tl.constexpr, UPCAST: tl.constexpr, ONE_ROW: tl.constexpr,
+    ALLOW_TF32: tl.constexpr, UPCAST: tl.constexpr, SPLIT: tl.constexpr, ONE_ROW: tl.constexpr,
 ):  # fmt: skip
     """One tile of the bias; repeats_*: over how many samples, heads and tiles of rows it was broadcast."""
     PRECISION: tl.constexpr = "tf32" if ALLOW_TF32 else "ieee"
@@ -66,12 +66,19 @@ def _attention_dbias_kernel(
         statistics = (batch * heads + head) * tokens
         highest = tl.load(stats_ptr + 2 * statistics + rows, mask=rows < tokens, other=float("inf"))
         inverse = tl.load(stats_ptr + 2 * statistics + tokens + rows, mask=rows < tokens, other=0.0)
-        delta = tl.load(delta_ptr + statistics + rows, mask=rows < tokens, other=0.0)
+        own_delta_ptr = delta_ptr + (3 if SPLIT else 1) * statistics + rows
+        delta = tl.load(own_delta_ptr, mask=rows < tokens, other=0.0)
         s = s * scale
         s += load_bias(bias_ptr, rows[:, None], keys[None, :], stride_bias_row, stride_bias_col, tokens, EVEN_N)
         if not EVEN_N:
             s = tl.where((keys < tokens)[None, :], s, float("-inf"))
-        acc += power(s - highest[:, None], EXACT) * inverse[:, None] * (d_p - delta[:, None])
+        p = power(s - highest[:, None], EXACT) * inverse[:, None]
+        if SPLIT:
+            rest = tl.load(own_delta_ptr + tokens, mask=rows < tokens, other=0.0)
+            rest_d = tl.load(own_delta_ptr + 2 * tokens, mask=rows < tokens, other=0.0)
+            acc += p * less_delta(p, d_p, delta[:, None], rest[:, None], rest_d[:, None])
+        else:
+            acc += p * (d_p - delta[:, None])
 
     rows = tile_row * BLOCK_M + tl.arange(0, BLOCK_M)
     d_bias_ptr += (bias_batch * bias_heads + bias_head) * bias_rows * tokens

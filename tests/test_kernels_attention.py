@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 import torch
-from attention_helpers import check, draw, kernels
+from attention_helpers import check, draw, formula, kernels
 from kernel_helpers import DTYPES, poison
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ditfast.bench.parity import relative_error
+from ditfast.bench.parity import judge, relative_error
 from ditfast.kernels import attention, attention_bwd
 from ditfast.kernels.attention import AttentionConfig, attention_config, attention_fwd
 from ditfast.kernels.attention_bwd import attention_bwd as backward
@@ -32,6 +33,31 @@ def tiles(monkeypatch, block_m, block_n, **others):
 @pytest.mark.parametrize("head_dim", [8, 32, 48, 64, 72, 80, 96, 120, 128])
 def test_head_dims(head_dim, dtype):
     assert not check(*draw(1, 40, 2, head_dim, dtype))
+
+
+@every_dtype
+@pytest.mark.parametrize(("tokens", "head_dim"), [(2, 72), (5, 8), (16, 64), (100, 16)])
+@pytest.mark.parametrize("bias", [None, "BHTT"])
+def test_saturated_rows(tokens, head_dim, bias, dtype):
+    """As right as an unfused softmax, in one tile of keys, two and more."""
+    assert not check(*draw(max(48 // tokens, 1), tokens, 2, head_dim, dtype, bias, deviation=100.0))
+
+
+@every_dtype
+@pytest.mark.parametrize("tokens", [129, 257])
+def test_saturated_long_rows_are_as_right_as_a_flash_kernels(tokens, dtype):
+    for deviation in (50.0, 200.0):
+        qkv, d_out, _ = draw(1, tokens, 2, 32, dtype, deviation=deviation)
+        actual, oracle = kernels(qkv, d_out), formula(qkv, d_out, None, None, torch.float64)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            flash = formula(qkv, d_out, None, None, dtype)
+        assert all(judge("operator", actual[name], flash[name], oracle[name], dtype).ok for name in actual)
+
+
+def test_each_launch_may_sum_in_an_order_of_its_own(monkeypatch):
+    """What is kept apart does not hang on two launches' dots being equal to the bit."""
+    tiles(monkeypatch, 32, 16, dq=(32, 64), dkv=(64, 16), dbias=(64, 16))
+    assert not check(*draw(2, 50, 2, 72, bias="1HTT", deviation=200.0))
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(3, 1), (3, 7), (3, 16), (2, 64), (1, 256), (1, 257)])

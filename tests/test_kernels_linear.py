@@ -10,11 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ditfast import ops
 from ditfast.bench.cost import count
 from ditfast.bench.operators import OPERATORS, Shape, check, draw_inputs, run
-from ditfast.bench.parity import judge
+from ditfast.bench.parity import judge, relative_error
 from ditfast.ops import _linear_library
 
 pytest.importorskip("triton")
-from ditfast.kernels import gemm_config  # noqa: E402
+from ditfast.kernels import gemm_config, linear  # noqa: E402
 
 NAMES = ("linear_gelu", "linear_gated_residual", "gelu_mlp")
 every_operator = pytest.mark.parametrize("name", NAMES)
@@ -37,6 +37,33 @@ SHAPES = [
 def test_outputs_and_every_gradient(name, shape, dtype):
     for wanted in (None, ()):  # without gradients other code runs: nothing is stored
         assert not failures(check(triton_operator(name), shape, DTYPES[dtype], wanted=wanted))
+
+
+def test_the_slope_in_the_tails():
+    """Neither 1 + tanh nor 1 - tanh^2 is taken, which cancel there."""
+    pre = torch.linspace(-9, 9, 4096).view(64, 64)
+    for part in (pre, pre[:16], pre[-16:]):  # -9 to -4.5 alone, where the slope is 1e-5 and less
+        leaf = part.detach().requires_grad_()
+        wide = part.double().requires_grad_()
+        values = [torch.nn.functional.gelu(x, approximate="tanh") for x in (leaf, wide)]
+        slopes = [torch.autograd.grad(value.sum(), x)[0] for value, x in zip(values, (leaf, wide), strict=True)]
+        d_pre, act, _ = linear.gelu_backward(torch.ones_like(part), part, True, False)
+        assert judge("operator", d_pre, slopes[0], slopes[1], torch.float32).ok
+        assert judge("operator", act, values[0], values[1], torch.float32).ok
+        assert relative_error(d_pre, slopes[1]) <= 16 * torch.finfo(torch.float32).eps
+
+
+def test_large_pre_activations():
+    """Few hidden units lie in the slope's bend: how their pre-activations round is a matter of chance in one draw."""
+    for name in ("linear_gelu", "gelu_mlp"):
+        operator = triton_operator(name)
+
+        def draw(shape, generator, name=name):
+            inputs = OPERATORS[name].draw(shape, generator)
+            return inputs | {"x": 30 * inputs["x"]}
+
+        large = replace(operator, draw=draw)
+        assert not failures(check(large, Shape(2, 8, 8, ratio=1), torch.float32, elements=512))
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
