@@ -15,18 +15,25 @@ from ditfast.kernels.attention import SPLIT_TOKENS, attention_fwd  # noqa: E402
 from ditfast.kernels.attention_bwd import attention_bwd as backward  # noqa: E402
 
 
-def draw(batch, tokens, heads, head_dim, dtype=torch.float32, bias=None, deviation=1.0):
-    """qkv, the incoming gradient and a bias of this shape, "B", "H" and "T" standing for the sizes.
-
-    deviation: of every second head's logits under the usual scale, of the others' 1. From 50 on
-    most rows are saturated.
-    """
+def draw(batch, tokens, heads, head_dim, dtype=torch.float32, bias=None):
+    """qkv, the incoming gradient and a bias of this shape, "B", "H" and "T" standing for the sizes."""
     sizes = {"B": batch, "H": heads, "T": tokens, "1": 1}
-    qkv = torch.randn(batch, tokens, 3, heads, head_dim)
-    qkv[:, :, :2, 1::2] *= deviation**0.5
-    qkv = qkv.to(dtype)
+    qkv = torch.randn(batch, tokens, 3, heads, head_dim).to(dtype)
     d_out = torch.randn(batch, tokens, heads * head_dim).to(dtype)
     return qkv, d_out, None if bias is None else torch.randn([sizes[axis] for axis in bias]).to(dtype)
+
+
+def draw_saturated(*shape, deviation=100.0, **options):
+    """As :func:`draw`, then a scale, with which the logits have this deviation: from 50 on most rows are saturated.
+
+    Queries and keys are whole numbers and the scale a power of 4, so that logits are exact in any order of summation:
+    else a few rows in which two keys are close go by how these round, a matter of chance.
+    """
+    scale = 2.0**-4
+    qkv, d_out, bias = draw(*shape, **options)
+    factor = (deviation / (scale * qkv.shape[-1] ** 0.5)) ** 0.5
+    qkv[:, :, :2] = (qkv[:, :, :2].float() * factor).round()
+    return qkv, d_out, bias, scale
 
 
 def kernels(qkv, d_out, bias=None, scale=None, want_bias=True):

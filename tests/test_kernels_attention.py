@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from attention_helpers import check, draw, formula, kernels
+from attention_helpers import check, draw, draw_saturated, formula, kernels
 from kernel_helpers import DTYPES, poison
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -33,6 +33,7 @@ def tiles(monkeypatch, block_m, block_n, **others):
 @pytest.mark.parametrize("head_dim", [8, 32, 48, 64, 72, 80, 96, 120, 128])
 def test_head_dims(head_dim, dtype):
     assert not check(*draw(1, 40, 2, head_dim, dtype))
+    assert not check(*draw_saturated(1, 40, 2, head_dim, dtype))
 
 
 @every_dtype
@@ -40,24 +41,24 @@ def test_head_dims(head_dim, dtype):
 @pytest.mark.parametrize("bias", [None, "BHTT"])
 def test_saturated_rows(tokens, head_dim, bias, dtype):
     """As right as an unfused softmax, in one tile of keys, two and more."""
-    assert not check(*draw(max(48 // tokens, 1), tokens, 2, head_dim, dtype, bias, deviation=100.0))
+    assert not check(*draw_saturated(max(48 // tokens, 1), tokens, 2, head_dim, dtype, bias))
 
 
 @every_dtype
 @pytest.mark.parametrize("tokens", [129, 257])
 def test_saturated_long_rows_are_as_right_as_a_flash_kernels(tokens, dtype):
     for deviation in (50.0, 200.0):
-        qkv, d_out, _ = draw(1, tokens, 2, 32, dtype, deviation=deviation)
-        actual, oracle = kernels(qkv, d_out), formula(qkv, d_out, None, None, torch.float64)
+        given = draw_saturated(1, tokens, 2, 32, dtype, deviation=deviation)
+        actual, oracle = kernels(*given), formula(*given, torch.float64)
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            flash = formula(qkv, d_out, None, None, dtype)
+            flash = formula(*given, dtype)
         assert all(judge("operator", actual[name], flash[name], oracle[name], dtype).ok for name in actual)
 
 
 def test_each_launch_may_sum_in_an_order_of_its_own(monkeypatch):
     """What is kept apart does not hang on two launches' dots being equal to the bit."""
     tiles(monkeypatch, 32, 16, dq=(32, 64), dkv=(64, 16), dbias=(64, 16))
-    assert not check(*draw(2, 50, 2, 72, bias="1HTT", deviation=200.0))
+    assert not check(*draw_saturated(2, 50, 2, 72, bias="1HTT", deviation=200.0))
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(3, 1), (3, 7), (3, 16), (2, 64), (1, 256), (1, 257)])
@@ -65,7 +66,7 @@ def test_each_launch_may_sum_in_an_order_of_its_own(monkeypatch):
 def test_tokens(batch, tokens, bias):
     assert not check(*draw(batch, tokens, 2, 24, bias=bias))
     if tokens < 64:
-        assert not check(*draw(batch, tokens, 2, 72, torch.float16, bias))
+        assert not check(*draw_saturated(batch, tokens, 2, 72, torch.float16, bias))
 
 
 def test_many_tokens(monkeypatch):
@@ -90,14 +91,14 @@ def test_each_kernel_has_its_own_tiles(blocks, monkeypatch):
     tiles(monkeypatch, 32, 32, **blocks)
     poison(monkeypatch)
     for tokens in (7, 70):
-        assert not check(*draw(2, tokens, 1, 72, bias="1HTT"))
+        assert not check(*draw_saturated(2, tokens, 1, 72, bias="1HTT"))
 
 
 @pytest.mark.parametrize("shape", ["1HTT", "BHTT", "B1TT", "11TT", "B11T", "111T", "BH1T", "1HT1", "1111"])
 def test_biases(shape):
     qkv, d_out, bias = draw(3, 35, 2, 16, bias=shape)
     assert not check(qkv, d_out, bias)
-    assert not check(*draw(2, 16, 2, 16, torch.float16, shape))
+    assert not check(*draw_saturated(2, 16, 2, 16, torch.float16, shape))
     if shape.endswith("1"):  # a constant on every key of a row leaves the softmax as it is
         assert not kernels(qkv, d_out, bias)["d_bias"].any()
 

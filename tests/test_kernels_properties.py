@@ -3,14 +3,13 @@
 Of a few dozen elements the yardstick's errors may all happen to be small: 512 are judged, of several draws if need be.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
+from attention_helpers import SPLIT_TOKENS, draw_saturated
+from attention_helpers import check as check_attention
 from kernel_helpers import DTYPES, NAMES, failures, triton_operator
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ditfast.bench.operators import OPERATORS, Shape, check
+from ditfast.bench.operators import Shape, check
 
 hypothesis = pytest.importorskip("hypothesis", reason="draws the shapes")
 st = hypothesis.strategies
@@ -24,7 +23,7 @@ pytestmark = pytest.mark.kernels
     name=st.sampled_from(NAMES),
     batch=st.integers(0, 3),
     tokens=st.integers(0, 35),
-    width=st.integers(16, 300),
+    width=st.integers(1, 300),
     mean=st.sampled_from([0.0, 5.0, -50.0]),
     dtype=st.sampled_from(sorted(DTYPES)),
     mixed=st.booleans(),
@@ -38,33 +37,24 @@ def test_drawn_shapes(name, batch, tokens, width, mean, dtype, mixed, mask, seed
     wanted = tuple(item for index, item in enumerate(names) if mask >> index & 1)
     mixed = mixed and dtype != "fp32"
     elements = 512 if dtype == "fp32" else 1  # half an eps of 16 bits leaves room enough
-    assert not failures(check(operator, shape, DTYPES[dtype], mixed=mixed, wanted=wanted, seed=seed, elements=elements))
+    verdicts = check(operator, shape, DTYPES[dtype], mixed=mixed, wanted=wanted, seed=seed, elements=elements)
+    # a row of one element is its own mean: its norm and the norm's gradients vanish, and no relative error exists
+    assert (width == 1 and name != "gated_residual") or not failures(verdicts)
 
 
 @hypothesis.settings(
-    max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+    max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
 )
 @hypothesis.given(
-    biased=st.booleans(),
-    batch=st.integers(1, 2),
-    tokens=st.integers(8, 40),
-    heads=st.integers(1, 2),
+    bias=st.sampled_from([None, "BHTT", "1HTT", "B11T"]),
+    batch=st.integers(1, 3),
+    tokens=st.integers(16, SPLIT_TOKENS),
+    heads=st.integers(1, 3),
     head_dim=st.sampled_from([8, 16, 24, 40, 64, 72]),
-    scale=st.sampled_from([None, 0.1, 1.0]),
     deviation=st.sampled_from([1.0, 20.0, 50.0, 200.0, 1000.0]),
     dtype=st.sampled_from(sorted(DTYPES)),
-    seed=st.integers(0, 1000),
 )
-def test_drawn_attention(biased, batch, tokens, heads, head_dim, scale, deviation, dtype, seed):
+def test_drawn_attention(bias, batch, tokens, heads, head_dim, deviation, dtype):
     """Logits of every size, up to where all rows but a few are saturated."""
-    name = "self_attention+bias" if biased else "self_attention"
-    factor = (deviation / ((scale or head_dim**-0.5) * head_dim**0.5)) ** 0.5
-
-    def draw(shape, generator):
-        inputs = OPERATORS[name].draw(shape, generator)
-        return inputs | {"qkv": factor * inputs["qkv"]}
-
-    operator = replace(triton_operator(name), draw=draw, options=lambda _: {"num_heads": heads, "scale": scale})
-    shape = Shape(batch, tokens, heads * head_dim, num_heads=heads)
-    with sdpa_kernel(SDPBackend.MATH):
-        assert not failures(check(operator, shape, DTYPES[dtype], seed=seed, elements=512))
+    given = draw_saturated(batch, tokens, heads, head_dim, DTYPES[dtype], bias, deviation=deviation)
+    assert not check_attention(*given)
