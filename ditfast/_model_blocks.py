@@ -289,10 +289,11 @@ class AdaLNForward(nn.Module):
             out = ops.self_attention(packed, num_heads, scale)
         bias = proj.bias if gate1 is not None else None  # without a gate no operator adds the branch
         pending = Pending(F.linear(out, proj.weight, proj.bias if bias is None else bias.detach()), gate1, bias)
-        parameters = autocast(fc1.weight, fc1.bias, fc2.weight, fc2.bias)
         left = fc2.bias if hands_over and gate2 is not None else None
+        bias = fc2.bias if left is None else left.detach()
+        parameters = autocast(fc1.weight, fc1.bias, fc2.weight, bias)
         demanded = ops.current_backend() == "triton"
-        x, branch = _norm_and(norm_mlp, x, pending, *norm2, *parameters, left is not None, demanded)
+        x, branch = _norm_and(norm_mlp, x, pending, *norm2, *parameters, demanded)
         return x, branch, gate2, left, c
 
     def _is_readable(self, x: Tensor) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ._model_blocks import (
     FUSED,
     FusedLabelEmbedder,
+    FusedTimestepEmbedder,
     Pending,
     all_modulations,
     is_plain,
@@ -41,6 +42,8 @@ class DiT(reference.DiT):
     device (sharded, wrapped by LoRA, offloaded, quantised), where a block or the final layer has hooks or a wrapper, on
     a CPU, and in training under autocast; above 1024 samples by the library's GEMM.
     """
+
+    _embedders = (reference.TimestepEmbedder, FusedTimestepEmbedder)
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__(config)

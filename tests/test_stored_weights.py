@@ -9,6 +9,7 @@ from model_helpers import inference, pair
 from torch import nn
 
 import ditfast
+from ditfast.bench.inputs import random_batch, randomize_
 from ditfast.bench.parity import relative_error
 from ditfast.inference import Engine, Guidance, Sampler, ScheduleTable
 from ditfast.inference.table import takes_table
@@ -174,3 +175,41 @@ def test_a_tables_size_is_that_of_what_it_holds():
     plain, _ = pair(CONFIG)
     sizes = [ScheduleTable(model, torch.tensor([3, 9]), [1, 2], 64).mib for model in (fast, plain)]
     assert sizes[0] == sizes[1]
+
+
+def subclassed(embedder):
+    class Own(type(embedder)):
+        def forward(self, t):
+            return super().forward(t)
+
+    embedder.__class__ = Own
+
+
+def patched(embedder):
+    forward = embedder.forward
+    embedder.forward = lambda t: forward(t)
+
+
+def heard(embedder):
+    def hook(module, given):
+        (t,) = given
+
+    embedder.register_forward_pre_hook(hook)
+
+
+@pytest.mark.parametrize("change", [subclassed, patched, heard])
+@pytest.mark.parametrize("kind", [ditfast.DiT, ditfast.reference.DiT])
+def test_embedders_of_ones_own_are_given_the_timesteps_alone(change, kind):
+    model = randomize_(kind(CONFIG)).eval()
+    inputs = random_batch(CONFIG, 2)
+    expected = model(*inputs)
+    change(model.t_embedder)
+    assert torch.equal(model(*inputs), expected)
+
+
+def test_an_embedder_called_alone():
+    embedder = ditfast.DiT(CONFIG).bfloat16().t_embedder
+    t = torch.tensor([3, 7])
+    expected = embedder(t)
+    embedder.mlp[0].register_forward_pre_hook(lambda module, given: None)
+    assert torch.equal(embedder(t), expected)

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import ditfast
 from ditfast import ops
 from ditfast.bench.inputs import random_batch
-from ditfast.bench.parity import judge
+from ditfast.bench.parity import judge, relative_error
 from ditfast.ops import _backend
 
 pytestmark = pytest.mark.kernels
@@ -178,6 +178,25 @@ def test_compiled_with_dynamic_shapes_and_trained_on_the_kernels(pair):
         oracle = trained(copy.deepcopy(slow).double(), x.double(), t, y)
         verdict = judge("model", found, trained(slow, *inputs), oracle, torch.float32)
         assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize("pair", [fast_and_slow, accelerated])
+def test_batches_of_gradients_and_compiled_autograd_on_the_kernels(pair):
+    fast, _ = pair()
+    x, t, y = random_batch(TINY, 2) if pair is fast_and_slow else foreign_models.inputs(2)
+    x.requires_grad_()
+    leaves = [x, *(parameter for parameter in fast.parameters() if parameter.requires_grad)]
+    with ops.use_backend("triton"):
+        out = fast(x, t, y)
+        incoming = torch.stack([out.detach(), 2 * out.detach()])
+        batched = torch.autograd.grad(out, leaves, incoming, retain_graph=True, is_grads_batched=True)
+        one = torch.autograd.grad(out, leaves, out.detach(), retain_graph=True)
+        assert all(torch.equal(two[0], each) for two, each in zip(batched, one, strict=True))
+        torch.compiler.reset()
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+            out.backward(out.detach())
+    found, expected = together([leaf.grad for leaf in leaves]), together(one)
+    assert relative_error(found, expected) <= 1e-5
 
 
 @pytest.mark.parametrize("pair", [fast_and_slow, accelerated])

@@ -25,6 +25,10 @@ from ._linear_autograd import Gradients, weight_gradient
 _NORM_INPUTS = 7  # of each node: (x, branch, gate, bias, shift, scale, eps)
 
 
+def _matrix(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])  # flatten has no rule for batches of gradients
+
+
 def _norm_forward(inputs: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, branch, gate, _, shift, scale, eps = inputs
     result = torch.ops.ditfast.adaln_forward.default(x, branch, gate, shift, scale, eps)
@@ -69,12 +73,12 @@ def _norm_gradients(
     if d_norm is not None and not any(needs):  # frozen up to here, and only the weights learn
         norm = torch.ops.ditfast.adaln_forward.default(r, None, None, shift, scale, ctx.eps)[1] if want_norm else r
         sums = torch.ops.ditfast.sum_partials.default(partials, scale.dtype) if partials else []
-        return [None] * _NORM_INPUTS, norm.flatten(0, 1), sums
+        return [None] * _NORM_INPUTS, _matrix(norm), sums
     if d_norm is None and d_r is None:
         return [None] * _NORM_INPUTS, r, []
     d_out = None if d_norm is None else d_norm().view(r.shape)
     gradients, norm, sums = norm_backward(saved[:_NORM_INPUTS], d_r, d_out, needs, want_norm, partials)
-    return [*gradients, None], norm.flatten(0, 1) if want_norm else norm, sums
+    return [*gradients, None], _matrix(norm) if want_norm else norm, sums
 
 
 class _NormLinear(Kernel):
@@ -100,7 +104,7 @@ class _NormLinear(Kernel):
         want_weight, want_bias = ctx.needs_input_grad[_NORM_INPUTS:]
         if d_y is None:
             return (*_norm_gradients(ctx, saved, d_r, None, False, [])[0], None, None)
-        d_y = d_y.flatten(0, 1)
+        d_y = _matrix(d_y)
         gradients, norm, _none = _norm_gradients(ctx, saved, d_r, lambda: d_y @ weight, want_weight, [])
         return (*gradients, weight_gradient(d_y, norm, want_weight), d_y.sum(0) if want_bias else None)
 
@@ -135,7 +139,7 @@ class _NormAttention(Kernel):
         d_qkv, _none, sums = torch.ops.ditfast.attention_backward.default(
             d_out, qkv, out, stats, ctx.num_heads, ctx.scale, None, False, want_bias
         )
-        d_qkv = d_qkv.flatten(0, 1)
+        d_qkv = _matrix(d_qkv)
         gradients, norm, d_bias = _norm_gradients(
             ctx, saved, d_r, lambda: d_qkv @ weight, want_weight, [sums.unsqueeze(0)] if want_bias else []
         )
@@ -144,20 +148,20 @@ class _NormAttention(Kernel):
 
 
 class _NormMlp(Kernel):
-    """(..., w1, b1, w2, b2, hands_over, demanded) -> (r, y, pre, mean, rstd) with y = the MLP of the norm."""
+    """(..., w1, b1, w2, b2, demanded) -> (r, y, pre, mean, rstd) with y = the MLP of the norm."""
 
     operator = "layer_norm_modulate and gelu_mlp in one node"
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        w1, b1, w2, b2, _, demanded = inputs[_NORM_INPUTS:]
+        w1, b1, w2, b2, demanded = inputs[_NORM_INPUTS:]
         r, norm, mean, rstd = _norm_forward(inputs[:_NORM_INPUTS])
-        act, pre = torch.ops.ditfast.linear_gelu.default(norm.flatten(0, 1), w1, b1, True, demanded)
+        act, pre = torch.ops.ditfast.linear_gelu.default(_matrix(norm), w1, b1, True, demanded)
         return r, F.linear(act, w2, b2).view(norm.shape), pre, mean, rstd
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        w1, b1, w2, _, ctx.hands_over, ctx.demanded = inputs[_NORM_INPUTS:]
+        w1, b1, w2, _, ctx.demanded = inputs[_NORM_INPUTS:]
         r, _, pre, mean, rstd = output
         _save(ctx, inputs, r, mean, rstd, w1, w2, pre, b1, hidden=(pre,))
 
@@ -166,19 +170,19 @@ class _NormMlp(Kernel):
         ctx: Any, saved: tuple[Any, ...], d_r: Tensor | None, d_y: Tensor | None, *_: None
     ) -> Gradients:
         w1, w2, pre, _b1 = saved[_NORM_INPUTS:]
-        want_w1, want_b1, want_w2, want_b2, _, _ = ctx.needs_input_grad[_NORM_INPUTS:]
+        want_w1, want_b1, want_w2, want_b2, _ = ctx.needs_input_grad[_NORM_INPUTS:]
         if d_y is None:
-            return (*_norm_gradients(ctx, saved, d_r, None, False, [])[0], *(None,) * 6)
-        d_y = d_y.flatten(0, 1)
+            return (*_norm_gradients(ctx, saved, d_r, None, False, [])[0], *(None,) * 5)
+        d_y = _matrix(d_y)
         d_pre, act, partial = torch.ops.ditfast.linear_gelu_backward.default(d_y, w2, pre, want_b1, ctx.demanded)
         d_w2 = weight_gradient(d_y, act, want_w2)
-        d_b2 = d_y.sum(0) if want_b2 and not ctx.hands_over else None
+        d_b2 = d_y.sum(0) if want_b2 else None
         del act, d_y  # before the norm's gradients are made
         gradients, norm, sums = _norm_gradients(
             ctx, saved, d_r, lambda: d_pre @ w1, want_w1, [partial] if want_b1 else []
         )
         d_b1 = sums[0][0] if want_b1 else None
-        return (*gradients, weight_gradient(d_pre, norm, want_w1), d_b1, d_w2, d_b2, None, None)
+        return (*gradients, weight_gradient(d_pre, norm, want_w1), d_b1, d_w2, d_b2, None)
 
 
 def norm_linear(*inputs: Any) -> tuple[Tensor, Tensor]:
@@ -194,9 +198,9 @@ def norm_attention(*inputs: Any) -> tuple[Tensor, Tensor]:
 
 
 def norm_mlp(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """(r, y): inputs as above, then w1, b1, w2, b2, hands_over, demanded.
+    """(r, y): inputs as above, then w1, b1, w2, b2, demanded.
 
-    With ``hands_over`` b2's gradient is left to whoever takes y as a branch, and b2 as its bias.
+    b2 may be given detached, and its gradient left to whoever takes y as a branch, and b2 as its bias.
     """
     r, y, *_ = apply("_NormMlp", *inputs)
     return r, y

@@ -91,7 +91,7 @@ def _backward(gradients: Callable[..., Sequence[Tensor | None]], operator: str) 
     """The Function's backward: its gradients, which refuse to be differentiated in turn."""
     message = (
         f"ditfast: the gradient of {operator} has no derivative where kernels computed it; compute the forward under "
-        'ditfast.ops.use_backend("torch")'
+        'ditfast.ops.use_backend("torch"), and attention also under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)'
     )
 
     def backward(ctx: Any, *incoming: Tensor | None) -> Any:

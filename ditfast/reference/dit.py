@@ -64,7 +64,8 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """``dtype``: the model's, for a first Linear whose weight does not say what it computes in."""
+        """``dtype``: the model's, for a first Linear whose weight does not say what it computes in; by default that of
+        the parameters here."""
         dtype = self.input_dtype(t, dtype)
         sinusoid = ops.timestep_embedding(t, self.frequency_embedding_size, self.freq_shift, dtype)
         return cast(Tensor, self.mlp(sinusoid.to(dtype)))
@@ -73,7 +74,10 @@ class TimestepEmbedder(nn.Module):
         """What the sinusoid of t is given to the first Linear in."""
         if getattr(t, "dtype", None) == torch.bfloat16 and not torch.compiler.is_compiling():
             warnings.warn(_ROUNDED, stacklevel=1)
-        return input_dtype(self.mlp, self.mlp[0], torch.get_default_dtype() if dtype is None else dtype)
+        if dtype is None:
+            stored = [parameter.dtype for parameter in self.parameters() if parameter.dtype in _COMPUTED]
+            dtype = stored[0] if stored else torch.get_default_dtype()
+        return input_dtype(self.mlp, self.mlp[0], dtype)
 
 
 class LabelEmbedder(nn.Module):
@@ -243,6 +247,8 @@ class DiT(nn.Module):
         config: sizes, block design and numeric constants.
     """
 
+    _embedders: tuple[type[nn.Module], ...] = (TimestepEmbedder,)
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         if not isinstance(config, DiTConfig):
@@ -349,9 +355,10 @@ class DiT(nn.Module):
         return cast(Tensor, self.pos_embed + self.x_embedder(x.to(dtype)))
 
     def _embedded_times(self, t: Tensor) -> Tensor:
-        # whatever took the embedder's place takes t alone
-        own = isinstance(self.t_embedder, TimestepEmbedder)
-        return cast(Tensor, self.t_embedder(t, self.pos_embed.dtype) if own else self.t_embedder(t))
+        # whatever took the embedder's place, wraps it or listens to it takes t alone
+        embedder = self.t_embedder
+        own = type(embedder) in self._embedders and "forward" not in vars(embedder) and not embedder._forward_pre_hooks
+        return cast(Tensor, embedder(t, self.pos_embed.dtype) if own else embedder(t))
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
