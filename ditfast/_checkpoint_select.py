@@ -29,6 +29,7 @@ _GLUED = (
     "|generator|backbone|diffusion|ckpts?|checkpoints?|callback|helper)*"
 )
 _AVERAGE = re.compile(f"averag.*|shadows?|polyak|{_GLUED}(?:ema|swa|avg)s?{_GLUED}")
+# a key within (0.9, 1), as a number or in words, is what an average decays by
 _DECAY = re.compile(r"0?\.9\d*[1-9]\d*")
 
 
