@@ -88,7 +88,7 @@ def read(path: Path, weights: str) -> Loaded:
                 raise
             unnamed.append(key)
             continue
-        sets, others = find_weights(file.content, (key,) if key else ())
+        sets, others = find_weights(file.content, str(each), (key,) if key else ())
         # within a folder a set is known by its file, within a file by its entry
         found += [(chosen, file, chosen.label.removeprefix(key).lstrip(".")) for chosen in sets]
         unnamed += others or ([key] if not sets and is_average(key) else [])

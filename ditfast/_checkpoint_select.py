@@ -23,7 +23,14 @@ OFFICIAL, DIFFUSERS = "x_embedder.proj.weight", "proj_out_2.weight"
 # DistributedDataParallel and the averages of torch and timm, torch.compile, FSDP, activation checkpointing
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _NOT_AVERAGED = {"online", "backup", "non"}  # raw weights beside or within what is named after averages
-_DEPTH = 6
+# what stands in one word with ema, swa or avg: modelema, emaweights, statedictema
+_GLUED = (
+    "(?:models?|nets?|networks?|weights?|params?|parameters?|states?|dicts?|sd|modules?|unet|dit|sit|transformer|denoiser"
+    "|generator|backbone|diffusion|ckpts?|checkpoints?|callback|helper)*"
+)
+_AVERAGE = re.compile(f"averag.*|shadows?|polyak|{_GLUED}(?:ema|swa|avg)s?{_GLUED}")
+# a key within (0.9, 1), as a number or in words, is what an average decays by
+_DECAY = re.compile(r"0?\.9\d*[1-9]\d*")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,16 +46,33 @@ class WeightSet:
         return any(name == DIFFUSERS for _, name, _ in self.entries)
 
 
-def find_weights(content: object, path: tuple[str, ...] = ()) -> tuple[list[WeightSet], list[str]]:
+def find_weights(
+    content: object, source: str, path: tuple[str, ...] = ()
+) -> tuple[list[WeightSet], list[str]]:
     """The sets of weights in a loaded file, and the labels of averages that have no DiT's names.
 
-    ``path`` leads to the file, and opens each label. Without names are, for one, the lists of diffusers' ``EMAModel``
-    and of optimisers that average.
+    ``path`` leads to the file, and opens each label; ``source`` names it in messages. Without names are, for one, the
+    lists of diffusers' ``EMAModel`` and of optimisers that average.
+
+    Raises:
+        CheckpointError: containers are nested too deep to look into.
     """
     found: list[WeightSet] = []
-    unnamed: list[str] = []
-    _walk(content, path, found, unnamed, set())
-    return found, unnamed
+    unnamed: dict[str, object] = {}
+    try:
+        _walk(content, path, False, found, unnamed, set())
+    except RecursionError:
+        where = _deepest(content)
+        raise CheckpointError(
+            f"{source}: wanted containers nested at most some hundreds deep, got one nested deeper"
+            + (f" under {where!r}" if where else "")
+        ) from None
+    sizes = [
+        sum(value.numel() for _, _, value in each.entries if isinstance(value, Tensor))
+        for each in found
+        if not each.average
+    ]
+    return found, [label for label, value in unnamed.items() if not sizes or not _is_log(value, min(sizes))]
 
 
 def choose(found: Sequence[WeightSet], unnamed: Sequence[str], weights: str, source: str) -> WeightSet:
@@ -81,11 +105,14 @@ def choose(found: Sequence[WeightSet], unnamed: Sequence[str], weights: str, sou
         pool = [each for each in named if each in pool] or _outermost(pool)
     if len(pool) == 1:
         return pool[0]
-    labels = [repr(each.label) for each in pool or found if each.label]
+    listed = [each for each in pool or found if each.label]
+    labels = [repr(each.label) for each in listed]
     if pool:
+        # an optimiser's moments have a model's names too
+        example = min(listed, key=lambda each: ("opt" in each.label.lower(), not each.average)).label
         raise CheckpointError(
             f"{source}: holds several that could be meant: {', '.join(labels)}; choose one by name, for example "
-            f"weights={labels[-1]} (--weights)"
+            f"weights={example!r} (--weights)"
         )
     rest = f"; of {some(unnamed)} it has no names" if unnamed else ""
     holds = (
@@ -139,15 +166,16 @@ def told_classes(content: object) -> int | None:
     return number if isinstance(number, int) and not isinstance(number, bool) else None
 
 
-def is_average(label: str) -> bool:
-    """Whether a name is an average's: ``ema_model``, ``state_dict_ema``, ``modelEma``, ``swa``, but not ``non_ema``."""
+def is_average(label: str, known: bool = False) -> bool:
+    """Whether a name is an average's: ``ema_model``, ``state_dict_ema``, ``modelEma``, ``swa``, but not ``non_ema``.
+
+    ``known`` says that what leads to it is an average's, whatever it is called.
+    """
     label = label.replace("exp_avg", "")  # an optimiser's moments
-    words = set(re.findall("[a-z]+", re.sub("(?<=[a-z])(?=[A-Z])", "_", label).lower()))
-    if words & _NOT_AVERAGED:
-        return False
-    return bool(words & {"avg", "swa", "shadow", "polyak"}) or any(
-        word.startswith(("ema", "averag")) or word.endswith("ema") for word in words
-    )
+    # modelEma and EMAModel are two words each
+    apart = re.sub("(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", label)
+    words = set(re.findall("[a-z]+", apart.lower()))
+    return not words & _NOT_AVERAGED and (known or any(map(_AVERAGE.fullmatch, words)))
 
 
 def _outermost(pool: list[WeightSet]) -> list[WeightSet]:
@@ -160,33 +188,50 @@ def _outermost(pool: list[WeightSet]) -> list[WeightSet]:
 
 
 def _walk(
-    value: object, path: tuple[str, ...], found: list[WeightSet], unnamed: list[str], seen: set[int]
+    value: object,
+    path: tuple[str, ...],
+    averaged: bool,
+    found: list[WeightSet],
+    unnamed: dict[str, object],
+    seen: set[int],
 ) -> None:
+    """Collects what lies in ``value``, which ``averaged`` says to be an average's; ``unnamed`` by label."""
     here: list[WeightSet] = []
     items: Iterable[tuple[Any, Any]] = ()
+    lightning = False
     if isinstance(value, Mapping):
-        here = list(_sets_of(value, path))
+        here = list(_sets_of(value, path, averaged))
         found += here
-        # by number or under "state" lies what an optimiser knows of each parameter
+        # under "state" lies what an optimiser knows of each parameter
         skipped = "state" if "param_groups" in value else None
-        items = [(key, item) for key, item in value.items() if isinstance(key, str) and key != skipped]
-        unnamed += _nameless_copies(value, here, path)
+        items = [(key, item) for key, item in value.items() if not (isinstance(key, str) and key == skipped)]
+        # Lightning's WeightAveraging moves the raw weights there, and puts the average in their place
+        lightning = "state_dict" in value and "current_model_state" in value
+        for label in _nameless_copies(value, here, path):
+            unnamed[label] = value
     elif isinstance(value, (list, tuple)):
         items = enumerate(value)
-    if id(value) in seen or len(path) > _DEPTH:  # a pickle can hold itself
+    if id(value) in seen:  # a pickle can hold itself
         return
     seen.add(id(value))
     for key, item in items:
+        parts = key if isinstance(key, tuple) else (key,)
+        label = ".".join(map(str, parts))
+        known = any(_DECAY.fullmatch(str(part)) for part in parts)
+        if lightning and isinstance(key, str):
+            known = known or key == "state_dict"
         before = len(found), len(unnamed)
         if isinstance(item, (Mapping, list, tuple)):
-            _walk(item, (*path, str(key)), found, unnamed, seen)
-        elif here or "." in str(key):
+            _walk(item, (*path, label), averaged or known, found, unnamed, seen)
+        elif here or (isinstance(key, str) and "." in key and not known):
             continue
-        if (len(found), len(unnamed)) == before and is_average(str(key)) and _has_weights(item):
-            unnamed.append(".".join((*path, str(key))))
+        if (len(found), len(unnamed)) != before or not is_average(label, known):
+            continue
+        if any(tensor.numel() > 1 for tensor in _tensors(item)):
+            unnamed[".".join((*path, label))] = item
 
 
-def _sets_of(mapping: Mapping[Any, Any], path: tuple[str, ...]) -> Iterator[WeightSet]:
+def _sets_of(mapping: Mapping[Any, Any], path: tuple[str, ...], averaged: bool) -> Iterator[WeightSet]:
     """The sets whose tensors lie in this very mapping, apart by the prefixes of their names."""
     names = {name: _unwrapped(name) for name in mapping if isinstance(name, str)}
     prefixes = {
@@ -206,7 +251,7 @@ def _sets_of(mapping: Mapping[Any, Any], path: tuple[str, ...]) -> Iterator[Weig
             if not (isinstance(name, str) and name.startswith(inner))
         ]
         label = ".".join((*path, *filter(None, [prefix.rstrip(".")])))
-        average = is_average(label) or any(name == "n_averaged" for _, name, _ in entries)
+        average = is_average(label, averaged) or any(name == "n_averaged" for _, name, _ in entries)
         yield WeightSet(label, entries, average)
         if not average:
             yield from _without_dots(mapping, entries, path)
@@ -241,13 +286,40 @@ def _nameless_copies(
     yield from (".".join((*path, head.rstrip("._"))) for head in sorted(heads) if is_average(head))
 
 
-def _has_weights(value: object, depth: int = 0) -> bool:
-    if isinstance(value, Tensor):
-        return value.numel() > 1
-    items = (
-        value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-    )
-    return depth < _DEPTH and any(_has_weights(item, depth + 1) for item in items)
+def _is_log(value: object, size: int) -> bool:
+    """Whether this, under an average's name, is too little for a model of ``size``: losses, not weights."""
+    tensors = _tensors(value)
+    if isinstance(value, (list, tuple)):
+        # with a matrix in it, it is more likely of the weights that were trained
+        if not all(isinstance(item, Tensor) and item.ndim < 2 for item in value):
+            return False
+    elif not isinstance(value, Tensor):
+        return False
+    return 2 * sum(tensor.numel() for tensor in tensors) < size
+
+
+def _deepest(content: object) -> str:
+    """The first entry of a file within which containers are nested too deep to walk; empty where it is unclear."""
+    if isinstance(content, Mapping):
+        for key, item in content.items():
+            try:
+                _walk(item, (str(key),), False, [], {}, set())
+            except RecursionError:
+                return str(key)
+    return ""
+
+
+def _tensors(value: object) -> list[Tensor]:
+    """The tensors within, at any depth."""
+    tensors, left, seen = [], [value], set()
+    while left:
+        each = left.pop()
+        if isinstance(each, Tensor):
+            tensors.append(each)
+        elif isinstance(each, (Mapping, list, tuple)) and id(each) not in seen:
+            seen.add(id(each))
+            left += each.values() if isinstance(each, Mapping) else each
+    return tensors
 
 
 def _unwrapped(name: str) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ditfast import DiT, DiTConfig, load_checkpoint
+from ditfast._checkpoint_select import find_weights
 from ditfast.bench.inputs import randomize_
 from ditfast.checkpoint import CheckpointError
 
@@ -93,6 +94,14 @@ AVERAGES: dict[str, Callable[[], Any]] = {
             "netEMA",
             "swa",
             "shadow",
+            "EMAModel",
+            "modelema",
+            "emaweights",
+            "statedictema",
+            "ema9999",
+            ("ema", 0.999),
+            0.9999,
+            "0.9999",
         )
     },
     "timm": lambda: {
@@ -102,6 +111,13 @@ AVERAGES: dict[str, Callable[[], Any]] = {
     },
     "nested": lambda: {"state": {"model": raw, "ema": ema}},
     "one decay": lambda: {"model": raw, "ema": {"0.9999": ema}},
+    "a decay that is a number": lambda: {"model": raw, "ema": {0.9999: ema}},
+    "nested deep": lambda: {"model": raw, "a": {"b": {"c": {"d": {"e": {"f": {"g": {"ema": ema}}}}}}}},
+    "Lightning's WeightAveraging": lambda: {
+        "state_dict": _under("model.", ema),
+        "current_model_state": _under("model.", raw),
+        "averaging_state": {"n_averaged": torch.tensor(3)},
+    },
     "deeper than its average": lambda: {"ema": ema, "model": {"net": raw}},
     "Lightning": lambda: {"state_dict": {**_under("model.", raw), **_under("ema_model.module.", ema)}},
     "other modules": lambda: {
@@ -159,7 +175,11 @@ def test_an_entry_without_weights_is_no_average(tmp_path: Path, empty: Any) -> N
     ("content", "named"),
     [
         ({"model": raw, "ema": {"decay": 0.9, "shadow_params": [*ema.values()]}}, "ema.shadow_params"),
-        ({"model": raw, "ema": torch.zeros(1000)}, "ema"),
+        ({"model": raw, "ema": torch.cat([value.flatten() for value in ema.values()])}, "ema"),
+        ({"model": raw, 0.9999: torch.cat([value.flatten() for value in ema.values()])}, "0.9999"),
+        ({"model": raw, "ema": [[[[[[[[*ema.values()]]]]]]]]}, "ema"),
+        # of what was trained, when the rest was frozen
+        ({"model": raw, "ema": [ema["final_layer.linear.weight"], ema["final_layer.linear.bias"]]}, "ema"),
         ({"model": raw, "ema_params": tuple(ema.values())}, "ema_params"),
         (
             {"model": raw, "optimizer_states": [{"ema": [*ema.values()], "opt": OPTIMIZER}]},
@@ -200,9 +220,10 @@ def test_several_that_could_be_meant_are_listed(tmp_path: Path) -> None:
     # nothing says which of these is an average
     pair = {"state_dict": {**_under("teacher.", other), **_under("model.", raw)}}
     assert "'state_dict.model', 'state_dict.teacher'" in _refused(path, pair)
-    callback = {"state_dict": _under("model.", ema), "current_model_state": _under("model.", raw)}
-    assert "'state_dict.model', 'current_model_state.model'" in _refused(path, callback)
-    assert _taken(path, callback, weights="state_dict") == EMA
+    numbers = {"model": raw, "ema": {0.9999: ema, 0.999: other}}
+    assert "'ema.0.9999', 'ema.0.999'; choose one" in _refused(path, numbers)
+    assert _taken(path, numbers, weights="ema.0.9999") == EMA
+    assert _taken(path, numbers, weights="0.9999") == EMA and _taken(path, numbers, weights="0.999") == OTHER
     assert _taken(path, pair, weights="teacher") == OTHER and _taken(path, pair, weights="model") == RAW
 
 
@@ -238,6 +259,35 @@ def test_a_common_prefix_is_stripped_and_what_is_strange_is_named(tmp_path: Path
     assert _taken(tmp_path / "a.pt", {"state_dict": _under(prefix, raw), "epoch": 3}) == RAW
     strange = _under(prefix, {**raw, "extra.weight": torch.zeros(3)})
     assert "1 unexpected: extra.weight (3,)" in _refused(tmp_path / "a.pt", strange)
+
+
+@pytest.mark.parametrize("log", [torch.ones(100), [torch.ones(2), torch.ones(3)]], ids=["tensor", "list"])
+@pytest.mark.parametrize("name", ["ema_loss", "avg_losses"])
+def test_a_log_of_averages_is_no_average(tmp_path: Path, name: str, log: Any) -> None:
+    assert _taken(tmp_path / "a.pt", {"model": raw, name: log}) == RAW
+
+
+@pytest.mark.parametrize("name", ["schema_model", "cinema", "email", "emanation", 0.9, 1.0, 3])
+def test_what_only_looks_like_an_average_is_listed(tmp_path: Path, name: Any) -> None:
+    assert f"'model', '{name}'; choose one by name" in _refused(tmp_path / "a.pt", {"model": raw, name: other})
+
+
+def test_the_example_is_a_whole_model(tmp_path: Path) -> None:
+    moments = {"state_of_optimizer": raw, "net": raw, "teacher": other}
+    assert "for example weights='net' (" in _refused(tmp_path / "a.pt", moments)
+
+
+def test_what_an_optimiser_keeps_by_number_is_not_the_average(tmp_path: Path) -> None:
+    by_number = {"state": {0: {"ema": torch.zeros(30, 40)}}, "param_groups": [{}]}
+    assert _taken(tmp_path / "a.pt", {"model": raw, "opt": by_number}) == RAW
+
+
+def test_containers_nested_too_deep_are_refused() -> None:
+    deep: dict[str, Any] = {"ema": ema}
+    for _ in range(3000):
+        deep = {"in": deep}
+    with pytest.raises(CheckpointError, match=r"^a\.pt: wanted containers .* got one nested deeper under 'deep'"):
+        find_weights({"model": raw, "deep": deep}, "a.pt")
 
 
 def test_a_file_that_holds_itself(tmp_path: Path) -> None:
