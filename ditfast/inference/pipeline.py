@@ -133,7 +133,7 @@ class DiTPipeline(_Base):  # type: ignore[misc]
         check_scheduler(self.scheduler)
         if clips(self.scheduler):
             warnings.warn(
-                f"{type(self.scheduler).__name__} clips the latents, which images come out wrong from: "
+                f"{type(self.scheduler).__name__} clips the latents, images come out wrong: "
                 "give it clip_sample=False, thresholding=False",
                 UserWarning,
                 stacklevel=3,  # the caller's line, past no_grad
