@@ -1,6 +1,7 @@
 """ditfast.DiTPipeline beside diffusers' own: the same folder, the same call, the same images."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -182,3 +183,15 @@ def test_bad_input(folder, tmp_path):
         pipe([1], num_inference_steps=2)
     with pytest.raises(ValueError, match=r"labels must be in 0..999, got 1000"):
         ditfast.DiTPipeline.from_pretrained(folder)([1000], num_inference_steps=2)
+
+
+def test_a_scheduler_that_clips_is_warned_of(folder):
+    pipe = ditfast.DiTPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.warns(UserWarning, match="DDIMScheduler clips the latents.*clip_sample=False") as told:
+        pipe([1], num_inference_steps=1, output_type="np")
+    assert [each.filename for each in told if "clips" in str(each.message)] == [__file__]
+    pipe.scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*clips the latents")
+        pipe([1], num_inference_steps=1, output_type="np")

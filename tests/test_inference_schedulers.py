@@ -12,7 +12,7 @@ from ditfast.inference import Engine
 diffusers = pytest.importorskip("diffusers", reason="needs the package diffusers")
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: E402
 
-from ditfast.inference._schedulers import _REFUSED, TAKEN  # noqa: E402
+from ditfast.inference._schedulers import _REFUSED, TAKEN, check_scheduler, clips  # noqa: E402
 from ditfast.inference.pipeline import _SchedulerSteps  # noqa: E402
 
 STD = 0.5
@@ -107,8 +107,98 @@ def test_configs_that_scale_or_predict_otherwise(name, config):
 def test_a_config_of_betas_is_no_flows(name):
     """from_config keeps it: the model predicts noise, and would be taken for another."""
     scheduler = getattr(diffusers, name).from_config(made("DDIMScheduler").config)
-    with pytest.raises(ValueError, match=f"got {name}: its config is that of a model trained on betas"):
+    with pytest.raises(ValueError, match=rf"got {name}: its config is that of a model trained on betas \(beta_end"):
         _SchedulerSteps(scheduler, False)
+
+
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+OF_ANOTHER_KIND = [
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, "DDIMScheduler", r"flow matching \(shift\)"),
+    ("FlowMatchEulerDiscreteScheduler", {"base_shift": 0.4}, "EDMEulerScheduler", r"flow matching \(base_shift\)"),
+    ("EDMEulerScheduler", {"sigma_data": 1.0}, "DPMSolverMultistepScheduler", r"EDM \(sigma_data\)"),
+    ("EDMEulerScheduler", {"sigma_data": 1.0}, "FlowMatchHeunDiscreteScheduler", r"EDM \(sigma_data\)"),
+]
+
+
+@pytest.mark.parametrize(("name", "config", "into", "told"), OF_ANOTHER_KIND, ids=str)
+def test_a_config_of_another_kind(name, config, into, told):
+    scheduler = getattr(diffusers, into).from_config(made(name, **config).config)
+    with pytest.raises(ValueError, match=f"got {into}: its config is that of a model trained on {told}"):
+        check_scheduler(scheduler)
+
+
+def test_a_config_of_the_same_kind():
+    flow, edm = made("FlowMatchEulerDiscreteScheduler", shift=3.0), made("EDMEulerScheduler", sigma_data=1.0)
+    check_scheduler(diffusers.LTXEulerAncestralRFScheduler.from_config(flow.config))
+    check_scheduler(diffusers.UniPCMultistepScheduler.from_config(flow.config, **FLOW))
+    check_scheduler(diffusers.EDMDPMSolverMultistepScheduler.from_config(edm.config))
+    check_scheduler(diffusers.FlowMatchHeunDiscreteScheduler.from_config({**flow.config, "invert_sigmas": True}))
+    check_scheduler(diffusers.DPMSolverMultistepScheduler.from_config(made("DDIMScheduler").config))
+
+
+SOLVERS = (
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+)
+WRONG = [
+    ("EulerDiscreteScheduler", {"interpolation_type": "log_linear"}, "interpolation_type='log_linear'"),
+    ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, "stochastic_sampling=True"),
+    ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "invert_sigmas=True it goes from data to noise"),
+    *((name, {"prediction_type": "flow_prediction"}, "needs use_flow_sigmas=True") for name in SOLVERS),
+    *((name, {"use_flow_sigmas": True}, "needs prediction_type='flow_prediction', got 'epsilon'") for name in SOLVERS),
+]
+
+
+@pytest.mark.parametrize(("name", "config", "told"), WRONG, ids=str)
+def test_a_config_whose_samples_are_wrong(name, config, told):
+    with pytest.raises(ValueError, match=f"got {name}: .*{told}"):
+        check_scheduler(made(name, **config))
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_flows_by_the_solvers_are_taken(name):
+    check_scheduler(made(name, **FLOW))
+
+
+def test_schedulers_that_clip():
+    for name, config in [
+        ("DDIMScheduler", {"clip_sample": True}),
+        ("DDIMScheduler", {"thresholding": True}),
+        ("DPMSolverMultistepScheduler", {"thresholding": True}),
+    ]:
+        cls = getattr(diffusers, name)
+        check_scheduler(cls(**config))
+        assert clips(cls(**config))
+    assert not clips(made("DDIMScheduler"))
+    assert not clips(diffusers.CogVideoXDDIMScheduler(clip_sample=True))  # it makes no use of it
+    config = diffusers.DDIMScheduler(clip_sample=True).config
+    assert not clips(diffusers.DPMSolverMultistepScheduler.from_config(config))  # nor that
+    assert not clips(object())
+
+
+def test_steps_are_asked_for_the_call_they_get():
+    class Passes(diffusers.DDIMScheduler):
+        def step(self, *args, **options):
+            return super().step(*args, **options)
+
+    class Named:
+        def set_timesteps(self, steps):
+            raise AssertionError
+
+        def step(self, model_output, t, sample):
+            raise AssertionError
+
+    class Keyword(diffusers.DDIMScheduler):
+        def step(self, model_output, timestep, sample, *, strength):
+            raise AssertionError
+
+    check_scheduler(Passes())
+    check_scheduler(Named())
+    with pytest.raises(ValueError, match="got Keyword: its step cannot be called as .*'strength'"):
+        check_scheduler(Keyword())
 
 
 def test_a_scheduler_of_ones_own():
@@ -124,12 +214,10 @@ def test_a_scheduler_of_ones_own():
         pass
 
     _SchedulerSteps(Mine(), False)
-    with pytest.raises(ValueError, match=r"got Strange: its step takes \(model_output, timestep, sample, mask\), not"):
+    with pytest.raises(ValueError, match=r"got Strange: its step cannot be called as .*'mask'"):
         _SchedulerSteps(Strange(), False)
     with pytest.raises(ValueError, match="got Narrow: it is for models distilled"):
         _SchedulerSteps(Narrow(), False)
-    with pytest.raises(ValueError, match="stochastic_sampling=True"):
-        _SchedulerSteps(made("FlowMatchEulerDiscreteScheduler", stochastic_sampling=True), False)
     with pytest.raises(TypeError, match="sampler must have timesteps, start, model_input and step, got DDIMScheduler"):
         Engine(nn.Identity(), diffusers.DDIMScheduler())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..checkpoint import load_checkpoint, save_checkpoint
 from ..model import DiT
-from ._schedulers import check_scheduler
+from ._schedulers import check_scheduler, clips
 from .engine import Engine
 from .guidance import Guidance
 
@@ -32,6 +33,9 @@ class DiTPipeline(_Base):  # type: ignore[misc]
     that its config says (noise, data, v; a velocity for the FlowMatch schedulers, EDM's F for the EDM ones); others are
     refused in the call. The noise is scaled by ``init_noise_sigma``, which diffusers' DiTPipeline leaves out: with
     those where it is not 1 (Euler, Heun, LMS, KDPM2, EDM) its images are wrong, and ours are not the same.
+    A scheduler that ``from_config`` made from one of another kind is refused where its config tells; a config of
+    defaults does not. Some clip to +-1 by default, which is for pixels and too narrow for latents: the call warns, give
+    them ``clip_sample=False, thresholding=False``.
 
     Args:
         transformer: a :class:`ditfast.DiT` with a null class.
@@ -127,6 +131,13 @@ class DiTPipeline(_Base):  # type: ignore[misc]
         model: DiT = self.transformer
         config, device = model.config, self._execution_device
         check_scheduler(self.scheduler)
+        if clips(self.scheduler):
+            warnings.warn(
+                f"{type(self.scheduler).__name__} clips the latents, images come out wrong: "
+                "give it clip_sample=False, thresholding=False",
+                UserWarning,
+                stacklevel=3,  # the caller's line, past no_grad
+            )
         shape = (len(class_labels), config.in_channels, *config.latent_hw)
         noise = randn_tensor(shape, generator=generator, device=device, dtype=model.dtype)
         self.scheduler.set_timesteps(num_inference_steps)
