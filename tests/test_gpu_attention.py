@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_helpers import check, draw, kernels
+from attention_helpers import check, draw, draw_saturated, kernels
 from gpu_helpers import DEVICE, OtherWork, differing
 from kernel_helpers import poison
 
@@ -29,6 +29,14 @@ def test_bf16_dots(head_dim, tokens, bias):
 @every_bias
 def test_other_dtypes(head_dim, dtype, bias):
     assert not check(*drawn(3, 257, 2, head_dim, dtype, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize(("tokens", "head_dim"), [(16, 64), (64, 72), (128, 128)])
+@every_bias
+def test_saturated_rows(tokens, head_dim, bias, dtype):
+    with DEVICE:
+        assert not check(*draw_saturated(3, tokens, 2, head_dim, dtype, bias))
 
 
 @pytest.mark.parametrize("bias", ["BHTT", "B11T", "111T", "1HT1"])

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from gpu_helpers import DEVICE, MODELS, by, every_backend, every_operator
 from kernel_helpers import DTYPES, failures, poison, triton_operator
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ditfast.bench.operators import OPERATORS, Shape, check
+from ditfast.bench.parity import judge
 
 pytestmark = pytest.mark.gpu
 MIXED = [name for name, operator in OPERATORS.items() if operator.mixed]
@@ -83,3 +85,13 @@ def test_inputs_of_any_layout(name, layout, shape):
         )
 
     assert_right(replace(operator, fused=fused), shape)
+
+
+def test_a_tangent_is_the_formulas():
+    with DEVICE:
+        qkv, tangent = torch.randn(2, 3, 65, 216, dtype=torch.bfloat16).unbind(0)
+    exact = torch.func.jvp(lambda x: OPERATORS["self_attention"].formula(x, 3), (qkv.double(),), (tangent.double(),))[1]
+    found = torch.func.jvp(lambda x: OPERATORS["self_attention"].fused(x, 3), (qkv,), (tangent,))[1]
+    with sdpa_kernel(SDPBackend.MATH):
+        yardstick = torch.func.jvp(lambda x: OPERATORS["self_attention"].formula(x, 3), (qkv,), (tangent,))[1]
+    assert judge("operator", found, yardstick, exact, torch.bfloat16).ok
