@@ -167,7 +167,6 @@ def test_a_case(mode):
         uses = Counter({operator: part.uses for (operator, direction), part in parts.items() if direction == "forward"})
         assert uses == {
             "timestep_embedding": 1,
-            "conditioning": 1,
             "modulations_of": 1,
             "attached": 3,
             "norm_attention": 2,

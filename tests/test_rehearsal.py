@@ -120,8 +120,8 @@ def test_attention_takes_the_library_where_a_gpu_would(hopper):
 COMPILATIONS = {
     "_adaln_bwd_kernel": 6,
     "_adaln_fwd_kernel": 4,
-    "_attention_dkv_kernel": 2,
-    "_attention_dq_kernel": 2,
+    "_attention_dkv_kernel": 3,
+    "_attention_dq_kernel": 3,
     "_attention_fwd_kernel": 6,
     "_conditioning_kernel": 1,
     "_gelu_bwd_kernel": 1,
@@ -133,7 +133,8 @@ COMPILATIONS = {
 
 
 def test_another_batch_or_token_count_compiles_nothing():
-    """Token counts of the models, which multiples of 16 are: attention compiles once more for others."""
+    """Token counts of the models, which multiples of 16 are: attention compiles once more for others, and its backward
+    for at most 128 tokens."""
     xl = DiTConfig(depth=2, hidden_size=1152, num_heads=16, latent_size=32, patch_size=2, num_classes=10)
     with rehearse("sm_90") as seen, Uncomputed():
         for batch in (4, 1, 2, 3, 7, 16, 64, 256):
