@@ -136,7 +136,9 @@ SCALES = [(scale, dtype) for scale in (0.5, -0.3, 100.0) for dtype in DTYPES] + 
 def test_scales(scale, dtype):
     """Logits of more than a thousand too: nothing overflows, the sum of a row is at least 1."""
     for tokens in (32, 45):
-        assert not check(*draw(1, tokens, 4, 16, DTYPES[dtype]), scale=scale)
+        qkv, d_out, _ = draw(1, tokens, 4, 16, DTYPES[dtype])
+        qkv[:, :, :2] = (8 * qkv[:, :, :2].float()).round() / 8  # exact sums: rounded, so large ones decide a row
+        assert not check(qkv, d_out, scale=scale)
 
 
 @every_dtype
