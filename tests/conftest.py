@@ -97,6 +97,17 @@ def seed() -> int:
     return 0
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where "auto" takes formulas, and where it takes kernels, which run in the interpreter."""
+    from ditfast.ops import _backend
+
+    if request.param == "gpu":
+        monkeypatch.setattr(_backend, "on_gpu", lambda x: True)
+        monkeypatch.setattr(_backend, "_gpu_reason", lambda index: None)
+    return str(request.param)
+
+
 @pytest.fixture
 def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Made-up limits: a command measures them again after every case, and its test is about something else."""

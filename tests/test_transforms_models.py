@@ -14,20 +14,10 @@ import ditfast
 from ditfast import ops
 from ditfast.bench.inputs import random_batch
 from ditfast.bench.parity import judge, relative_error
-from ditfast.ops import _backend
 
 pytestmark = pytest.mark.kernels
 TINY = ditfast.DiTConfig(depth=2, hidden_size=24, num_heads=3, latent_size=4, num_classes=10)
 DESIGNS = ("adaln_zero", "adaln", "cross_attention", "in_context")
-
-
-@pytest.fixture(params=["cpu", "gpu"])
-def machine(request, monkeypatch):
-    """Where "auto" takes formulas, and where it takes kernels: they run in the interpreter."""
-    if request.param == "gpu":
-        monkeypatch.setattr(_backend, "on_gpu", lambda x: True)
-        monkeypatch.setattr(_backend, "_gpu_reason", lambda index: None)
-    return request.param
 
 
 def of_inputs_and_parameters(model, x, t, y):
