@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ._gone import refuse_gone
 from .adapters import registered
 from .adapters._adapter import Adapter
-from .adapters._check import disagreement, fingerprint
+from .adapters._check import Verdict, disagreement, fingerprint
 from .adapters._swap import accelerated_by, swap, unswap
 from .adapters.shared import FastModel, sharing_layers
 from .model import DiT
@@ -37,6 +37,7 @@ class Entry:
         adapter: the adapter's name.
         status: "accelerated" by this call, "already" before it, or "skipped".
         reason: why it was skipped; else "".
+        note: what the check could not settle by looking at what it computes, where only numbers were compared; else "".
     """
 
     module: str
@@ -44,6 +45,7 @@ class Entry:
     adapter: str
     status: Status
     reason: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Report:
     def __str__(self) -> str:
         rows = [("module", "class", "adapter", "status", "reason")]
         for entry in self.entries:
-            rows.append((entry.module or "(the model)", entry.kind, entry.adapter, entry.status, entry.reason))
+            said = entry.reason or entry.note
+            rows.append((entry.module or "(the model)", entry.kind, entry.adapter, entry.status, said))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in rows]
         lines.append(f"{len(self.accelerated)} accelerated, {len(self.skipped)} skipped")
@@ -103,7 +106,7 @@ def _accelerate(model: nn.Module, check: bool, strict: bool) -> tuple[Report, li
     _check_model(model)
     entries: list[Entry] = []
     matched: list[tuple[nn.Module, Adapter]] = []
-    verdicts: dict[Any, str | None] = {}
+    verdicts: dict[Any, Verdict] = {}
     for path, module in model.named_modules():
         before = accelerated_by(module)
         adapter = _adapter_of(module, before)
@@ -113,15 +116,16 @@ def _accelerate(model: nn.Module, check: bool, strict: bool) -> tuple[Report, li
         if before is not None:
             entries.append(Entry(path, kind, adapter.name, "already"))
             continue
-        reason = adapter.refuses(module) or _unfit(module) or _shadowed(module, adapter)
-        if reason is None and check:
+        verdict = Verdict(adapter.refuses(module) or _unfit(module) or _shadowed(module, adapter))
+        if verdict.reason is None and check:
             key = (adapter.name, fingerprint(module))
             if key not in verdicts:
                 verdicts[key] = disagreement(module, adapter)
-            reason = verdicts[key]
-        if reason is None:
+            verdict = verdicts[key]
+        if verdict.reason is None:
             matched.append((module, adapter))
-        entries.append(Entry(path, kind, adapter.name, "skipped" if reason else "accelerated", reason or ""))
+        status: Status = "accelerated" if verdict.reason is None else "skipped"
+        entries.append(Entry(path, kind, adapter.name, status, verdict.reason or "", verdict.note))
     report = Report(tuple(entries))
     if not report.accelerated:
         found = f":\n{report}" if entries else ""
@@ -147,23 +151,37 @@ def _accelerate(model: nn.Module, check: bool, strict: bool) -> tuple[Report, li
 def restore(model: nn.Module) -> int:
     """Gives every accelerated module of a model its own forward back; returns how many there were.
 
+    Whoever wrapped a module's forward meanwhile (offloading, diffusers' hooks, ``Accelerator.prepare``) goes on around
+    its own.
+
     Raises:
         TypeError: model is no module.
-        ValueError: an accelerated module was given another class since (sharding does so); nothing is changed then.
+        ValueError: an accelerated module was given another class since (sharding and parametrising do so); nothing is
+            changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    for path, module in model.named_modules():
-        if any(accelerated_by(base) for base in type(module).__mro__[1:]):
-            raise ValueError(
-                f"{path or 'the model'} was given the class {type(module).__name__} after ditfast.accelerate: "
-                "call ditfast.restore before fully_shard"
-            )
-    modules = list(model.modules())
-    count = sum(map(unswap, (module for module in modules if not isinstance(module, FastModel))))
-    for module in modules:
+    modules = dict(model.named_modules())
+    if fast := _given_another_class(modules):
+        raise ValueError(fast)
+    count = sum(map(unswap, (module for module in modules.values() if not isinstance(module, FastModel))))
+    for module in modules.values():
         unswap(module)
     return count
+
+
+def _given_another_class(modules: dict[str, nn.Module]) -> str | None:
+    """Which accelerated module has another class since, and what to do, or None."""
+    for path, module in modules.items():
+        if any(accelerated_by(base) for base in type(module).__mro__[1:]):
+            kind = type(module).__name__
+            undo = (
+                "call ditfast.restore before fully_shard"
+                if any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+                else "undo that first (torch.nn.utils.parametrize.remove_parametrizations for a parametrisation)"
+            )
+            return f"{path or 'the model'} was given the class {kind} after ditfast.accelerate: {undo}"
+    return None
 
 
 @contextmanager
@@ -171,15 +189,22 @@ def accelerated(model: M, *, check: bool = True, strict: bool = False, **gone: o
     """``with accelerated(model):`` accelerates within the block; what was accelerated before it stays so.
 
     Raises:
-        TypeError, ValueError: as :func:`accelerate`.
+        TypeError, ValueError: as :func:`accelerate`; and ValueError on leaving as :func:`restore`.
     """
     refuse_gone("accelerated", gone, _GONE)
     _, mine = _accelerate(model, check, strict)
+    raised = True
     try:
         yield model
+        raised = False
     finally:
-        for module in mine:
-            unswap(module)
+        paths = {id(module): path for path, module in model.named_modules()}
+        stuck = _given_another_class({paths.get(id(module), type(module).__name__): module for module in mine})
+        if stuck is None or raised:  # what was raised within is what there is to say
+            for module in mine:
+                unswap(module)
+        else:
+            raise ValueError(stuck)
 
 
 def _may_share(module: nn.Module) -> bool:

@@ -84,13 +84,14 @@ class Scaled(Block):
 
     def forward(self, x, c):
         (setting,) = self.setting if isinstance(self.setting, list) else [self.setting]
-        return super().forward(x, c) * (setting if torch.is_tensor(setting) else setting.value)
+        value = setting.value
+        return super().forward(x, c) if value == 1 else super().forward(x, c) * value
 
 
 @pytest.mark.parametrize(
     "settings",
-    [tuple(Factor), (Config(1), Config(2)), ([Config(1)], [Config(2)]), (torch.tensor(1), torch.tensor(2))],
-    ids=["enum", "dataclass", "nested", "tensor"],
+    [tuple(Factor), (Config(1), Config(2)), ([Config(1)], [Config(2)])],
+    ids=["enum", "dataclass", "nested"],
 )
 def test_blocks_are_told_apart_by_what_their_settings_hold(settings):
     model = Model()
@@ -115,7 +116,8 @@ def test_blocks_are_told_apart_by_their_settings(activations):
     model.blocks = nn.ModuleList(map(Configured, activations))
     report = ditfast.accelerate(randomised(model))
     assert [entry.module for entry in report.skipped] == ["blocks.1"]
-    assert "another function" in report.skipped[0].reason
+    activation = activations[1].__name__
+    assert report.skipped[0].reason.startswith(f"its own forward computes {activation} (test_accelerate_check.py:")
 
 
 class Looked(nn.Module):

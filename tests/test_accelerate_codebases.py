@@ -226,7 +226,7 @@ class RmsBlock(Block):
         self.norm1, self.norm2, self.more = Rms(dim), Rms(dim, eps), more
 
     def forward(self, x, c):
-        return super().forward(x, c) + self.more
+        return super().forward(x, c) + self.more if self.more else super().forward(x, c)
 
 
 def fused_rms_block(x, modulation, w1, w2, attn, mlp):

@@ -1,7 +1,8 @@
 """Another forward for an instance: its class becomes a subclass, which copies and pickles as what it is.
 
 Hooks, parameters, state-dict keys, isinstance and compilation survive a change of class; a forward bound to the
-instance would be lost with pickling, a replaced child would lose its hooks.
+instance would be lost with pickling, a replaced child would lose its hooks. Whoever keeps the bound forward of an
+instance (offloading, diffusers' hooks, Accelerator.prepare, wrappers) has what its class says at every call.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def _made(mixin: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(original.forward)  # whose signature torch.export and trainers look at
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return mixin.forward(self, *args, **kwargs)
+        # somebody may have kept it, and the instance have its own class back
+        return (mixin if isinstance(self, made) else type(self)).forward(self, *args, **kwargs)
 
     body = {
         "__module__": original.__module__,
@@ -52,7 +54,8 @@ def _made(mixin: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
         "_ditfast_takes": _parameters(original),
     }
     # two threads may both make one: the first that is kept counts
-    return _CLASSES.setdefault((mixin, original), type(original.__name__, (mixin, original), body))
+    made = _CLASSES.setdefault((mixin, original), type(original.__name__, (mixin, original), body))
+    return made
 
 
 def _make_known(cls: type[nn.Module], original: type[nn.Module]) -> None:
@@ -104,5 +107,8 @@ def unswap(module: nn.Module) -> bool:
     found = accelerated_by(module)
     if found is None:
         return False
+    kept = module.__dict__.get("forward")
+    if getattr(kept, "__self__", None) is module and getattr(kept, "__func__", None) is type(module).forward:
+        del module.__dict__["forward"]  # accelerate and diffusers leave it where a hook of theirs was
     module.__class__ = found[1]
     return True

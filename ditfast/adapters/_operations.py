@@ -1,0 +1,202 @@
+"""What a forward computes, operation by operation, as torch dispatches it.
+
+Two kinds of operations are told apart. Analytic ones (sums, products, matrix products, norms, softmax, ...): two
+compositions of them that agree on random numbers agree everywhere, so numbers decide about them. The others hide from
+numbers: they do nothing (a clamp, a mask beyond the last token, a factor of 1) or hardly anything (tanh) until a value,
+a size, a dtype or a draw of chance has them do something.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_LIBRARIES = tuple(os.path.dirname(os.path.dirname(path)) + os.sep + name + os.sep
+                   for path, name in ((torch.__file__, "torch"), (os.path.dirname(__file__), "ditfast")))  # fmt: skip
+
+# where values lie and how they are stored, which random numbers show
+_LAYOUT = frozenset("""
+    view _unsafe_view reshape _reshape_alias permute transpose t unsqueeze squeeze expand alias detach clone _to_copy to
+    contiguous copy empty empty_like new_empty empty_strided movedim swapaxes view_as expand_as as_strided lift
+    promote_types
+    """.split())  # noqa: SIM905  # fmt: skip
+# the same along an axis of fixed length; along samples or tokens they may leave some out
+_CUTS = frozenset(("slice", "select", "split", "split_with_sizes", "unbind", "chunk", "narrow", "unsafe_split"))
+_PRODUCTS = frozenset(("mm", "bmm", "addmm", "addmv", "mv", "dot", "baddbmm", "linear", "matmul"))
+_ANALYTIC = _PRODUCTS | frozenset("""
+    add sub rsub mul div neg pow square sqrt rsqrt reciprocal exp log sin cos sum mean var var_mean std convolution
+    native_layer_norm native_group_norm _fused_rms_norm rms_norm embedding addcmul addcdiv lerp cat stack repeat einsum
+    """.split())  # noqa: SIM905  # fmt: skip
+# of what hides are these made: by hand or as one operation they count the same
+_SOFTMAX = ("amax", "exp", "sum", "div")
+_PARTS = {"silu": ("sigmoid", "mul"), "_softmax": _SOFTMAX, "_safe_softmax": _SOFTMAX, "_log_softmax": _SOFTMAX}
+_NAMES = {"max": "amax", "min": "amin", "_local_scalar_dense": "item"}
+# what bounds or replaces gradients
+_GUARDS = frozenset("""
+    clamp clamp_min clamp_max where masked_fill nan_to_num ge gt le lt eq ne isnan isfinite sign round maximum minimum
+    hardtanh linalg_vector_norm item
+    """.split())  # noqa: SIM905  # fmt: skip
+
+
+class Operations(TorchDispatchMode):
+    """Records what runs under it.
+
+    Attributes:
+        counts: how often which operation ran.
+        hidden: of those that numbers do not show, in words: how often.
+        places: where each of these was first called, as "file.py:line".
+        opaque: operations of other libraries.
+        backward: set while gradients are computed, of which only guards are recorded.
+    """
+
+    def __init__(self, lengths: tuple[int, int], tensors: dict[int, str]) -> None:
+        """``lengths`` of the axes of samples and tokens; ``tensors``: what is no parameter or input, by id."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lengths, self.tensors = lengths, tensors
+        self.counts: Counter[str] = Counter()
+        self.hidden: Counter[str] = Counter()
+        self.places: dict[str, str] = {}
+        self.opaque: set[str] = set()
+        self.backward = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        space, _, name = func._schema.name.partition("::")
+        if space == "aten":
+            self._record(name.removesuffix("_") if name != "_" else name, func, args, kwargs)
+        elif space not in ("prim", "prims"):
+            self.opaque.add(func._schema.name)
+        return func(*args, **kwargs)
+
+    def _record(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        name = _NAMES.get(name, name)
+        given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+        if name.startswith("_scaled_dot_product"):  # its tag is that of a dropout, alive or not
+            return None if self.backward else self._attention(given)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            return self._hide(f"draws random numbers ({name})")
+        if self.backward:
+            return self._hide(f"computes {name} in the backward") if name in _GUARDS else None
+        for value in args:
+            if isinstance(value, Tensor):
+                self._look_at(value)
+        if name in _LAYOUT or (name in _CUTS and not self._leaves_out(name, given)):
+            return None
+        parts = _PARTS.get(name, (name,))
+        if name == "gelu":
+            parts = ("tanh" if given.get("approximate") == "tanh" else "erf", "mul", "add")
+        for part in parts:
+            self.counts["matmul" if part in _PRODUCTS else part] += 1
+            if part not in _ANALYTIC:
+                self._hide(f"computes {part}" if part != "item" else "reads a value out of a tensor")
+        if idle := self._idle(name, given):
+            self._hide(idle)
+        return None
+
+    def _hide(self, what: str) -> None:
+        self.hidden[what] += 1
+        self.places.setdefault(what, place())
+
+    def _look_at(self, tensor: Tensor) -> None:
+        found = self.tensors.get(id(tensor)) if isinstance(tensor, FakeTensor) else "a tensor made outside of it"
+        if found and not self.hidden[f"reads {found}"]:
+            self._hide(f"reads {found}")
+
+    def _leaves_out(self, name: str, given: dict[str, Any]) -> bool:
+        tensor, axis = given["self"], given.get("dim", 0)
+        length = tensor.shape[axis]
+        if isinstance(length, int) and length not in self.lengths:
+            return False
+        if name != "slice":
+            return True
+        start, end = given.get("start") or 0, given.get("end")
+        return not (start == 0 and (end is None or end >= sys.maxsize // 2) and given.get("step", 1) == 1)
+
+    def _attention(self, given: dict[str, Any]) -> None:
+        """torch's attention, as what it does by hand."""
+        self.counts.update(["matmul", "matmul", "mul", *_SOFTMAX])
+        self._hide("computes amax")
+        if given.get("is_causal"):
+            self._hide("computes a causal mask")
+        if given.get("attn_bias") is not None or given.get("attn_mask") is not None:
+            self._hide("adds a mask to its logits")
+        if given.get("dropout_p"):
+            self._hide("draws random numbers (dropout)")
+
+    def _idle(self, name: str, given: dict[str, Any]) -> str | None:
+        """What a number in an operation says that (nearly) does nothing as it is now, and may be another later."""
+        alpha = given.get("alpha", 1) if name in ("add", "sub") else 1
+        if alpha != 1:
+            self.counts["mul"] += 1
+            if _is_near(alpha, 0) or _is_near(alpha, 1):
+                return f"adds {alpha} times"
+        number = given.get("other", given.get("exponent"))
+        if isinstance(number, (torch.SymInt, torch.SymFloat)):
+            return "goes by a size"
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            return None
+        if name == "mul" and (_is_near(number, 1) or _is_near(number, 0)):
+            return f"multiplies by {number}"
+        if name == "div" and (_is_near(number, 1) or abs(number) > 1e4):
+            return f"divides by {number}"
+        if name in ("add", "sub") and number == 0:
+            return f"adds {number}"
+        return f"raises to the power {number}" if name == "pow" and _is_near(number, 1) else None
+
+
+def _is_near(value: Any, wanted: float) -> bool:
+    return isinstance(value, (int, float)) and abs(value - wanted) < 1e-4
+
+
+def place() -> str:
+    """The innermost line that is neither torch's nor ditfast's, as "file.py:line", or ""."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if not frame.f_code.co_filename.startswith(_LIBRARIES):
+            return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+@contextmanager
+def sizes_watched(env: Any) -> Iterator[Counter[str]]:
+    """Where a module's own code compares symbolic sizes of ``env`` or reads them as numbers, not torch or ditfast."""
+    found: Counter[str] = Counter()
+
+    def watched(method: Callable[[Any], Any], what: str) -> Callable[[Any], Any]:
+        def read(self: Any) -> Any:
+            frame = sys._getframe(1)
+            file = frame.f_code.co_filename
+            if getattr(self.node, "shape_env", None) is env and not file.startswith(_LIBRARIES):
+                # without symbols it is known, as of a size and itself
+                found[f"{what} ({os.path.basename(file)}:{frame.f_lineno})"] += bool(self.node.expr.free_symbols)
+            return method(self)
+
+        return read
+
+    watches = [
+        (torch.SymBool, "__bool__", "compares a size"),
+        (torch.SymInt, "__bool__", "compares a size"),
+        (torch.SymInt, "__int__", "reads a size as a number"),
+        (torch.SymInt, "__index__", "reads a size as a number"),
+        (torch.SymFloat, "__float__", "reads a size as a number"),
+    ]
+    kept = [(kind, name, getattr(kind, name)) for kind, name, _ in watches]
+    for kind, name, what in watches:
+        setattr(kind, name, watched(getattr(kind, name), what))
+    try:
+        yield found
+    finally:
+        for kind, name, method in kept:
+            setattr(kind, name, method)

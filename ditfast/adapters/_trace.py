@@ -1,0 +1,353 @@
+"""The computation of a module's own forward beside that of the fused one: both traced with fake tensors.
+
+The fused one is what ``use_backend("torch")`` gives: the formulas that the kernels answer to. What its own does and the
+fused one does not, and random numbers would not show (:mod:`._operations`), is a reason to leave a module as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+
+from ..ops import use_backend
+from ._adapter import may_be_silent
+from ._inputs import varying_axes
+from ._operations import Operations, sizes_watched
+
+_LOCK = threading.RLock()  # one set of symbols for all
+_HINTS = (3, 9)
+# samples and tokens where they are numbers: primes, so that they are known again, and more than most thresholds
+_NUMBERS = (53, 4099)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERNAL = frozenset(vars(nn.Module()))
+_MOST = 3  # operations that a reason names
+
+
+class _Plain:
+    """An object whose attributes are all that it is: it is as large as every such object."""
+
+
+def is_plain_object(value: Any) -> bool:
+    """Whether a value's attributes are all that it is."""
+    kind = type(value)
+    alone = kind.__basicsize__ == _Plain.__basicsize__ and hasattr(value, "__dict__")
+    return alone and not isinstance(value, nn.Module)
+
+
+class _Setting(NamedTuple):
+    """How a forward is called."""
+
+    dtype: torch.dtype
+    training: bool = False
+    autocast: torch.dtype | None = None
+
+    def __str__(self) -> str:
+        where = [" in training"] if self.training else []
+        where += [f" under autocast to {_short(self.autocast)}"] if self.autocast else [f" in {_short(self.dtype)}"]
+        return "".join(where)
+
+
+class _Trace(NamedTuple):
+    operations: Operations
+    sizes: Counter[str]
+    error: Exception | None
+
+    @property
+    def said(self) -> tuple[Any, ...]:
+        """What it says, to be compared."""
+        return self.operations.counts, self.hidden, str(self.error)
+
+    @property
+    def hidden(self) -> Counter[str]:
+        return self.operations.hidden + self.sizes
+
+
+# what was found of a class and its settings, and what its own forward then computed
+_FOUND: dict[Hashable, tuple[list[Any], tuple[str | None, list[str]]]] = {}
+
+
+def differences(
+    old: nn.Module, new: nn.Module, given: Sequence[Any], device: torch.device, dtype: torch.dtype, key: Hashable
+) -> tuple[str | None, list[str]]:
+    """(what a module's own forward does and the fused one does not, or None; what a trace could not settle).
+
+    In inference and training, in the module's dtype, fp32, bf16 and fp16 and under autocast; with symbolic sizes, and
+    with other values of the numbers that the module holds.
+
+    Args:
+        old, new: the module on its own forward and on the fused one.
+        given: arguments for both.
+        key: what says all that the result goes by, but for globals, or None: a process finds the same again where its
+            own forward still computes the same.
+    """
+    with _LOCK, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            own = _Traced(old, given, device)
+            settings = _Setting(dtype), _Setting(dtype, training=True)
+            if key in _FOUND and _FOUND[key][0] == [own.run(setting).said for setting in settings]:
+                return _FOUND[key][1]
+            found = _differences(own, _Traced(new, given, device), dtype)
+            if key is not None:
+                _FOUND[key] = [own.run(setting).said for setting in settings], found
+            return found
+        except Exception as error:  # whatever a foreign module does when it is copied
+            return None, [f"its computation could not be traced: {said(error)}"]
+        finally:
+            mode, _ = _symbols()
+            if mode.shape_env.guards or mode.shape_env.replacements:
+                _symbols.cache_clear()  # a size that was compared is no longer free
+
+
+def _differences(own: _Traced, fused: _Traced, dtype: torch.dtype) -> tuple[str | None, list[str]]:
+    notes: dict[str, None] = {}  # in order, each once
+    own_setting = _Setting(dtype)
+    settings = [own_setting, own_setting._replace(training=True)]
+    for setting in settings:
+        found = own.run(setting, symbolic=True)
+        sized = found.sizes + _by_size(found)
+        if sized:  # which leaves the symbols numbers
+            fused = fused.anew()
+            other = fused.run(setting, symbolic=True)
+            sized -= other.sizes + _by_size(other)
+            own, fused = own.anew(), fused.anew()
+        if sized:
+            return _reason(list(sized), found, own_setting, setting), []
+        if found.error is not None:
+            notes[f"not traced with symbolic sizes: {said(found.error)}"] = None
+    if not own.casts():
+        notes["traced in its own dtype only: its parameters are no plain tensors"] = None
+    else:
+        settings += [_Setting(x, training) for x in _DTYPES if x != dtype for training in (False, True)]
+        if dtype == torch.float32:
+            settings += [_Setting(dtype, True, x) for x in (torch.bfloat16, torch.float16)]
+    usual: dict[bool, _Trace] = {}  # of its own, in training or not
+    for setting in settings:
+        mine = own.run(setting)
+        if mine.error is not None:
+            notes[f"its own forward could not be traced{setting}: {said(mine.error)}"] = None
+        if setting.training in usual and not mine.hidden - usual[setting.training].hidden:
+            continue  # in another dtype it hides nothing else
+        theirs = fused.run(setting)
+        if theirs.error is not None:
+            notes[f"the fused forward could not be traced{setting}: {said(theirs.error)}"] = None
+            break
+        if (only := mine.hidden - theirs.hidden) and not theirs.operations.opaque:
+            return _reason(list(only), mine, own_setting, setting), []
+        if mine.error is not None:
+            break
+        usual.setdefault(setting.training, mine)
+        if unread := mine.operations.opaque ^ theirs.operations.opaque:
+            notes[f"operations of other libraries tell nothing: {', '.join(sorted(unread))}"] = None
+        elif set(mine.operations.counts) ^ set(theirs.operations.counts):
+            kinds = sorted(set(mine.operations.counts) ^ set(theirs.operations.counts))
+            notes[f"computed otherwise, and alike in numbers: {', '.join(kinds)}"] = None
+    for training, mine in usual.items():
+        if name := _number_not_followed(own, fused, settings[training], mine):
+            numbers = "a number that it reads in each call"
+            return f"its own forward goes by {name}, {numbers}, which the fused one does not", []
+    return None, list(notes)
+
+
+def _number_not_followed(own: _Traced, fused: _Traced, setting: _Setting, before: _Trace) -> str | None:
+    """The name of a number that a module holds, with which its own forward computes what the fused one does not."""
+
+    def differs(names: list[str]) -> bool:
+        with own.changed(names):
+            mine = own.run(setting)
+        if mine.error is not None or mine.operations.counts == before.operations.counts:
+            return False
+        with fused.changed(names):
+            theirs = fused.run(setting)
+        return theirs.error is None and _apart(mine, theirs) != _apart(before, fused.run(setting))
+
+    return next((name for name in own.numbers if differs([name])), None)
+
+
+def _apart(mine: _Trace, theirs: _Trace) -> Counter[str]:
+    """What one computes more often than the other."""
+    apart = Counter({f"+{key}": n for key, n in (mine.operations.counts - theirs.operations.counts).items()})
+    apart.update({f"-{key}": n for key, n in (theirs.operations.counts - mine.operations.counts).items()})
+    return apart
+
+
+def _by_size(trace: _Trace) -> Counter[str]:
+    return Counter({what: n for what, n in trace.operations.hidden.items() if what == "goes by a size"})
+
+
+def _reason(found: list[str], trace: _Trace, usual: _Setting, setting: _Setting) -> str:
+    places = trace.operations.places
+    said_of = [f"{what} ({places[what]})" if places.get(what) else what for what in found[:_MOST]]
+    where = "" if setting == usual else str(setting)
+    return f"its own forward {', '.join(said_of)}{where}, which the fused one does not"
+
+
+class _Traced:
+    """A module with fake tensors, whose forward is run to see what it computes."""
+
+    def __init__(self, model: nn.Module, given: Sequence[Any], device: torch.device) -> None:
+        self.source, self.given, self.device = model, tuple(given), device
+        self.mode, self.symbols = _symbols()
+        with FakeCopyMode(self.mode):
+            self.model = copy.deepcopy(model)
+        self.parameters: list[tuple[dict[str, Any], str, Tensor]] = [
+            (into, name, tensor)
+            for child in self.model.modules()
+            for into in (child._parameters, child._buffers)
+            for name, tensor in into.items()
+            if tensor is not None and tensor.is_floating_point()
+        ]
+        self.tensors = _tensors_of(self.model)
+        self.numbers = _numbers_of(self.model)
+
+    def anew(self) -> _Traced:
+        """Another with symbols of which nothing is known."""
+        _symbols.cache_clear()
+        return _Traced(self.source, self.given, self.device)
+
+    def casts(self) -> bool:
+        """Whether its parameters can be given another dtype."""
+        return all(type(tensor) in (FakeTensor, nn.Parameter) for _, _, tensor in self.parameters)
+
+    @contextmanager
+    def changed(self, names: Sequence[str]) -> Iterator[None]:
+        """Other values of these numbers."""
+        known = [self.numbers[name] for name in names if name in self.numbers]
+        for owner, key, value, _ in known:
+            owner[key] = 1.25 * value + 0.125
+        try:
+            yield
+        finally:
+            for owner, key, value, its_own in known:
+                if its_own:
+                    owner[key] = value
+                else:
+                    del owner[key]
+
+    def run(self, setting: _Setting, symbolic: bool = False) -> _Trace:
+        operations = Operations(_NUMBERS, self.tensors)
+        learns = setting.training and not symbolic and setting.autocast is None
+        self.model.train(setting.training)
+        if self.casts():
+            for into, name, tensor in self.parameters:
+                cast = tensor.detach().to(setting.dtype)
+                into[name] = nn.Parameter(cast, setting.training) if isinstance(tensor, nn.Parameter) else cast
+        error: Exception | None = None
+        watched: Any = sizes_watched(self.mode.shape_env) if symbolic else nullcontext(Counter())
+        with self.mode, watched as sizes, _called_so(setting, self.device):
+            *positional, keywords = self._arguments(setting, self.symbols if symbolic else _NUMBERS)
+            try:
+                with operations:
+                    out = self.model(*positional, **keywords)
+                if learns and isinstance(out, Tensor) and out.requires_grad:
+                    operations.backward = True
+                    with operations:
+                        out.backward(torch.ones_like(out))
+            except Exception as caught:
+                error = caught
+        return _Trace(operations, sizes, error)
+
+    def _arguments(self, setting: _Setting, lengths: Sequence[Any]) -> list[Any]:
+        def made(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: made(item) for key, item in value.items()}
+            if not isinstance(value, Tensor):
+                return value
+            shape: list[Any] = list(value.shape)
+            for axis, (varies, length) in enumerate(zip(varying_axes(value, self.given), lengths, strict=True)):
+                if varies:
+                    shape[axis] = length
+            if not value.is_floating_point():
+                return torch.zeros(shape, dtype=value.dtype, device=self.device)
+            return torch.empty(shape, dtype=setting.dtype, device=self.device, requires_grad=setting.training)
+
+        arguments = [made(value) for value in self.given]
+        return arguments if isinstance(arguments[-1], dict) else [*arguments, {}]
+
+
+@contextmanager
+def _called_so(setting: _Setting, device: torch.device) -> Iterator[None]:
+    """No weight that autocast has cast is kept: it is a fake one."""
+    autocast = torch.autocast(
+        device.type, dtype=setting.autocast, enabled=setting.autocast is not None, cache_enabled=False
+    )
+    with use_backend("torch"), torch.set_grad_enabled(setting.training), autocast:
+        yield
+
+
+@functools.cache
+def _symbols() -> tuple[Any, tuple[Any, Any]]:
+    """A fake mode, and the numbers of samples and tokens as symbols of it: torch keeps what it has proved of them."""
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    context: Any = StatelessSymbolicContext([DimDynamic.DYNAMIC] * 2)
+    sample = mode.from_tensor(torch.empty(_HINTS, device="meta"), symbolic_context=context)
+    return mode, tuple(sample.shape)  # type: ignore[return-value]
+
+
+def _tensors_of(model: nn.Module) -> dict[int, str]:
+    """The tensors that a module holds beside its parameters, by id."""
+    found = {}
+    for path, child in model.named_modules():
+        for name, value in child._buffers.items():
+            found[id(value)] = f"the buffer {_dotted(path, name)}"
+        for owner, key, name in _walk(vars(child), path, 2):
+            if isinstance(owner[key], Tensor):
+                found[id(owner[key])] = f"{name}, a tensor that is no parameter"
+    return found
+
+
+def _numbers_of(model: nn.Module) -> dict[str, tuple[dict[Any, Any], Any, float, bool]]:
+    """The floating-point numbers that a module and its parts hold: name -> (whose, key, value, not its class's).
+
+    A dropout's rate is none: where that is alive, the module's own forward runs.
+    """
+    found: dict[str, tuple[dict[Any, Any], Any, float, bool]] = {}
+    for path, child in model.named_modules():
+        if may_be_silent(child):
+            continue
+        for kind in type(child).__mro__:
+            for key, value in vars(kind).items() if not kind.__module__.startswith("torch.") else ():
+                if type(value) is float:
+                    found.setdefault(_dotted(path, key), (vars(child), key, value, False))
+        for owner, key, name in _walk(vars(child), path, 2):
+            if type(owner[key]) is float:
+                found[name] = (owner, key, owner[key], True)
+    return found
+
+
+def _walk(owner: Any, path: str, depth: int) -> Iterator[tuple[Any, Any, str]]:
+    """What settings hold, in dicts, lists and objects that are nothing but their attributes: (whose, key, name)."""
+    for key in list(range(len(owner)) if isinstance(owner, list) else owner):
+        if key in INTERNAL:
+            continue
+        name, value = _dotted(path, key), owner[key]
+        yield owner, key, name
+        inner = value if isinstance(value, (dict, list)) else vars(value) if is_plain_object(value) else None
+        if inner and depth:
+            yield from _walk(inner, name, depth - 1)
+
+
+def _dotted(*parts: Any) -> str:
+    return ".".join(str(part) for part in parts if part != "")
+
+
+def _short(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def said(error: Exception) -> str:
+    """An error in a line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
