@@ -81,7 +81,7 @@ def _setting(value: Any, depth: int = 3) -> tuple[Any, ...]:
     if isinstance(value, (tuple, list)):
         parts = enumerate(value)
     elif isinstance(value, dict):
-        parts = value.items()
+        parts = [item for item in value.items() if item[0] != "target_name"]  # where peft has put a layer
     elif isinstance(value, partial):
         parts = {"func": value.func, "args": value.args, "keywords": value.keywords}.items()
     elif state := _state_of(value):
