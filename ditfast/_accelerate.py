@@ -85,8 +85,10 @@ def accelerate(model: nn.Module, *, check: bool = True, strict: bool = False, **
 
     Args:
         model: any module; blocks are found wherever they stand in it.
-        check: runs the old and the new module of each kind on small random inputs on its device, with parameters drawn
-            anew in a copy: in inference, in training with gradients, under autocast. Skips what disagrees.
+        check: traces what the old and the new module of each kind compute (any sizes, several dtypes, inference and
+            training), and runs both on small random inputs on its device, with parameters drawn anew in a copy: in
+            inference, in training with gradients, under autocast, and in fp32 on larger ones. Skips what disagrees, or
+            does what random inputs would not show.
         strict: raises where a module of a kind that was matched is skipped.
 
     Returns:

@@ -37,12 +37,22 @@ _ANALYTIC = _PRODUCTS | frozenset("""
     native_layer_norm native_group_norm _fused_rms_norm rms_norm embedding addcmul addcdiv lerp cat stack repeat einsum
     """.split())  # noqa: SIM905  # fmt: skip
 # of what hides are these made: by hand or as one operation they count the same
-_SOFTMAX = ("amax", "exp", "sum", "div")
-_PARTS = {"silu": ("sigmoid", "mul"), "_softmax": _SOFTMAX, "_safe_softmax": _SOFTMAX, "_log_softmax": _SOFTMAX}
+_SOFTMAX = ("amax", "add", "exp", "sum", "div")
+_PARTS = {
+    "silu": ("sigmoid", "mul"),
+    "_softmax": _SOFTMAX,
+    "_safe_softmax": _SOFTMAX,
+    "_log_softmax": _SOFTMAX,
+    "sub": ("add",),
+    "rsub": ("add",),
+    "neg": ("mul",),
+    "addcmul": ("mul", "add"),
+    "lerp": ("mul", "add"),
+}
 _NAMES = {"max": "amax", "min": "amin", "_local_scalar_dense": "item"}
 # what bounds or replaces gradients
 _GUARDS = frozenset("""
-    clamp clamp_min clamp_max where masked_fill nan_to_num ge gt le lt eq ne isnan isfinite sign round maximum minimum
+    clamp clamp_min clamp_max where masked_fill nan_to_num ge gt le lt isnan isfinite sign round maximum minimum
     hardtanh linalg_vector_norm item
     """.split())  # noqa: SIM905  # fmt: skip
 
@@ -52,6 +62,7 @@ class Operations(TorchDispatchMode):
 
     Attributes:
         counts: how often which operation ran.
+        numbers: with which floating-point numbers among its arguments.
         hidden: of those that numbers do not show, in words: how often.
         places: where each of these was first called, as "file.py:line".
         opaque: operations of other libraries.
@@ -63,6 +74,7 @@ class Operations(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.lengths, self.tensors = lengths, tensors
         self.counts: Counter[str] = Counter()
+        self.numbers: Counter[tuple[str, float]] = Counter()
         self.hidden: Counter[str] = Counter()
         self.places: dict[str, str] = {}
         self.opaque: set[str] = set()
@@ -88,9 +100,11 @@ class Operations(TorchDispatchMode):
             return self._hide(f"draws random numbers ({name})")
         if self.backward:
             return self._hide(f"computes {name} in the backward") if name in _GUARDS else None
-        for value in args:
+        for value in given.values():
             if isinstance(value, Tensor):
                 self._look_at(value)
+            elif isinstance(value, float):
+                self.numbers[name, value] += 1
         if name in _LAYOUT or (name in _CUTS and not self._leaves_out(name, given)):
             return None
         parts = _PARTS.get(name, (name,))
@@ -125,6 +139,7 @@ class Operations(TorchDispatchMode):
 
     def _attention(self, given: dict[str, Any]) -> None:
         """torch's attention, as what it does by hand."""
+        self.numbers["mul", given.get("scale") or 0.0] += 1
         self.counts.update(["matmul", "matmul", "mul", *_SOFTMAX])
         self._hide("computes amax")
         if given.get("is_causal"):
@@ -141,7 +156,7 @@ class Operations(TorchDispatchMode):
             self.counts["mul"] += 1
             if _is_near(alpha, 0) or _is_near(alpha, 1):
                 return f"adds {alpha} times"
-        number = given.get("other", given.get("exponent"))
+        number = given.get("other", given.get("exponent", given.get("weight", given.get("value"))))
         if isinstance(number, (torch.SymInt, torch.SymFloat)):
             return "goes by a size"
         if isinstance(number, bool) or not isinstance(number, (int, float)):
@@ -152,6 +167,8 @@ class Operations(TorchDispatchMode):
             return f"divides by {number}"
         if name in ("add", "sub") and number == 0:
             return f"adds {number}"
+        if name == "lerp" and (_is_near(number, 1) or _is_near(number, 0)):
+            return f"interpolates by {number}"
         return f"raises to the power {number}" if name == "pow" and _is_near(number, 1) else None
 
 
@@ -172,6 +189,8 @@ def place() -> str:
 @contextmanager
 def sizes_watched(env: Any) -> Iterator[Counter[str]]:
     """Where a module's own code compares symbolic sizes of ``env`` or reads them as numbers, not torch or ditfast."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
     found: Counter[str] = Counter()
 
     def watched(method: Callable[[Any], Any], what: str) -> Callable[[Any], Any]:
@@ -179,8 +198,9 @@ def sizes_watched(env: Any) -> Iterator[Counter[str]]:
             frame = sys._getframe(1)
             file = frame.f_code.co_filename
             if getattr(self.node, "shape_env", None) is env and not file.startswith(_LIBRARIES):
-                # without symbols it is known, as of a size and itself
-                found[f"{what} ({os.path.basename(file)}:{frame.f_lineno})"] += bool(self.node.expr.free_symbols)
+                # without symbols it is known, as of a size and itself; unbacked ones are values of tensors
+                of_sizes = self.node.expr.free_symbols - free_unbacked_symbols(self.node.expr)
+                found[f"{what} ({os.path.basename(file)}:{frame.f_lineno})"] += bool(of_sizes)
             return method(self)
 
         return read
@@ -197,6 +217,7 @@ def sizes_watched(env: Any) -> Iterator[Counter[str]]:
         setattr(kind, name, watched(getattr(kind, name), what))
     try:
         yield found
+        found += Counter()  # drops what was never of sizes
     finally:
         for kind, name, method in kept:
             setattr(kind, name, method)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import threading
 import warnings
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +43,7 @@ def is_plain_object(value: Any) -> bool:
     """Whether a value's attributes are all that it is."""
     kind = type(value)
     alone = kind.__basicsize__ == _Plain.__basicsize__ and hasattr(value, "__dict__")
-    return alone and not isinstance(value, nn.Module)
+    return (alone and not isinstance(value, nn.Module)) or kind is SimpleNamespace
 
 
 class _Setting(NamedTuple):
@@ -63,9 +65,13 @@ class _Trace(NamedTuple):
     error: Exception | None
 
     @property
+    def computed(self) -> tuple[Any, ...]:
+        return self.operations.counts, self.operations.numbers
+
+    @property
     def said(self) -> tuple[Any, ...]:
         """What it says, to be compared."""
-        return self.operations.counts, self.hidden, str(self.error)
+        return *self.computed, self.hidden, str(self.error)
 
     @property
     def hidden(self) -> Counter[str]:
@@ -90,8 +96,7 @@ def differences(
         key: what says all that the result goes by, but for globals, or None: a process finds the same again where its
             own forward still computes the same.
     """
-    with _LOCK, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _LOCK, _quiet():
         try:
             own = _Traced(old, given, device)
             settings = _Setting(dtype), _Setting(dtype, training=True)
@@ -162,14 +167,18 @@ def _differences(own: _Traced, fused: _Traced, dtype: torch.dtype) -> tuple[str 
 def _number_not_followed(own: _Traced, fused: _Traced, setting: _Setting, before: _Trace) -> str | None:
     """The name of a number that a module holds, with which its own forward computes what the fused one does not."""
 
+    theirs_before = fused.run(setting)
+
     def differs(names: list[str]) -> bool:
         with own.changed(names):
             mine = own.run(setting)
-        if mine.error is not None or mine.operations.counts == before.operations.counts:
+        if mine.error is not None or mine.computed == before.computed:
             return False
         with fused.changed(names):
             theirs = fused.run(setting)
-        return theirs.error is None and _apart(mine, theirs) != _apart(before, fused.run(setting))
+        if theirs.error is not None:
+            return False
+        return theirs.computed == theirs_before.computed or _apart(mine, theirs) != _apart(before, theirs_before)
 
     return next((name for name in own.numbers if differs([name])), None)
 
@@ -273,6 +282,19 @@ class _Traced:
 
         arguments = [made(value) for value in self.given]
         return arguments if isinstance(arguments[-1], dict) else [*arguments, {}]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A forward that cannot be traced is a line of the report, not of a log."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.disabled = before
 
 
 @contextmanager
