@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 
 from ..ops import use_backend
@@ -130,6 +131,8 @@ def _differences(own: _Traced, fused: _Traced, dtype: torch.dtype) -> tuple[str 
             return _reason(list(sized), found, own_setting, setting), []
         if found.error is not None:
             notes[f"not traced with symbolic sizes: {said(found.error)}"] = None
+        elif own.mode.shape_env.replacements:
+            notes["not traced with symbolic sizes: an operation of it takes them for numbers"] = None
     if not own.casts():
         notes["traced in its own dtype only: its parameters are no plain tensors"] = None
     else:
@@ -252,7 +255,7 @@ class _Traced:
                 cast = tensor.detach().to(setting.dtype)
                 into[name] = nn.Parameter(cast, setting.training) if isinstance(tensor, nn.Parameter) else cast
         error: Exception | None = None
-        watched: Any = sizes_watched(self.mode.shape_env) if symbolic else nullcontext(Counter())
+        watched: Any = _with_symbols(self.mode.shape_env) if symbolic else nullcontext(Counter())
         with self.mode, watched as sizes, _called_so(setting, self.device):
             *positional, keywords = self._arguments(setting, self.symbols if symbolic else _NUMBERS)
             try:
@@ -305,6 +308,13 @@ def _called_so(setting: _Setting, device: torch.device) -> Iterator[None]:
     )
     with use_backend("torch"), torch.set_grad_enabled(setting.training), autocast:
         yield
+
+
+@contextmanager
+def _with_symbols(env: Any) -> Iterator[Counter[str]]:
+    """torch's compositions in Python, some of whose C++ takes sizes for numbers."""
+    with enable_python_dispatcher(), sizes_watched(env) as sizes:
+        yield sizes
 
 
 @functools.cache
