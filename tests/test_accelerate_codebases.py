@@ -153,6 +153,7 @@ def test_a_row(block, accelerated, skipped):
     randomised(slow)
     fast = copy.deepcopy(slow)
     report = ditfast.accelerate(fast)
+    assert not any(entry.note for entry in report.accelerated)
     entries = [entry for entry in report.accelerated if entry.module != "final_layer"]
     assert {entry.module.removeprefix("blocks.0") for entry in entries} == accelerated
     reasons = {entry.module.removeprefix("blocks.0"): entry.reason for entry in report.skipped}
@@ -203,7 +204,7 @@ def test_a_row_of_diffusers(name):
     if matched:
         report = ditfast.accelerate(model, strict=True)
         assert [entry.module for entry in report.entries] == matched
-        assert {entry.adapter for entry in report.entries} == {"diffusers feed-forward"}
+        assert {(entry.adapter, entry.note) for entry in report.entries} == {("diffusers feed-forward", "")}
     else:
         with pytest.raises(ValueError, match="nothing that ditfast can accelerate"):
             ditfast.accelerate(model)
