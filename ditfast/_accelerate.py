@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ._gone import refuse_gone
 from .adapters import registered
@@ -96,8 +97,8 @@ def accelerate(model: nn.Module, *, check: bool = True, strict: bool = False, **
 
     Raises:
         TypeError: model is no module; or an argument that went (``level``) or never was.
-        ValueError: nothing matched, the model is sharded already, or ``strict`` and something was skipped. The model
-            is then as it was.
+        ValueError: nothing matched, the model is sharded already, ``strict`` and something was skipped, or an
+            accelerated module was given another class since. The model is then as it was.
     """
     refuse_gone("accelerate", gone, _GONE)
     return _accelerate(model, check, strict)[0]
@@ -106,6 +107,8 @@ def accelerate(model: nn.Module, *, check: bool = True, strict: bool = False, **
 def _accelerate(model: nn.Module, check: bool, strict: bool) -> tuple[Report, list[nn.Module]]:
     """(the report, what was given another class)."""
     _check_model(model)
+    if changed := _given_another_class(dict(model.named_modules())):
+        raise ValueError(changed)
     entries: list[Entry] = []
     matched: list[tuple[nn.Module, Adapter]] = []
     verdicts: dict[Any, Verdict] = {}
@@ -211,7 +214,9 @@ def accelerated(model: M, *, check: bool = True, strict: bool = False, **gone: o
 
 def _may_share(module: nn.Module) -> bool:
     """Whether it is a model with two accelerated layers or more that can share a launch."""
-    return _uncallable(module) is None and len(sharing_layers(module)) > 1
+    if _uncallable(module) is not None or is_parametrized(module):  # torch changes a parametrised module's class
+        return False
+    return len(sharing_layers(module)) > 1
 
 
 def _check_model(model: Any) -> None:

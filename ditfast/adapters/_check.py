@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import pickle
 import random
 import sys
 from collections import Counter, OrderedDict
@@ -22,10 +21,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..ops import use_backend
-from ._adapter import Adapter, has_hooks
+from ._adapter import Adapter, has_hooks, may_be_silent
 from ._inputs import drawn, enlarged, moved
+from ._outside import Outside, state_of
 from ._swap import swap, unswap
 from ._trace import INTERNAL, differences, is_plain_object, said
 
@@ -61,7 +62,10 @@ def fingerprint(module: nn.Module) -> tuple[Any, ...]:
         if has_hooks(child):
             parts.append((name, "hooks"))
         runs = _Object(0) if "forward" in child.__dict__ else getattr(type(child), "forward", None)
-        parts.append((name, type(child), runs, tuple(sorted(_settings(child).items()))))
+        settings = _settings(child)
+        if may_be_silent(child):  # a dropout's rate: the module's own forward runs whatever it is, unless it is 0
+            settings = {key: (float, not x[1]) if x[0] is float else x for key, x in settings.items()}
+        parts.append((name, type(child), runs, tuple(sorted(settings.items()))))
     tensors = [*module.named_parameters(), *module.named_buffers()]
     parts += [(name, tuple(x.shape), x.dtype, x.device) for name, x in tensors]
     return tuple(parts)
@@ -84,7 +88,7 @@ def _setting(value: Any, depth: int = 3) -> tuple[Any, ...]:
         parts = [item for item in value.items() if item[0] != "target_name"]  # where peft has put a layer
     elif isinstance(value, partial):
         parts = {"func": value.func, "args": value.args, "keywords": value.keywords}.items()
-    elif state := _state_of(value):
+    elif state := state_of(value):
         return kind, state
     elif is_plain_object(value):
         parts = vars(value).items()
@@ -94,7 +98,18 @@ def _setting(value: Any, depth: int = 3) -> tuple[Any, ...]:
 
 
 def disagreement(module: nn.Module, adapter: Adapter) -> Verdict:
-    """How the adapter's forward differs from the module's own on its device: in what it computes, and in numbers."""
+    """How the adapter's forward differs from the module's own on its device: in what it computes, and in numbers.
+
+    Nothing of it is left where the module's code keeps things: on classes, in globals, in caches.
+    """
+    outside = Outside(module)
+    try:
+        return _disagreement(module, adapter, outside)
+    finally:
+        outside.put_back()
+
+
+def _disagreement(module: nn.Module, adapter: Adapter, outside: Outside) -> Verdict:
     tensors = [x for x in (*module.parameters(), *module.buffers()) if x.is_floating_point()]
     device, dtype = tensors[0].device, tensors[0].dtype
     generator = torch.Generator().manual_seed(_SEED)
@@ -113,7 +128,7 @@ def disagreement(module: nn.Module, adapter: Adapter) -> Verdict:
         models = old, new, oracle
         try:
             with _counted(old, hooked) as heard, _counted(new, hooked) as hears:
-                numbers = _disagreement_of_numbers(models, given, device, dtype, (heard, hears))
+                numbers = _disagreement_of_numbers(models, given, device, dtype, (heard, hears), outside)
             if numbers is None:
                 numbers = _disagreement_of_gradients(models, given, device, dtype)
         except _Uncheckable as error:
@@ -138,6 +153,7 @@ def _disagreement_of_numbers(
     device: torch.device,
     dtype: torch.dtype,
     calls: tuple[Counter[str], Counter[str]],
+    outside: Outside,
 ) -> str | None:
     """How the outputs differ in the module's dtype, and what else its own forward does: writing, drawing, calling."""
     old, new, oracle = models
@@ -150,8 +166,11 @@ def _disagreement_of_numbers(
         inputs = [moved(value, device, dtype) for value in given]
         try:
             exact, _ = _run(oracle, [moved(value, device, torch.float64) for value in given], device)
+            outside.put_back()
             before = [_settings(model) for model in (old, new)]
             yardstick, drew = _run(old, inputs, device, autocast)
+            written = outside.changes()
+            outside.put_back()
         except Exception as error:
             if autocast:
                 continue  # nobody runs it so
@@ -164,7 +183,7 @@ def _disagreement_of_numbers(
             return f"the fused forward raised: {said(error)}"
         if other := [whose for whose in drew if drew[whose] != draws[whose]]:
             return f"its own forward draws from {other[0]} random numbers {mode}, the fused one does not"
-        if kept := _changes(old, before[0]) - _changes(new, before[1]):
+        if kept := (_changes(old, before[0]) | written) - (_changes(new, before[1]) | outside.changes()):
             return f"its own forward writes {min(kept)}, the fused one does not"
         if skipped := (calls[0] - calls[1]) + (calls[1] - calls[0]):
             return f"{min(skipped)} has hooks, which the fused forward would skip"
@@ -271,7 +290,7 @@ def _run(
     with _seeded(device) as states, torch.set_grad_enabled(learns), torch.autocast(device.type, enabled=autocast):
         out = model(*positional, **keywords)
         after = states()
-    if not isinstance(out, Tensor):
+    if not isinstance(out, Tensor) or isinstance(out, FakeTensor):
         raise TypeError(f"it gives {type(out).__name__}, not a tensor")
     return out, after
 
@@ -291,7 +310,7 @@ def _seeded(device: torch.device) -> Iterator[Callable[[], dict[str, Any]]]:
         if on_gpu:
             found["the GPU's"] = torch.cuda.get_rng_state(device).tolist()
         if numpy:
-            found["NumPy's"] = _state_of(numpy.random.mtrand._rand)
+            found["NumPy's"] = state_of(numpy.random.mtrand._rand)
         return found
 
     with torch.random.fork_rng(devices=[device] if on_gpu else []):
@@ -308,18 +327,6 @@ def _seeded(device: torch.device) -> Iterator[Callable[[], dict[str, Any]]]:
             random.setstate(of_python)
             if numpy:
                 numpy.random.set_state(of_numpy)
-
-
-def _state_of(value: Any) -> str:
-    """What a generator of random numbers draws next, of Python's, NumPy's or torch's kinds; else ""."""
-    if isinstance(value, random.Random):
-        return str(value.getstate())
-    if isinstance(value, torch.Generator):
-        return str(value.get_state().tolist())
-    if type(value).__module__.startswith("numpy.random"):
-        value = getattr(value, "bit_generator", None) or getattr(value, "_bit_generator", value)
-        return str(pickle.dumps(value.state)) if hasattr(value, "state") else ""
-    return ""
 
 
 def _changes(module: nn.Module, before: dict[str, tuple[Any, ...]]) -> set[str]:

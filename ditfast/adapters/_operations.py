@@ -34,7 +34,8 @@ _CUTS = frozenset(("slice", "select", "split", "split_with_sizes", "unbind", "ch
 _PRODUCTS = frozenset(("mm", "bmm", "addmm", "addmv", "mv", "dot", "baddbmm", "linear", "matmul"))
 _ANALYTIC = _PRODUCTS | frozenset("""
     add sub rsub mul div neg pow square sqrt rsqrt reciprocal exp log sin cos sum mean var var_mean std convolution
-    native_layer_norm native_group_norm _fused_rms_norm rms_norm embedding addcmul addcdiv lerp cat stack repeat einsum
+    native_layer_norm native_group_norm _fused_rms_norm rms_norm embedding addcdiv cat stack repeat einsum
+    linalg_vector_norm
     """.split())  # noqa: SIM905  # fmt: skip
 # of what hides are these made: by hand or as one operation they count the same
 _SOFTMAX = ("amax", "add", "exp", "sum", "div")
@@ -43,6 +44,7 @@ _PARTS = {
     "_softmax": _SOFTMAX,
     "_safe_softmax": _SOFTMAX,
     "_log_softmax": _SOFTMAX,
+    "logsumexp": _SOFTMAX,
     "sub": ("add",),
     "rsub": ("add",),
     "neg": ("mul",),
@@ -62,15 +64,15 @@ class Operations(TorchDispatchMode):
 
     Attributes:
         counts: how often which operation ran.
-        numbers: with which floating-point numbers among its arguments.
+        numbers: with which numbers, among the arguments of which.
         hidden: of those that numbers do not show, in words: how often.
         places: where each of these was first called, as "file.py:line".
         opaque: operations of other libraries.
         backward: set while gradients are computed, of which only guards are recorded.
     """
 
-    def __init__(self, lengths: tuple[int, int], tensors: dict[int, str]) -> None:
-        """``lengths`` of the axes of samples and tokens; ``tensors``: what is no parameter or input, by id."""
+    def __init__(self, lengths: tuple[int, int], tensors: dict[int, tuple[Tensor, str]]) -> None:
+        """``lengths`` of the axes of samples and tokens; ``tensors``: what is no parameter or input, and what it is."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.lengths, self.tensors = lengths, tensors
         self.counts: Counter[str] = Counter()
@@ -87,7 +89,7 @@ class Operations(TorchDispatchMode):
         space, _, name = func._schema.name.partition("::")
         if space == "aten":
             self._record(name.removesuffix("_") if name != "_" else name, func, args, kwargs)
-        elif space not in ("prim", "prims"):
+        elif space not in ("prim", "prims", "profiler"):
             self.opaque.add(func._schema.name)
         return func(*args, **kwargs)
 
@@ -97,35 +99,41 @@ class Operations(TorchDispatchMode):
         if name.startswith("_scaled_dot_product"):  # its tag is that of a dropout, alive or not
             return None if self.backward else self._attention(given)
         if torch.Tag.nondeterministic_seeded in func.tags:
-            return self._hide(f"draws random numbers ({name})")
+            return self.tell(f"draws random numbers ({name})")
         if self.backward:
-            return self._hide(f"computes {name} in the backward") if name in _GUARDS else None
+            return self.tell(f"computes {name} in the backward") if name in _GUARDS else None
         for value in given.values():
             if isinstance(value, Tensor):
                 self._look_at(value)
             elif isinstance(value, float):
                 self.numbers[name, value] += 1
+        if isinstance(number := given.get("other", given.get("exponent")), int):
+            self.numbers[name, number] += 1
         if name in _LAYOUT or (name in _CUTS and not self._leaves_out(name, given)):
             return None
         parts = _PARTS.get(name, (name,))
         if name == "gelu":
             parts = ("tanh" if given.get("approximate") == "tanh" else "erf", "mul", "add")
+        if name == "div" and not isinstance(given.get("other"), Tensor):
+            parts = ("mul",)
         for part in parts:
             self.counts["matmul" if part in _PRODUCTS else part] += 1
             if part not in _ANALYTIC:
-                self._hide(f"computes {part}" if part != "item" else "reads a value out of a tensor")
+                self.tell(f"computes {part}" if part != "item" else "reads a value out of a tensor")
         if idle := self._idle(name, given):
-            self._hide(idle)
+            self.tell(idle)
         return None
 
-    def _hide(self, what: str) -> None:
+    def tell(self, what: str) -> None:
+        """What it does that numbers do not show."""
         self.hidden[what] += 1
         self.places.setdefault(what, place())
 
     def _look_at(self, tensor: Tensor) -> None:
-        found = self.tensors.get(id(tensor)) if isinstance(tensor, FakeTensor) else "a tensor made outside of it"
+        is_real = not isinstance(tensor, FakeTensor)
+        _, found = (None, "a tensor made outside of it") if is_real else self.tensors.get(id(tensor), (None, ""))
         if found and not self.hidden[f"reads {found}"]:
-            self._hide(f"reads {found}")
+            self.tell(f"reads {found}")
 
     def _leaves_out(self, name: str, given: dict[str, Any]) -> bool:
         tensor, axis = given["self"], given.get("dim", 0)
@@ -141,13 +149,13 @@ class Operations(TorchDispatchMode):
         """torch's attention, as what it does by hand."""
         self.numbers["mul", given.get("scale") or 0.0] += 1
         self.counts.update(["matmul", "matmul", "mul", *_SOFTMAX])
-        self._hide("computes amax")
+        self.tell("computes amax")
         if given.get("is_causal"):
-            self._hide("computes a causal mask")
+            self.tell("computes a causal mask")
         if given.get("attn_bias") is not None or given.get("attn_mask") is not None:
-            self._hide("adds a mask to its logits")
+            self.tell("adds a mask to its logits")
         if given.get("dropout_p"):
-            self._hide("draws random numbers (dropout)")
+            self.tell("draws random numbers (dropout)")
 
     def _idle(self, name: str, given: dict[str, Any]) -> str | None:
         """What a number in an operation says that (nearly) does nothing as it is now, and may be another later."""
@@ -184,6 +192,22 @@ def place() -> str:
             return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
+
+
+@contextmanager
+def autocast_watched(operations: Operations) -> Iterator[None]:
+    """Has it told of every autocast that begins meanwhile, whatever the device: the module may go there later."""
+    enter = torch.autocast.__enter__
+
+    def watched(self: Any) -> Any:
+        operations.tell(f"{'turns autocast on' if self._enabled else 'keeps autocast out'} on {self.device}")
+        return enter(self)  # type: ignore[no-untyped-call]
+
+    torch.autocast.__enter__ = watched  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -50,7 +50,9 @@ class Outside:
     def _read_by(self, function: FunctionType) -> Iterator[FunctionType]:
         """Keeps what a function names; gives the functions among it."""
         names = function.__code__.co_names
-        found = [(name, function.__globals__, function.__globals__.get(name, _MISSING)) for name in names]
+        found: list[tuple[str, Any, Any]] = [
+            (name, function.__globals__, function.__globals__.get(name, _MISSING)) for name in names
+        ]
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
         found += [(name, cell, _content(cell)) for name, cell in cells]
         for name, owner, value in found:

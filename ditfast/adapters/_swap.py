@@ -32,6 +32,8 @@ def _class(mixin: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]
 
 def _made(mixin: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        if type(self) is not made:  # somebody's subclass of it
+            return original.__reduce_ex__(self, protocol)
         # the class is made here, so that neither pickle nor copy can find it by its name
         how: Any = original.__reduce_ex__(self, 2)
         make, given, *rest = how
@@ -44,6 +46,7 @@ def _made(mixin: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
         # somebody may have kept it, and the instance have its own class back
         return (mixin if isinstance(self, made) else type(self)).forward(self, *args, **kwargs)
 
+    vars(forward).pop("_torchdynamo_orig_callable", None)  # torch.compile would go by the module's own
     body = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,

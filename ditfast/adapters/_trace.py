@@ -12,8 +12,9 @@ import logging
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from enum import Enum
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMo
 from ..ops import use_backend
 from ._adapter import may_be_silent
 from ._inputs import varying_axes
-from ._operations import Operations, sizes_watched
+from ._operations import Operations, autocast_watched, sizes_watched
 
 _LOCK = threading.RLock()  # one set of symbols for all
 _HINTS = (3, 9)
@@ -33,6 +34,8 @@ _HINTS = (3, 9)
 _NUMBERS = (53, 4099)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERNAL = frozenset(vars(nn.Module()))
+# other values of a number that a module holds
+_OTHERS: tuple[Callable[[float], float], ...] = (lambda x: 1.25 * x + 0.125, lambda x: 0.5 * x - 0.0625)
 _MOST = 3  # operations that a reason names
 
 
@@ -139,51 +142,70 @@ def _differences(own: _Traced, fused: _Traced, dtype: torch.dtype) -> tuple[str 
         settings += [_Setting(x, training) for x in _DTYPES if x != dtype for training in (False, True)]
         if dtype == torch.float32:
             settings += [_Setting(dtype, True, x) for x in (torch.bfloat16, torch.float16)]
-    usual: dict[bool, _Trace] = {}  # of its own, in training or not
+    usual: dict[bool, tuple[_Trace, _Trace]] = {}  # in training or not: its own and the fused one
     for setting in settings:
         mine = own.run(setting)
         if mine.error is not None:
-            notes[f"its own forward could not be traced{setting}: {said(mine.error)}"] = None
-        if setting.training in usual and not mine.hidden - usual[setting.training].hidden:
-            continue  # in another dtype it hides nothing else
+            notes[f"its own forward could not be traced: {said(mine.error)}"] = None
+        base = usual.get(setting.training)
+        if base is not None and mine.said == base[0].said:
+            continue  # in another dtype it does the same
         theirs = fused.run(setting)
         if theirs.error is not None:
-            notes[f"the fused forward could not be traced{setting}: {said(theirs.error)}"] = None
+            notes[f"the fused forward could not be traced: {said(theirs.error)}"] = None
             break
-        if (only := mine.hidden - theirs.hidden) and not theirs.operations.opaque:
-            return _reason(list(only), mine, own_setting, setting), []
+        unread = mine.operations.opaque ^ theirs.operations.opaque
+        if not unread:
+            only = list(mine.hidden - theirs.hidden)
+            if base is not None:
+                numbers = mine.operations.numbers - base[0].operations.numbers - theirs.operations.numbers
+                only += [f"computes {name} with {number}" for name, number in numbers]
+            if only:
+                return _reason(only, mine, own_setting, setting), []
         if mine.error is not None:
             break
-        usual.setdefault(setting.training, mine)
-        if unread := mine.operations.opaque ^ theirs.operations.opaque:
+        usual.setdefault(setting.training, (mine, theirs))
+        if unread:
             notes[f"operations of other libraries tell nothing: {', '.join(sorted(unread))}"] = None
-        elif set(mine.operations.counts) ^ set(theirs.operations.counts):
-            kinds = sorted(set(mine.operations.counts) ^ set(theirs.operations.counts))
+        elif kinds := sorted(set(mine.operations.counts) ^ set(theirs.operations.counts)):
             notes[f"computed otherwise, and alike in numbers: {', '.join(kinds)}"] = None
-    for training, mine in usual.items():
-        if name := _number_not_followed(own, fused, settings[training], mine):
-            numbers = "a number that it reads in each call"
-            return f"its own forward goes by {name}, {numbers}, which the fused one does not", []
+    for training, before in usual.items():
+        if name := _number_not_followed(own, fused, settings[training], before):
+            numbers_said = "a number that it reads in each call"
+            return f"its own forward goes by {name}, {numbers_said}, which the fused one does not", []
     return None, list(notes)
 
 
-def _number_not_followed(own: _Traced, fused: _Traced, setting: _Setting, before: _Trace) -> str | None:
+def _number_not_followed(
+    own: _Traced, fused: _Traced, setting: _Setting, before: tuple[_Trace, _Trace]
+) -> str | None:
     """The name of a number that a module holds, with which its own forward computes what the fused one does not."""
+    if own.run(setting).computed != before[0].computed:
+        return None  # it does something else each time, whatever its numbers are
 
-    theirs_before = fused.run(setting)
-
-    def differs(names: list[str]) -> bool:
-        with own.changed(names):
-            mine = own.run(setting)
-        if mine.error is not None or mine.computed == before.computed:
+    def differs(names: list[str], other: Callable[[float], float], alone: bool) -> bool:
+        with own.changed(names, other):
+            mine = own.run(setting, learns=False)
+        if mine.error is not None:
+            return not alone
+        if mine.computed == before[0].computed:
             return False
-        with fused.changed(names):
-            theirs = fused.run(setting)
+        with fused.changed(names, other):
+            theirs = fused.run(setting, learns=False)
         if theirs.error is not None:
-            return False
-        return theirs.computed == theirs_before.computed or _apart(mine, theirs) != _apart(before, theirs_before)
+            return not alone
+        if _apart(mine, theirs) != _apart(*before) or (alone and theirs.computed == before[1].computed):
+            return True
+        followed = theirs.operations.numbers - before[1].operations.numbers
+        return not alone and bool(mine.operations.numbers - before[0].operations.numbers - followed)
 
-    return next((name for name in own.numbers if differs([name])), None)
+    floats = [name for name, number in own.numbers.items() if isinstance(number[2], float)]
+    factors = [name for name in own.numbers if name not in floats]
+    suspects = [(name, _OTHERS[0]) for name in factors]
+    for other in _OTHERS:
+        if floats and differs(floats, other, alone=False):
+            suspects += [(name, other) for name in floats]
+    return next((name for name, other in suspects if differs([name], other, alone=True)), None)
 
 
 def _apart(mine: _Trace, theirs: _Trace) -> Counter[str]:
@@ -212,6 +234,8 @@ class _Traced:
         self.mode, self.symbols = _symbols()
         with FakeCopyMode(self.mode):
             self.model = copy.deepcopy(model)
+            for child in self.model.modules():
+                _keep_what_its_classes_hold(child)
         self.parameters: list[tuple[dict[str, Any], str, Tensor]] = [
             (into, name, tensor)
             for child in self.model.modules()
@@ -232,11 +256,11 @@ class _Traced:
         return all(type(tensor) in (FakeTensor, nn.Parameter) for _, _, tensor in self.parameters)
 
     @contextmanager
-    def changed(self, names: Sequence[str]) -> Iterator[None]:
+    def changed(self, names: Sequence[str], other: Callable[[float], float]) -> Iterator[None]:
         """Other values of these numbers."""
         known = [self.numbers[name] for name in names if name in self.numbers]
         for owner, key, value, _ in known:
-            owner[key] = 1.25 * value + 0.125
+            owner[key] = other(value)
         try:
             yield
         finally:
@@ -246,9 +270,9 @@ class _Traced:
                 else:
                     del owner[key]
 
-    def run(self, setting: _Setting, symbolic: bool = False) -> _Trace:
+    def run(self, setting: _Setting, symbolic: bool = False, learns: bool = True) -> _Trace:
         operations = Operations(_NUMBERS, self.tensors)
-        learns = setting.training and not symbolic and setting.autocast is None
+        learns = learns and setting.training and not symbolic and setting.autocast is None
         self.model.train(setting.training)
         if self.casts():
             for into, name, tensor in self.parameters:
@@ -259,7 +283,7 @@ class _Traced:
         with self.mode, watched as sizes, _called_so(setting, self.device):
             *positional, keywords = self._arguments(setting, self.symbols if symbolic else _NUMBERS)
             try:
-                with operations:
+                with operations, autocast_watched(operations):
                     out = self.model(*positional, **keywords)
                 if learns and isinstance(out, Tensor) and out.requires_grad:
                     operations.backward = True
@@ -328,20 +352,30 @@ def _symbols() -> tuple[Any, tuple[Any, Any]]:
     return mode, tuple(sample.shape)  # type: ignore[return-value]
 
 
-def _tensors_of(model: nn.Module) -> dict[int, str]:
-    """The tensors that a module holds beside its parameters, by id."""
+def _tensors_of(model: nn.Module) -> dict[int, tuple[Tensor, str]]:
+    """The tensors that a module holds beside its parameters, by id, and what they are."""
     found = {}
     for path, child in model.named_modules():
         for name, value in child._buffers.items():
-            found[id(value)] = f"the buffer {_dotted(path, name)}"
+            if value is not None:
+                found[id(value)] = value, f"the buffer {_dotted(path, name)}"
         for owner, key, name in _walk(vars(child), path, 2):
             if isinstance(owner[key], Tensor):
-                found[id(owner[key])] = f"{name}, a tensor that is no parameter"
+                found[id(owner[key])] = owner[key], f"{name}, a tensor that is no parameter"
     return found
 
 
+def _keep_what_its_classes_hold(module: nn.Module) -> None:
+    """Dicts, lists and objects, as copies of its own."""
+    for kind in reversed(type(module).__mro__):
+        for key, value in vars(kind).items() if not kind.__module__.startswith("torch.") else ():
+            if not key.startswith("__") and (isinstance(value, (dict, list)) or is_plain_object(value)):
+                vars(module).setdefault(key, copy.deepcopy(value))
+
+
 def _numbers_of(model: nn.Module) -> dict[str, tuple[dict[Any, Any], Any, float, bool]]:
-    """The floating-point numbers that a module and its parts hold: name -> (whose, key, value, not its class's).
+    """The floating-point numbers that a module and its parts hold, and whole numbers that are 1, as a factor may be:
+    name -> (whose, key, value, not its class's).
 
     A dropout's rate is none: where that is alive, the module's own forward runs.
     """
@@ -349,14 +383,19 @@ def _numbers_of(model: nn.Module) -> dict[str, tuple[dict[Any, Any], Any, float,
     for path, child in model.named_modules():
         if may_be_silent(child):
             continue
+        own_numbers = not type(child).__module__.startswith("torch.")
         for kind in type(child).__mro__:
             for key, value in vars(kind).items() if not kind.__module__.startswith("torch.") else ():
-                if type(value) is float:
+                if _is_number(value, own_numbers):
                     found.setdefault(_dotted(path, key), (vars(child), key, value, False))
         for owner, key, name in _walk(vars(child), path, 2):
-            if type(owner[key]) is float:
+            if _is_number(owner[key], own_numbers):
                 found[name] = (owner, key, owner[key], True)
     return found
+
+
+def _is_number(value: Any, whole: bool) -> bool:
+    return isinstance(value, float) or (whole and type(value) is int and value == 1)
 
 
 def _walk(owner: Any, path: str, depth: int) -> Iterator[tuple[Any, Any, str]]:
@@ -366,7 +405,9 @@ def _walk(owner: Any, path: str, depth: int) -> Iterator[tuple[Any, Any, str]]:
             continue
         name, value = _dotted(path, key), owner[key]
         yield owner, key, name
-        inner = value if isinstance(value, (dict, list)) else vars(value) if is_plain_object(value) else None
+        # what says itself how it is copied may be the module's own object, not a copy's
+        copied = is_plain_object(value) and not isinstance(value, Enum) and not hasattr(value, "__deepcopy__")
+        inner = value if isinstance(value, (dict, list)) else vars(value) if copied else None
         if inner and depth:
             yield from _walk(inner, name, depth - 1)
 
