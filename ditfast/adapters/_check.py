@@ -136,7 +136,8 @@ def _disagreement(module: nn.Module, adapter: Adapter, outside: Outside) -> Verd
         # after the numbers: what a forward keeps for later calls is then kept of real tensors
         print_of = fingerprint(module)
         key = (print_of, adapter.mixin, adapter.mixin.forward) if _says_all(print_of) else None
-        reason, notes = differences(old, new, given, device, dtype, key)
+        reason, notes = differences(old, new, given, device, dtype, key, outside.put_back)
+        outside.put_back()
         if reason is None and numbers is None:
             numbers, more = _disagreement_elsewhere(models, adapter, module, generator, given, device, dtype)
             notes += more

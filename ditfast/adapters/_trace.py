@@ -87,7 +87,13 @@ _FOUND: dict[Hashable, tuple[list[Any], tuple[str | None, list[str]]]] = {}
 
 
 def differences(
-    old: nn.Module, new: nn.Module, given: Sequence[Any], device: torch.device, dtype: torch.dtype, key: Hashable
+    old: nn.Module,
+    new: nn.Module,
+    given: Sequence[Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    key: Hashable,
+    reset: Callable[[], None],
 ) -> tuple[str | None, list[str]]:
     """(what a module's own forward does and the fused one does not, or None; what a trace could not settle).
 
@@ -99,14 +105,15 @@ def differences(
         given: arguments for both.
         key: what says all that the result goes by, but for globals, or None: a process finds the same again where its
             own forward still computes the same.
+        reset: is called before each run: what one keeps of fake tensors is not for the next.
     """
     with _LOCK, _quiet():
         try:
-            own = _Traced(old, given, device)
+            own = _Traced(old, given, device, reset)
             settings = _Setting(dtype), _Setting(dtype, training=True)
             if key in _FOUND and _FOUND[key][0] == [own.run(setting).said for setting in settings]:
                 return _FOUND[key][1]
-            found = _differences(own, _Traced(new, given, device), dtype)
+            found = _differences(own, _Traced(new, given, device, reset), dtype)
             if key is not None:
                 _FOUND[key] = [own.run(setting).said for setting in settings], found
             return found
@@ -222,15 +229,19 @@ def _by_size(trace: _Trace) -> Counter[str]:
 def _reason(found: list[str], trace: _Trace, usual: _Setting, setting: _Setting) -> str:
     places = trace.operations.places
     said_of = [f"{what} ({places[what]})" if places.get(what) else what for what in found[:_MOST]]
-    where = "" if setting == usual else str(setting)
+    where = str(setting)
+    if setting.autocast is None and setting.dtype == usual.dtype:
+        where = " in training" if setting.training else ""
     return f"its own forward {', '.join(said_of)}{where}, which the fused one does not"
 
 
 class _Traced:
     """A module with fake tensors, whose forward is run to see what it computes."""
 
-    def __init__(self, model: nn.Module, given: Sequence[Any], device: torch.device) -> None:
-        self.source, self.given, self.device = model, tuple(given), device
+    def __init__(
+        self, model: nn.Module, given: Sequence[Any], device: torch.device, reset: Callable[[], None]
+    ) -> None:
+        self.source, self.given, self.device, self.reset = model, tuple(given), device, reset
         self.mode, self.symbols = _symbols()
         with FakeCopyMode(self.mode):
             self.model = copy.deepcopy(model)
@@ -249,7 +260,7 @@ class _Traced:
     def anew(self) -> _Traced:
         """Another with symbols of which nothing is known."""
         _symbols.cache_clear()
-        return _Traced(self.source, self.given, self.device)
+        return _Traced(self.source, self.given, self.device, self.reset)
 
     def casts(self) -> bool:
         """Whether its parameters can be given another dtype."""
@@ -271,6 +282,7 @@ class _Traced:
                     del owner[key]
 
     def run(self, setting: _Setting, symbolic: bool = False, learns: bool = True) -> _Trace:
+        self.reset()
         operations = Operations(_NUMBERS, self.tensors)
         learns = learns and setting.training and not symbolic and setting.autocast is None
         self.model.train(setting.training)
