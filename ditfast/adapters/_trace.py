@@ -110,12 +110,11 @@ def differences(
     with _LOCK, _quiet():
         try:
             own = _Traced(old, given, device, reset)
-            settings = _Setting(dtype), _Setting(dtype, training=True)
-            if key in _FOUND and _FOUND[key][0] == [own.run(setting).said for setting in settings]:
+            if key in _FOUND and _FOUND[key][0] == _said_by(own, dtype):
                 return _FOUND[key][1]
             found = _differences(own, _Traced(new, given, device, reset), dtype)
             if key is not None:
-                _FOUND[key] = [own.run(setting).said for setting in settings], found
+                _FOUND[key] = _said_by(own, dtype), found
             return found
         except Exception as error:  # whatever a foreign module does when it is copied
             return None, [f"its computation could not be traced: {said(error)}"]
@@ -123,6 +122,10 @@ def differences(
             mode, _ = _symbols()
             if mode.shape_env.guards or mode.shape_env.replacements:
                 _symbols.cache_clear()  # a size that was compared is no longer free
+
+
+def _said_by(own: _Traced, dtype: torch.dtype) -> list[Any]:
+    return [own.run(_Setting(dtype, training), learns=False).said for training in (False, True)]
 
 
 def _differences(own: _Traced, fused: _Traced, dtype: torch.dtype) -> tuple[str | None, list[str]]:
