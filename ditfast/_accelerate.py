@@ -178,20 +178,25 @@ def restore(model: nn.Module) -> int:
 def _given_another_class(modules: dict[str, nn.Module]) -> str | None:
     """Which accelerated module has another class since, and what to do, or None."""
     for path, module in modules.items():
-        if any(accelerated_by(base) for base in type(module).__mro__[1:]):
-            kind = type(module).__name__
-            undo = (
-                "call ditfast.restore before fully_shard"
-                if any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
-                else "undo that first (torch.nn.utils.parametrize.remove_parametrizations for a parametrisation)"
-            )
-            return f"{path or 'the model'} was given the class {kind} after ditfast.accelerate: {undo}"
+        kinds = type(module).__mro__
+        if not any(map(accelerated_by, kinds[1:])):
+            continue
+        if any(kind.__name__ == "FSDPModule" for kind in kinds):
+            undo = "call ditfast.restore before fully_shard"
+        elif is_parametrized(module):
+            undo = "call torch.nn.utils.parametrize.remove_parametrizations first"
+        else:
+            undo = "give it back the class that it had first"
+        return f"{path or 'the model'} was given the class {kinds[0].__name__} after ditfast.accelerate: {undo}"
     return None
 
 
 @contextmanager
 def accelerated(model: M, *, check: bool = True, strict: bool = False, **gone: object) -> Iterator[M]:
     """``with accelerated(model):`` accelerates within the block; what was accelerated before it stays so.
+
+    So do copies that are made within it (an EMA, peft's ``modules_to_save``), until ``restore``. Not while another
+    thread calls the model.
 
     Raises:
         TypeError, ValueError: as :func:`accelerate`; and ValueError on leaving as :func:`restore`.

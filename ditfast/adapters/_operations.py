@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -197,10 +198,11 @@ def place() -> str:
 @contextmanager
 def autocast_watched(operations: Operations) -> Iterator[None]:
     """Has it told of every autocast that begins meanwhile, whatever the device: the module may go there later."""
-    enter = torch.autocast.__enter__
+    enter, thread = torch.autocast.__enter__, threading.get_ident()
 
     def watched(self: Any) -> Any:
-        operations.tell(f"{'turns autocast on' if self._enabled else 'keeps autocast out'} on {self.device}")
+        if threading.get_ident() == thread:
+            operations.tell(f"{'turns autocast on' if self._enabled else 'keeps autocast out'} on {self.device}")
         return enter(self)  # type: ignore[no-untyped-call]
 
     torch.autocast.__enter__ = watched  # type: ignore[method-assign]

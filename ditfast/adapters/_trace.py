@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from enum import Enum
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -94,6 +94,7 @@ def differences(
     dtype: torch.dtype,
     key: Hashable,
     reset: Callable[[], None],
+    follow: bool,
 ) -> tuple[str | None, list[str]]:
     """(what a module's own forward does and the fused one does not, or None; what a trace could not settle).
 
@@ -106,13 +107,14 @@ def differences(
         key: what says all that the result goes by, but for globals, or None: a process finds the same again where its
             own forward still computes the same.
         reset: is called before each run: what one keeps of fake tensors is not for the next.
+        follow: whether to look for numbers that a forward goes by.
     """
     with _LOCK, _quiet():
         try:
             own = _Traced(old, given, device, reset)
             if key in _FOUND and _FOUND[key][0] == _said_by(own, dtype):
                 return _FOUND[key][1]
-            found = _differences(own, _Traced(new, given, device, reset), dtype)
+            found = _differences(own, _Traced(new, given, device, reset), dtype, follow)
             if key is not None:
                 _FOUND[key] = _said_by(own, dtype), found
             return found
@@ -128,7 +130,7 @@ def _said_by(own: _Traced, dtype: torch.dtype) -> list[Any]:
     return [own.run(_Setting(dtype, training), learns=False).said for training in (False, True)]
 
 
-def _differences(own: _Traced, fused: _Traced, dtype: torch.dtype) -> tuple[str | None, list[str]]:
+def _differences(own: _Traced, fused: _Traced, dtype: torch.dtype, follow: bool) -> tuple[str | None, list[str]]:
     notes: dict[str, None] = {}  # in order, each once
     own_setting = _Setting(dtype)
     settings = [own_setting, own_setting._replace(training=True)]
@@ -179,7 +181,7 @@ def _differences(own: _Traced, fused: _Traced, dtype: torch.dtype) -> tuple[str 
             notes[f"operations of other libraries tell nothing: {', '.join(sorted(unread))}"] = None
         elif kinds := sorted(set(mine.operations.counts) ^ set(theirs.operations.counts)):
             notes[f"computed otherwise, and alike in numbers: {', '.join(kinds)}"] = None
-    for training, before in usual.items():
+    for training, before in usual.items() if follow else ():
         if name := _number_not_followed(own, fused, settings[training], before):
             numbers_said = "a number that it reads in each call"
             return f"its own forward goes by {name}, {numbers_said}, which the fused one does not", []
@@ -302,7 +304,7 @@ class _Traced:
                     out = self.model(*positional, **keywords)
                 if learns and isinstance(out, Tensor) and out.requires_grad:
                     operations.backward = True
-                    with operations:
+                    with operations, suppress(Exception):  # nobody trains it
                         out.backward(torch.ones_like(out))
             except Exception as caught:
                 error = caught
