@@ -25,10 +25,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..ops import use_backend
 from ._adapter import Adapter, has_hooks, may_be_silent
+from ._fakes import INTERNAL, is_plain_object
 from ._inputs import drawn, enlarged, moved
 from ._outside import Outside, state_of
 from ._swap import swap, unswap
-from ._trace import INTERNAL, differences, is_plain_object, said
+from ._trace import differences, said
 
 _SEED = 0
 # (samples, tokens, a factor of the inputs) beside an adapter's own
