@@ -16,6 +16,7 @@ from hidden_parts import (
     AutocastClamp,
     CachedWindow,
     Counting,
+    FirstWindow,
     GlobalDrop,
     GlobalWindow,
     HalfClamp,
@@ -135,6 +136,7 @@ def test_nothing_of_it_is_left_behind():
         CachedWindow,
         GlobalWindow,
         SharedWindow,
+        FirstWindow,
         Counting,
         GlobalDrop,
         NumpysDrop,
@@ -150,7 +152,7 @@ def test_nothing_of_it_is_left_behind():
     ] == methods
     assert (random.getstate(), str(numpy.random.get_state())) == states
     assert [WINDOWS, SharedWindow.mask, Counting.steps, GENERATOR.getstate()] == kept
-    assert type(window(4099, 4096)) is torch.Tensor
+    assert type(window(4099, 4096)) is torch.Tensor and not hasattr(FirstWindow, "first")
 
 
 # --- adapters of one's own

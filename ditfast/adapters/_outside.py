@@ -9,6 +9,7 @@ import functools
 import pickle
 import random
 import sys
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from types import CellType, FunctionType, ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ from torch import nn
 _LIBRARIES = {"torch", "ditfast", "numpy", "builtins", *sys.stdlib_module_names}
 _MOST = 500  # functions that are looked into
 _MISSING = object()
+_CONTAINERS = (dict, list, set, OrderedDict, defaultdict)
 _CACHED = type(functools.cache(lambda: None))
 
 
@@ -30,11 +32,10 @@ class Outside:
         self._containers: dict[int, tuple[str, Any, Any]] = {}
         self._caches: dict[int, tuple[Any, int]] = {}
         self._generators: dict[int, tuple[Any, Any]] = {}
-        kinds = {kind for child in module.modules() for kind in type(child).__mro__}
+        kinds = {kind for child in module.modules() for kind in type(child).__mro__ if _is_foreign(kind.__module__)}
+        self._kinds = {kind: frozenset(vars(kind)) for kind in kinds}
         functions: list[FunctionType] = []
         for kind in kinds:
-            if not _is_foreign(kind.__module__):
-                continue
             for name, value in vars(kind).items():
                 if function := _function_of(value):
                     functions.append(function)
@@ -70,10 +71,10 @@ class Outside:
         self._keep_object(said, value)
 
     def _keep_object(self, said: str, value: Any, depth: int = 2) -> None:
-        if isinstance(value, (dict, list, set)):
+        if type(value) in _CONTAINERS:  # a subclass may do anything when it is copied
             self._containers.setdefault(id(value), (said, value, value.copy()))
             for inner in value.values() if isinstance(value, dict) else value:
-                if depth and isinstance(inner, (dict, list, set)):
+                if depth and type(inner) in _CONTAINERS:
                     self._keep_object(said, inner, depth - 1)
         elif isinstance(value, _CACHED):
             self._caches[id(value)] = value, value.cache_info().currsize
@@ -83,14 +84,21 @@ class Outside:
     def changes(self) -> set[str]:
         """What is another object by now, holds others, or draws other random numbers."""
         found = {said for said, owner, name, value in self._names if _now(owner, name) is not value}
+        found |= {f"{kind.__name__}.{name}" for kind, name in self._new()}
         found |= {said for said, now, before in self._containers.values() if not _same(now, before)}
         return found | {type(value).__name__ for value, state in self._generators.values() if state_of(value) != state}
+
+    def _new(self) -> list[tuple[type, str]]:
+        """What classes have that they had not."""
+        return [(kind, name) for kind, names in self._kinds.items() for name in vars(kind).keys() - names]
 
     def put_back(self) -> None:
         """Undoes all of it; caches of functions that were filled are emptied."""
         for _, owner, name, value in self._names:
             if _now(owner, name) is not value:
                 _set(owner, name, value)
+        for kind, name in self._new():
+            delattr(kind, name)
         for _, now, before in self._containers.values():
             if not _same(now, before):
                 now.clear()
