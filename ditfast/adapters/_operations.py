@@ -163,25 +163,26 @@ class Operations(TorchDispatchMode):
         alpha = given.get("alpha", 1) if name in ("add", "sub") else 1
         if alpha != 1:
             self.counts["mul"] += 1
-            if _is_near(alpha, 0) or _is_near(alpha, 1):
+            if is_near(alpha, 0) or is_near(alpha, 1):
                 return f"adds {alpha} times"
         number = given.get("other", given.get("exponent", given.get("weight", given.get("value"))))
         if isinstance(number, (torch.SymInt, torch.SymFloat)):
             return "goes by a size"
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             return None
-        if name == "mul" and (_is_near(number, 1) or _is_near(number, 0)):
+        if name == "mul" and (is_near(number, 1) or is_near(number, 0)):
             return f"multiplies by {number}"
-        if name == "div" and (_is_near(number, 1) or abs(number) > 1e4):
+        if name == "div" and (is_near(number, 1) or abs(number) > 1e4):
             return f"divides by {number}"
         if name in ("add", "sub") and number == 0:
             return f"adds {number}"
-        if name == "lerp" and (_is_near(number, 1) or _is_near(number, 0)):
+        if name == "lerp" and (is_near(number, 1) or is_near(number, 0)):
             return f"interpolates by {number}"
-        return f"raises to the power {number}" if name == "pow" and _is_near(number, 1) else None
+        return f"raises to the power {number}" if name == "pow" and is_near(number, 1) else None
 
 
-def _is_near(value: Any, wanted: float) -> bool:
+def is_near(value: Any, wanted: float) -> bool:
+    """Whether a number does (nearly) what another does."""
     return isinstance(value, (int, float)) and abs(value - wanted) < 1e-4
 
 
