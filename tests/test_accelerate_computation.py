@@ -181,6 +181,15 @@ class Bounded(SquaredRelu):
         return super().forward(x).clamp(max=1e6)
 
 
+class Gained(SquaredRelu):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("gain", torch.ones(8))
+
+    def forward(self, x):
+        return super().forward(x) * self.gain
+
+
 class SquaredReluAdapter(Adapter):
     name, mixin = "squared relu", FastSquaredRelu
 
@@ -197,5 +206,6 @@ class SquaredReluAdapter(Adapter):
 def test_adapters_of_ones_own_are_looked_at_alike(monkeypatch):
     monkeypatch.setattr(_adapter, "_ADAPTERS", list(_adapter._ADAPTERS))
     register_adapter(SquaredReluAdapter())
-    same, bounded = entries_of(SquaredRelu(), Bounded())
+    same, bounded, gained = entries_of(SquaredRelu(), Bounded(), Gained())
     assert same.status == "accelerated" and bounded.reason.startswith("its own forward computes clamp (")
+    assert gained.reason.startswith("its own forward reads the buffer gain (")

@@ -125,6 +125,8 @@ class Traced:
             for into, name, tensor in self.parameters:
                 cast = tensor.detach().to(setting.dtype)
                 into[name] = nn.Parameter(cast, setting.training) if isinstance(tensor, nn.Parameter) else cast
+                if id(tensor) in self.tensors:
+                    self.tensors[id(cast)] = cast, self.tensors[id(tensor)][1]
         error: Exception | None = None
         watched: Any = _with_symbols(self.mode.shape_env) if symbolic else nullcontext(Counter())
         with self.mode, watched as sizes, _called_so(setting, self.device):
