@@ -1,6 +1,7 @@
 """What random numbers do not show of a forward: refused, and named, by what it computes."""
 
 import copy
+import functools
 import random
 
 import numpy
@@ -54,6 +55,28 @@ def test_where_and_when_it_does_so():
     line = HalfClamp.forward.__code__.co_firstlineno + 2
     said = f"its own forward computes clamp (hidden_parts.py:{line}) in float16, which the fused one does not"
     assert clamped.reason == said and "in training" in drawn.reason
+
+
+def half_clamped(kind):
+    def forward(self, *args, **kwargs):
+        out = kind.forward(self, *args, **kwargs)
+        return out.clamp(-65504, 65504) if out.dtype == torch.float16 else out
+
+    return type("Clamped", (kind,), {"forward": functools.wraps(kind.forward)(forward)})
+
+
+def test_every_adapter_is_asked_for_its_fused_forward():
+    """One that fell back to the module's own for fake tensors would contain whatever that does."""
+    (final,) = entries_of(half_clamped(FinalLayer)(48, 8))
+    diffusers = pytest.importorskip("diffusers", reason="needs the package diffusers")
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 1, "num_embeds_ada_norm": 10}
+    (block,) = diffusers.DiTTransformer2DModel(**sizes, sample_size=8, in_channels=4).transformer_blocks
+    block.__class__, block.ff.__class__ = half_clamped(type(block)), half_clamped(type(block.ff))
+    report = ditfast.accelerate(nn.ModuleList([block, FinalLayer(48, 8)]))
+    reasons = [entry.reason for entry in (final, *report.skipped)]
+    assert len(reasons) == 3 and all(
+        reason.startswith("its own forward computes clamp (") for reason in reasons
+    )
 
 
 class ByHand(Attention):
@@ -112,7 +135,7 @@ GUARD = False
 class ByAGlobal(Block):
     def forward(self, x, c):
         out = super().forward(x, c)
-        return out.clamp(-1e6, 1e6) if GUARD else out
+        return out.clamp(-1e6, 1e6) if GUARD and out.dtype == torch.float16 else out
 
 
 def test_what_was_found_before_is_looked_at_again(monkeypatch):

@@ -81,6 +81,14 @@ class Outside:
         elif state := state_of(value):
             self._generators[id(value)] = value, state
 
+    def says(self) -> tuple[Any, ...]:
+        """The values of all of it, as far as they say something; else which objects they are."""
+        found: list[tuple[Any, ...]] = [(said, _said_of(value)) for said, _, _, value in self._names]
+        for said, _, before in self._containers.values():
+            items = before.items() if isinstance(before, dict) else enumerate(before)
+            found += [(said, key, _said_of(value)) for key, value in items]
+        return tuple(found)
+
     def changes(self) -> set[str]:
         """What is another object by now, holds others, or draws other random numbers."""
         found = {said for said, owner, name, value in self._names if _now(owner, name) is not value}
@@ -135,6 +143,10 @@ def _set_state(value: Any, state: bytes) -> None:
 def _bits(value: Any) -> Any:
     bits = getattr(value, "bit_generator", None) or getattr(value, "_bit_generator", value)
     return bits if hasattr(bits, "state") else None
+
+
+def _said_of(value: Any) -> Any:
+    return value if value is None or isinstance(value, (bool, int, float, str)) else id(value)
 
 
 def _is_foreign(module: str | None) -> bool:

@@ -47,8 +47,8 @@ def differences(
     Args:
         old, new: the module on its own forward and on the fused one.
         given: arguments for both.
-        key: what says all that the result goes by, but for globals, or None: a process finds the same again where its
-            own forward still computes the same.
+        key: what says all that the result goes by, as far as is known, or None: a process finds the same again where
+            its own forward still computes the same.
         reset: is called before each run: what one keeps of fake tensors is not for the next.
         follow: whether to look for numbers that a forward goes by.
     """
@@ -112,7 +112,7 @@ def _differences(own: Traced, fused: Traced, dtype: torch.dtype, follow: bool) -
         unread = mine.operations.opaque ^ theirs.operations.opaque
         if not unread:
             only = list(mine.hidden - theirs.hidden)
-            if base is not None:
+            if base is not None and not only:
                 numbers = mine.operations.numbers - base[0].operations.numbers - theirs.operations.numbers
                 only += [f"computes {name} with {number}" for name, number in numbers]
             if only:
