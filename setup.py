@@ -38,8 +38,9 @@ setup(
     package_dir={"ditfast": "ditfast", **{f"ditfast.{room}": room for room in MAPPED}},
     package_data={
         "ditfast": ["py.typed"],
-        "ditfast.inference": ["imagenet.txt"],
-        "ditfast.kernels": ["README.md", "configs/*.json"],
+        "ditfast.sampling": ["imagenet.txt"],
+        "ditfast.kernels": ["README.md"],
+        "ditfast.kernels.configs": ["*.json"],
         "ditfast.kernels.rehearsal": ["stub.c"],
         "ditfast.bench": ["*.json", "results/*.json"],
     },

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import typer
 
-from .campaign_command import campaign
-from .cost_command import cost
-from .host_command import host
-from .memory_command import memory
-from .models_command import bench
-from .ops_command import ops
-from .report_command import readme, report
-from .sample_command import sample
-from .scaling_command import scaling
+from .campaign.command import campaign
+from .report.command import readme, report
+from .suites.cost_command import cost
+from .suites.host_command import host
+from .suites.memory_command import memory
+from .suites.models import bench
+from .suites.ops_command import ops
+from .suites.sample_command import sample
+from .suites.scaling import scaling
 
 app = typer.Typer(help="Measure DiT models and operators: fair to rivals, each row with a parity tick.")
 

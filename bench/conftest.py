@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from ditfast.bench.environment import collect
+from ditfast.environment import collect
 from ditfast.ops import current_backend
 
 if TYPE_CHECKING:

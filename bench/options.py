@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from ditfast.config import DiTConfig
 
-    from .cases import Case
-    from .providers import Provider
+    from .cases.case import Case
+    from .cases.providers import Provider
 
 Models = Annotated[
     list[str] | None, typer.Option("--model", help="A named model, e.g. DiT-XL/2; may be repeated.", show_default=False)
@@ -133,7 +133,7 @@ def named_configs(names: Sequence[str], sizes: Sequence[str], conditioning: str)
     """
     from ditfast.config import MODELS, DiTConfig
 
-    from .cases import parse_image_size, unknown
+    from .cases.case import parse_image_size, unknown
 
     for name in names:
         if name not in MODELS:
@@ -154,7 +154,7 @@ def chosen_providers(
     Raises:
         ValueError: an unknown name, with the nearest; none that can run the first case here, with the reasons.
     """
-    from .providers import PROVIDERS, get_provider
+    from .cases.providers import PROVIDERS, get_provider
 
     listed = default if names is None else names.split(",")
     wanted = list(dict.fromkeys(name.strip() for name in listed if name.strip()))

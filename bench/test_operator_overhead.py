@@ -18,8 +18,7 @@ from torch import Tensor
 
 import ditfast
 from ditfast import ops
-from ditfast.bench.operators import OPERATORS, Shape, check, draw_inputs
-from ditfast.ops import _adaln_library, current_backend, use_backend
+from ditfast.ops import adaln_library, current_backend, use_backend
 from ditfast.ops.conditioning import (
     _conditioning,
     _conditioning_fake,
@@ -27,6 +26,7 @@ from ditfast.ops.conditioning import (
     _timestep_embedding_fake,
 )
 from ditfast.reference import ops as formulas
+from ditfast.testing.operators import OPERATORS, Shape, check, draw_inputs
 
 Timed = Callable[..., Any]
 
@@ -133,8 +133,8 @@ def test_use_backend(timed: Timed, who: str) -> None:
 DISPATCHED: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
     # name in torch.library -> (its fake, its implementation, the public operator)
     "adaln_forward": (
-        _adaln_library._forward_fake,
-        _adaln_library._forward,
+        adaln_library._forward_fake,
+        adaln_library._forward,
         ops.gated_residual_layer_norm_modulate,
     ),
     "conditioning": (_conditioning_fake, _conditioning, ops.conditioning),

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import ops, reference
-    from ._accelerate import accelerate, accelerated, restore
     from .adapters import register_adapter
-    from .checkpoint import load_checkpoint, save_checkpoint
+    from .adapters.accelerate import accelerate, accelerated, restore
+    from .checkpoint.files import load_checkpoint, save_checkpoint
     from .config import MODELS, DiTConfig
     from .inference.pipeline import DiTPipeline
-    from .model import DiT
+    from .model.dit import DiT
 
 __version__ = "0.1.0.dev0"
 
@@ -34,18 +34,18 @@ __all__ = [
 
 # name -> module that defines it; "" where the name is the module
 _LAZY = {
-    "DiT": "model",
+    "DiT": "model.dit",
     "DiTConfig": "config",
     "DiTPipeline": "inference.pipeline",
     "MODELS": "config",
-    "accelerate": "_accelerate",
-    "accelerated": "_accelerate",
-    "load_checkpoint": "checkpoint",
-    "save_checkpoint": "checkpoint",
+    "accelerate": "adapters.accelerate",
+    "accelerated": "adapters.accelerate",
+    "load_checkpoint": "checkpoint.files",
+    "save_checkpoint": "checkpoint.files",
     "ops": "",
     "reference": "",
     "register_adapter": "adapters",
-    "restore": "_accelerate",
+    "restore": "adapters.accelerate",
 }
 
 

@@ -1,6 +1,6 @@
 """``python -m ditfast``: the command line, also from a checkout that is not installed."""
 
-from .cli import main
+from .cli.command import main
 
 if __name__ == "__main__":
     main()

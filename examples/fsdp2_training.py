@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import ditfast
-from ditfast.bench.parity import judge
+from ditfast.parity import judge
 
 STEPS, BATCH, TOKENS = 5, 8, 64
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ditfast
-from ditfast.bench.parity import judge
+from ditfast.parity import judge
 
 
 class Attention(nn.Module):

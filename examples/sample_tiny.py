@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 import ditfast
-from ditfast.bench.inputs import randomize_
-from ditfast.inference.decode import Decoder
 from ditfast.inference.engine import Engine
 from ditfast.inference.guidance import Guidance
-from ditfast.inference.output import load_png
 from ditfast.inference.samplers import Sampler
-from ditfast.inference.work import Batch, start
+from ditfast.sampling.decode import Decoder
+from ditfast.sampling.output import load_png
+from ditfast.sampling.work import Batch, start
+from ditfast.testing.inputs import randomize_
 
 CLASSES, IMAGES, STEPS = {"golden retriever": 207, "otter": 360, "geyser": 974, "macaw": 88}, 16, 20
 

@@ -12,7 +12,7 @@ from official_style import Block, FinalLayer  # whatever a block is called, its 
 from torch import nn
 
 import ditfast
-from ditfast.bench.parity import judge
+from ditfast.parity import judge
 
 TOKENS, CHANNELS = 64, 16
 

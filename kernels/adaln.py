@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs.rows import RowConfig, row_config
 from .launch import on_device
-from .row_config import RowConfig, row_config
 from .sums import sum_partials
 
 MAX_REGISTERS = 128  # of a thread in the backward: four blocks of four warps on a multiprocessor

@@ -25,8 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .configs.tables import tuned
 from .launch import gpu_index, interpreting, on_device
-from .tables import tuned
 
 SPLIT_TOKENS = 128  # up to which the backward's launches split (attention_bwd.py): at most two tiles of 64 keys
 

@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .configs.gemm import PORTABLE, GemmConfig, for_results, gemm_config, sum_rows, uses_tf32
 from .gemm import _gelu_gate, _gelu_slope, _gemm_kernel, _gemm_tma_kernel
-from .gemm_config import PORTABLE, GemmConfig, for_results, gemm_config, sum_rows, uses_tf32
 from .launch import gpu, gpu_index, interpreting, on_device
 
 _INTERPRETED_PROGRAMS = 3  # of the persistent kernel: few, so that each takes several tiles

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gemm_config import GemmConfig, modulations_config, uses_tf32
+from .configs.gemm import GemmConfig, modulations_config, uses_tf32
 from .launch import interpreting, on_device
 
 MOST = 64  # Linears of a launch: each is an argument of it, and a selection in every program

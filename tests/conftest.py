@@ -100,18 +100,18 @@ def seed() -> int:
 @pytest.fixture(params=["cpu", "gpu"])
 def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where "auto" takes formulas, and where it takes kernels, which run in the interpreter."""
-    from ditfast.ops import _backend
+    from ditfast.ops import backend
 
     if request.param == "gpu":
-        monkeypatch.setattr(_backend, "on_gpu", lambda x: True)
-        monkeypatch.setattr(_backend, "_gpu_reason", lambda index: None)
+        monkeypatch.setattr(backend, "on_gpu", lambda x: True)
+        monkeypatch.setattr(backend, "_gpu_reason", lambda index: None)
     return str(request.param)
 
 
 @pytest.fixture
 def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Made-up limits: a command measures them again after every case, and its test is about something else."""
-    from ditfast.bench import ceilings
+    from ditfast.bench.measure import ceilings
 
     def made_up(device: torch.device, precisions: Iterable[str], seconds: float = 0.5) -> ceilings.Ceilings:
         names = dict.fromkeys(precisions)
@@ -147,7 +147,7 @@ def checkout(source_files: list[Path], tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with a tiny random checkpoint and autoencoder, to sample from."""
-    from sample_helpers import sampling_place
+    from tests.sampling.conftest import sampling_place
 
     with sampling_place(tmp_path_factory.mktemp("sample")) as place:
         yield place
@@ -156,7 +156,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture
 def latents(place: Path) -> dict[str, Any]:
     """Options of ``ditfast sample`` for latents."""
-    from sample_helpers import latent_options
+    from tests.sampling.conftest import latent_options
 
     return latent_options(place)
 
@@ -164,6 +164,6 @@ def latents(place: Path) -> dict[str, Any]:
 @pytest.fixture
 def images(place: Path) -> dict[str, Any]:
     """Options of ``ditfast sample`` for images."""
-    from sample_helpers import image_options
+    from tests.sampling.conftest import image_options
 
     return image_options(place)

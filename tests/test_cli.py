@@ -16,9 +16,9 @@ import torch
 from typer.testing import CliRunner, Result
 
 import ditfast
-import ditfast.info
-from ditfast.bench.inputs import random_batch, randomize_
-from ditfast.cli import app
+import ditfast.cli.info
+from ditfast.cli.command import app
+from ditfast.testing.inputs import random_batch, randomize_
 
 CONFIG = ditfast.DiTConfig(depth=2, hidden_size=72, num_heads=2, num_classes=10, latent_size=(8, 4))
 
@@ -108,7 +108,7 @@ def test_info_says_why_a_backend_is_unavailable() -> None:
 
 def test_info_says_which_attention_a_shape_takes() -> None:
     facts = json.loads(_ditfast("info", "--json").stdout)
-    assert {entry["shape"] for entry in facts["attention"]} == set(ditfast.info.SHAPES)
+    assert {entry["shape"] for entry in facts["attention"]} == set(ditfast.cli.info.SHAPES)
     asked = ("--attention", "100x3x20", "--dtype", "fp16")
     [entry] = json.loads(_ditfast("info", "--json", *asked).stdout)["attention"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -201,7 +201,7 @@ def test_an_error_that_is_no_users_mistake_keeps_its_traceback(monkeypatch: pyte
     def broken(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("ditfast.info.collect", broken)
+    monkeypatch.setattr("ditfast.cli.info.collect", broken)
     result = _ditfast("info")
     assert result.exit_code == 1
     assert isinstance(result.exception, RuntimeError)
@@ -234,7 +234,7 @@ def test_a_module_of_our_own_that_is_missing_keeps_its_traceback(
     def fail(*_: object) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    monkeypatch.setattr(ditfast.info, "collect", fail)
+    monkeypatch.setattr(ditfast.cli.info, "collect", fail)
     if known:
         assert _refused("info") == f"error: No module named {name!r}"
     else:

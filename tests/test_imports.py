@@ -153,22 +153,22 @@ def test_every_file_keeps_the_import_rules(source_files: list[Path]) -> None:
         ("ditfast/ops/adaln.py", "from ditfast import DiT", "ops must not import ditfast.DiT"),
         ("ditfast/ops/adaln.py", "import triton", "ops must import triton inside a function"),
         ("ditfast/ops/adaln.py", "def f():\n    import triton", None),
-        ("ditfast/model.py", "from .bench.parity import judge", "model must not import ditfast.bench.parity"),
-        ("ditfast/_checkpoint_infer.py", "from . import __version__\nfrom .model import DiT", None),
-        ("bench/runner.py", "import ditfast\nfrom ditfast import DiT\nfrom .parity import judge", None),
-        ("bench/runner.py", "from ditfast.cli import app", "bench must not import ditfast.cli"),
-        ("bench/runner.py", "import pandas", "bench must not import pandas"),
-        ("bench/runner.py", "import pytest", "bench must not import pytest"),
+        ("ditfast/model/dit.py", "from .bench.parity import judge", "model must not import ditfast.parity"),
+        ("ditfast/checkpoint/infer.py", "from . import __version__\nfrom .model import DiT", None),
+        ("bench/measure/runner.py", "import ditfast\nfrom ditfast import DiT\nfrom .parity import judge", None),
+        ("bench/measure/runner.py", "from ditfast.cli import app", "bench must not import ditfast.cli"),
+        ("bench/measure/runner.py", "import pandas", "bench must not import pandas"),
+        ("bench/measure/runner.py", "import pytest", "bench must not import pytest"),
         ("bench/testing.py", "def f():\n    import pytest", "bench must not import pytest"),
-        ("bench/test_model_cpu.py", "import pytest\nfrom ditfast.bench.parity import judge", None),
+        ("bench/test_model_cpu.py", "import pytest\nfrom ditfast.parity import judge", None),
         ("bench/conftest.py", "import pytest\nfrom ditfast import ops", None),
         ("bench/conftest.py", "import pytest_benchmark", "bench tests must import pytest_benchmark inside"),
         ("bench/conftest.py", "from ditfast.cli import app", "bench tests must not import ditfast.cli"),
         ("kernels/test_adaln.py", "import pytest", "kernels must not import pytest"),
         ("ditfast/inference/samplers.py", "import diffusers", "inference must import diffusers inside a function"),
         ("ditfast/inference/pipeline.py", "import diffusers\nfrom .engine import Engine", None),
-        ("ditfast/cli.py", "import torch", "cli must import torch inside a function"),
-        ("ditfast/cli.py", "if TYPE_CHECKING:\n    import torch", None),
+        ("ditfast/cli/command.py", "import torch", "cli must import torch inside a function"),
+        ("ditfast/cli/command.py", "if TYPE_CHECKING:\n    import torch", None),
         ("ditfast/tokens.py", "import torch", "no rule for the room 'tokens'"),
     ],
 )
@@ -256,8 +256,8 @@ for name in ditfast.__all__:
     getattr(ditfast, name)
 assert not torch.cuda.is_initialized()
 
-from ditfast.bench.inputs import random_batch, randomize_
-from ditfast.bench.parity import judge
+from ditfast.testing.inputs import random_batch, randomize_
+from ditfast.parity import judge
 
 config = ditfast.DiTConfig(depth=2, hidden_size=72, num_heads=2, num_classes=10, latent_size=(8, 4))
 fast = randomize_(ditfast.DiT(config)).eval()

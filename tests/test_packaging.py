@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import ditfast
-from ditfast.bench.inputs import randomize_
+from ditfast.testing.inputs import randomize_
 
 ROOMS = ("kernels", "bench")
 # data files of both rooms, added to the copy so that the mapping is tried whether or not the real ones exist yet
@@ -148,12 +148,12 @@ def test_the_sdist_holds_no_second_copy_of_the_rooms(built: Built) -> None:
     with tarfile.open(built.sdist) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     assert not {name for name in names if name.startswith(("ditfast/kernels", "ditfast/bench"))}
-    assert {"bench/parity.py", "LICENSE", "CHANGELOG.md", "constraints.txt", "Makefile", "tests/conftest.py"} <= names
+    assert {"ditfast/parity.py", "LICENSE", "CHANGELOG.md", "constraints.txt", "Makefile", "tests/conftest.py"} <= names
 
 
 def test_the_rooms_import_from_the_wheel(installed: Environment, tmp_path: Path) -> None:
     script = (
-        "import json, importlib.resources as r, ditfast, ditfast.kernels, ditfast.bench, ditfast.bench.parity as p; "
+        "import json, importlib.resources as r, ditfast, ditfast.kernels, ditfast.bench, ditfast.parity as p; "
         "read = lambda package, name: json.loads(r.files(package).joinpath(name).read_text())['from']; "
         "print(json.dumps([ditfast.__file__, p.__file__, "
         "read('ditfast.kernels', 'configs/stand-in.json'), read('ditfast.bench', 'stand-in.json')]))"

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ditfast.bench.parity import judge, relative_error
+from ditfast.parity import judge, relative_error
 
 ORACLE = torch.tensor([3.0, 4.0], dtype=torch.float64)
 

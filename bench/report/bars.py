@@ -7,9 +7,19 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..metrics import images_per_second
-from ..rows import MemoryRow, ModelRow
-from ..text import STATUS_SHORT, count, median_of, mode_name, model_name, model_order, pixels, size, slug
+from ..records.metrics import images_per_second
+from ..records.rows import MemoryRow, ModelRow
+from ..records.text import (
+    STATUS_SHORT,
+    count,
+    median_of,
+    mode_name,
+    model_name,
+    model_order,
+    pixels,
+    size,
+    slug,
+)
 from .data import Machine
 from .derived import lacks_bytes
 from .figure import SMALL, TEXT, Frame, Palette, Plot, plain_linear, plain_log, provider_order

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..compare import Change, timed
-from ..text import digits, factor, percent, row_name
+from ..records.compare import Change, timed
+from ..records.text import digits, factor, percent, row_name
 from .data import Compared
 from .tables import Cell, Table, blank, columns_of
 

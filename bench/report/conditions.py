@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from ..ceilings import Ceilings
-from ..machine import is_gpu, one_line, part
-from ..text import digits
+from ..measure.ceilings import Ceilings
+from ..records.machine import is_gpu, one_line, part
+from ..records.text import digits
 
 if TYPE_CHECKING:
     from .data import Machine

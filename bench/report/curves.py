@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..rows import Axis
-from ..text import median_of, mode_name, slug
+from ..records.rows import Axis
+from ..records.text import median_of, mode_name, slug
 from .data import Machine
 from .derived import Curve, curves
 from .figure import MARKERS, SMALL, TEXT, Frame, Palette, Plot, plain_log, provider_order

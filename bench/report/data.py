@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..ceilings import Ceilings, highest
-from ..compare import COMPARABLE, Comparison, compare
-from ..machine import device_label, is_gpu, is_traced, part
-from ..records import Results, Suite
+from ..measure.ceilings import Ceilings, highest
+from ..records.compare import COMPARABLE, Comparison, compare
+from ..records.files import Results, Suite
+from ..records.machine import device_label, is_gpu, is_traced, part
 from .conditions import short_conditions
 
 

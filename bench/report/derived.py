@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..fits import fit_exponent, is_power_law
-from ..rows import Axis, MemoryRow, OpRow, ScalingRow
-from ..text import digits, model_name
+from ..records.rows import Axis, MemoryRow, OpRow, ScalingRow
+from ..records.text import digits, model_name
+from .fits import fit_exponent, is_power_law
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..rows import is_ours
+from ..records.rows import is_ours
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..metrics import is_tie
-from ..rows import ModelRow, OpRow, SampleRow
-from ..text import STATUS, digits, factor, percent
+from ..records.metrics import is_tie
+from ..records.rows import ModelRow, OpRow, SampleRow
+from ..records.text import STATUS, digits, factor, percent
 
 _COMPILED = ("compile", "autotune", "overhead")
 COLUMNS = (

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from urllib.parse import quote
 
-from ..rows import OpRow
-from ..text import digits, mode_name, model_name, op_case_name, percent, pixels, tick
+from ..records.rows import OpRow
+from ..records.text import digits, mode_name, model_name, op_case_name, percent, pixels, tick
 from .compared import comparison_table
 from .conditions import limits_text
 from .data import Machine, Report

@@ -6,7 +6,7 @@ import base64
 from collections.abc import Sequence
 from html import escape
 
-from ..text import count, slug
+from ..records.text import count, slug
 from .compared import comparison_table
 from .conditions import conditions
 from .data import Machine, Report

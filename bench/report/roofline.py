@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..ceilings import Ceilings
-from ..rows import CostRow, ModelRow, OpRow
-from ..text import count, mode_name, slug
+from ..measure.ceilings import Ceilings
+from ..records.rows import CostRow, ModelRow, OpRow
+from ..records.text import count, mode_name, slug
 from .conditions import limits_text, version
 from .data import Machine
 from .derived import largest_ops

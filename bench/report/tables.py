@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..cost_command import CAPTION
-from ..host_command import CAPTION as HOST_CAPTION
-from ..host_command import DIFFERENCES, PARTS_CAPTION
-from ..metrics import is_tie
-from ..rows import CostRow, HostRow, MemoryRow, ModelRow, OpRow, SampleRow, ScalingRow, VerifyRow
-from ..text import STATUS, cost_mode_name, digits, mode_name, model_name, percent, size, tick
+from ..records.metrics import is_tie
+from ..records.rows import CostRow, HostRow, MemoryRow, ModelRow, OpRow, SampleRow, ScalingRow, VerifyRow
+from ..records.text import STATUS, cost_mode_name, digits, mode_name, model_name, percent, size, tick
+from ..suites.cost_command import CAPTION
+from ..suites.host_command import CAPTION as HOST_CAPTION
+from ..suites.host_command import DIFFERENCES, PARTS_CAPTION
 from .data import Machine
 from .derived import lacks_bytes
 from .headline import noise, speedup_text

@@ -8,7 +8,7 @@ import secrets
 from dataclasses import replace
 from pathlib import Path
 
-from ..files import write_bytes
+from ...files import write_bytes
 from .bars import memory_plots, model_plots
 from .curves import scaling_plots
 from .data import Report

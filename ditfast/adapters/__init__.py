@@ -1,6 +1,6 @@
 """What ``ditfast.accelerate`` knows of foreign modules: one file a family, and the registry of all of them."""
 
-from ._adapter import Adapter, register_adapter, registered
+from .adapter import Adapter, register_adapter, registered
 from .diffusers import DiffusersBlock, DiffusersFeedForward
 from .official import OfficialBlock, OfficialFinalLayer
 from .timm import TimmAttention, TimmMlp

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._model_blocks import reads
-from ._adapter import (
+from ..model.blocks import reads
+from .adapter import (
     Adapter,
     has_hooks,
     is_plain_norm,

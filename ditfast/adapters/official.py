@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._model_blocks import AdaLNForward, Pending, add_and_norm, promoted
-from ._adapter import Adapter, is_plain_norm, is_quiet, plain_norm, tokens, unknown_parts
+from ..model.blocks import AdaLNForward, Pending, add_and_norm, promoted
+from .adapter import Adapter, is_plain_norm, is_quiet, plain_norm, tokens, unknown_parts
 from .shared import SharesModulations
 
 _BLOCK = ("norm1", "attn", "norm2", "mlp", "adaLN_modulation")

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._model_blocks import all_modulations, is_plain, is_plain_modulation
-from ..ops._backend import autocast_dtype
+from ..model.blocks import all_modulations, is_plain, is_plain_modulation
+from ..ops.backend import autocast_dtype
 from ..reference.transforms import in_trace
 
 # of the model that is being called: its layers; the first condition, its state, and the layers' modulations of it

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._model_blocks import GeluMlp, PackedAttention, is_plain
-from ._adapter import Adapter, has_hooks, is_quiet, may_be_silent, tokens, unknown_parts
+from ..model.blocks import GeluMlp, PackedAttention, is_plain
+from .adapter import Adapter, has_hooks, is_quiet, may_be_silent, tokens, unknown_parts
 
 _ATTENTION = ("qkv", "proj")
 _MLP = ("fc1", "act", "fc2")

@@ -1,6 +1,6 @@
 """Inference: samplers, guidance, the engine that runs them on a schedule table and CUDA graphs; metrics of samples."""
 
-from ._evaluate import Evaluation, evaluate
+from ..evaluation.evaluate import Evaluation, evaluate
 from .engine import Engine
 from .guidance import Guidance
 from .samplers import SAMPLERS, Sampler

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from .._gone import refuse_gone
-from .._model_blocks import is_plain
-from ..model import DiT
+from ..gone import refuse_gone
+from ..model.blocks import is_plain
+from ..model.dit import DiT
 from .graphs import StepGraphs
 from .guidance import Guidance
 from .table import ScheduleTable, takes_table

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .._model_blocks import is_as_built
-from ..ops._backend import autocast_dtype, current_backend
+from ..model.blocks import is_as_built
+from ..ops.backend import autocast_dtype, current_backend
 from ..reference.transforms import makes_plain_tensors
 
 _DEVICE = "cuda"

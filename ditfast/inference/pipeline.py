@@ -14,11 +14,11 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..checkpoint import load_checkpoint, save_checkpoint
-from ..model import DiT
-from ._schedulers import check_scheduler, clips
+from ..checkpoint.files import load_checkpoint, save_checkpoint
+from ..model.dit import DiT
 from .engine import Engine
 from .guidance import Guidance
+from .schedulers import check_scheduler, clips
 
 _Base: Any = diffusers.DiTPipeline  # its types are stubs that lack what it inherits
 
@@ -170,7 +170,7 @@ class _SchedulerSteps:
     the noise is left as it is, and it steps from the scaled latents, which is no step of theirs; here from the latents.
 
     Raises:
-        ValueError: as :func:`._schedulers.check_scheduler`.
+        ValueError: as :func:`.schedulers.check_scheduler`.
     """
 
     def __init__(self, scheduler: Any, twice: bool) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._solvers import Ancestral, Flow, Multistep, Solver
+from .solvers import Ancestral, Flow, Multistep, Solver
 
 SAMPLERS = ("ddpm", "ddim", "dpm++", "euler", "heun")
 _FEWEST_AND_MOST = {"ddpm": (2, 1000), "ddim": (2, 1000), "dpm++": (1, 999)}

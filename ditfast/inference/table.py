@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..model import DiT
+from ..model.dit import DiT
 
 _MIB = 1 << 20
 

@@ -1,11 +1,11 @@
 """The fused operators: validated, differentiable, out of place; their formulas are ``ditfast.reference.ops``.
 
-Each takes DTensors of one mesh in the place of tensors, all or none: see ``ditfast/ops/_sharding.py`` for the layouts.
+Each takes DTensors of one mesh in the place of tensors, all or none: see ``ditfast/ops/sharding.py`` for the layouts.
 """
 
-from ._backend import available_backends, current_backend, interpreter_unavailable, use_backend
 from .adaln import gated_residual, gated_residual_layer_norm_modulate, layer_norm_modulate
 from .attention import attention_backend, attention_backends, self_attention
+from .backend import available_backends, current_backend, interpreter_unavailable, use_backend
 from .conditioning import conditioning, timestep_embedding
 from .linear import gelu_mlp, linear_gated_residual, linear_gelu
 from .modulations import modulations

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..reference import ops as formulas
-from . import _check
-from ._adaln_library import adaln
-from ._backend import takes_triton
+from . import check
+from .adaln_library import adaln
+from .backend import takes_triton
 
 
 def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -26,7 +26,7 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e
     Raises:
         TypeError, ValueError: a dtype, shape or device does not fit, naming the argument.
     """
-    _check.tensor("x", x, 3)
+    check.tensor("x", x, 3)
     _check_norm(x, "x", shift, scale, eps)
     if takes_triton("layer_norm_modulate", x, x.shape[2], (shift, scale)):
         return adaln(x, None, None, shift, scale, eps)[1]
@@ -74,7 +74,7 @@ def gated_residual_layer_norm_modulate(
     """
     _check_residual(residual, branch, gate)
     _check_norm(residual, "residual", shift, scale, eps)
-    _check.same_dtype("shift", shift, "branch", branch)
+    check.same_dtype("shift", shift, "branch", branch)
     others = (branch, gate, shift, scale)
     if takes_triton("gated_residual_layer_norm_modulate", residual, residual.shape[2], others):
         return adaln(residual, branch, gate, shift, scale, eps)
@@ -82,18 +82,18 @@ def gated_residual_layer_norm_modulate(
 
 
 def _check_norm(x: Tensor, name: str, shift: Tensor, scale: Tensor, eps: float) -> None:
-    _check.modulation("shift", shift, x)
-    _check.modulation("scale", scale, x)
-    _check.same_dtype("scale", scale, "shift", shift)
-    _check.stream(name, x, "shift", shift)
-    _check.epsilon(eps)
+    check.modulation("shift", shift, x)
+    check.modulation("scale", scale, x)
+    check.same_dtype("scale", scale, "shift", shift)
+    check.stream(name, x, "shift", shift)
+    check.epsilon(eps)
 
 
 def _check_residual(residual: Tensor, branch: Tensor, gate: Tensor) -> None:
-    _check.tensor("residual", residual, 3)
-    _check.tensor("branch", branch, 3)
-    _check.shape("branch", branch, tuple(residual.shape))
-    _check.same_device("branch", branch, residual)
-    _check.modulation("gate", gate, residual)
-    _check.same_dtype("gate", gate, "branch", branch)
-    _check.stream("residual", residual, "branch", branch)
+    check.tensor("residual", residual, 3)
+    check.tensor("branch", branch, 3)
+    check.shape("branch", branch, tuple(residual.shape))
+    check.same_device("branch", branch, residual)
+    check.modulation("gate", gate, residual)
+    check.same_dtype("gate", gate, "branch", branch)
+    check.stream("residual", residual, "branch", branch)

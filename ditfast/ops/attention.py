@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ..kernels.launch import gpu_exists, gpu_index
 from ..reference.transforms import in_second_order
-from . import _check
-from ._attention_backends import AttentionBackend, library_reason, run
-from ._attention_choice import MAX_HEAD_DIM, Case, choose
-from ._attention_library import attention
-from ._backend import NOT_TWICE, current_backend, sharded, takes_triton, transform_reason, triton_reason
+from . import check
+from .attention_choice import MAX_HEAD_DIM, Case, choose
+from .attention_implementations import AttentionBackend, library_reason, run
+from .attention_library import attention
+from .backend import NOT_TWICE, current_backend, sharded, takes_triton, transform_reason, triton_reason
 from .linear import working_dtype
 
 
@@ -50,7 +50,7 @@ def self_attention(
         TypeError, ValueError: an argument does not fit, naming it; or the backend asked for cannot run, with
             the reason.
     """
-    _check.tensor("qkv", qkv, 3)
+    check.tensor("qkv", qkv, 3)
     if isinstance(num_heads, bool) or not isinstance(num_heads, int):
         raise TypeError(f"num_heads must be an int, got {num_heads!r}")
     if num_heads < 1 or qkv.shape[2] % (3 * num_heads):
@@ -83,7 +83,7 @@ def self_attention(
 def _by_samples(
     qkv: Tensor, num_heads: int, scale: float | None, bias: Tensor | None, backend: AttentionBackend | None
 ) -> Tensor:
-    from ._sharding import by_samples
+    from .sharding import by_samples
 
     def attend(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
         return self_attention(qkv, num_heads, scale, bias, backend)
@@ -164,10 +164,10 @@ def _unavailable(backend: AttentionBackend, qkv: Tensor, num_heads: int, bias: T
 
 def _checked_bias(bias: Tensor, qkv: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
     """The bias with four axes, in the dtype in which qkv is taken."""
-    _check.tensor("bias", bias)
-    _check.same_device("bias", bias, qkv)
+    check.tensor("bias", bias)
+    check.same_device("bias", bias, qkv)
     if dtype == qkv.dtype:
-        _check.same_dtype("bias", bias, "qkv", qkv)
+        check.same_dtype("bias", bias, "qkv", qkv)
     wanted = (qkv.shape[0], num_heads, qkv.shape[1], qkv.shape[1])
     padded = (1,) * (4 - bias.ndim) + tuple(bias.shape)
     if len(padded) != 4 or any(have not in (1, want) for have, want in zip(padded, wanted, strict=True)):

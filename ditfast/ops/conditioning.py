@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import ops as formulas
-from . import _check
-from ._backend import current_backend, sharded, takes_triton
-from ._library import library, register
+from . import check
+from .backend import current_backend, sharded, takes_triton
+from .library import library, register
 
 library.define("timestep_embedding(Tensor t, int dim, float freq_shift, ScalarType dtype) -> Tensor")
 library.define("conditioning(Tensor t_emb, Tensor y, Tensor table) -> Tensor")
@@ -52,7 +52,7 @@ def timestep_embedding(t: Tensor, dim: int, freq_shift: float = 0.0, dtype: torc
     if dtype != torch.float64 and _takes_kernel("timestep_embedding", t, t=t):
         return cast(Tensor, torch.ops.ditfast.timestep_embedding.default(t, dim, float(freq_shift), dtype))
     if sharded(t):  # the frequencies are no DTensor
-        from ._sharding import by_samples
+        from .sharding import by_samples
 
         return by_samples(partial(_timestep_formula, dim=dim, freq_shift=freq_shift, dtype=dtype), t)
     return _timestep_formula(t, dim, freq_shift, dtype)
@@ -78,17 +78,17 @@ def conditioning(t_emb: Tensor, y: Tensor, table: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: a dtype or shape does not fit, naming the argument.
     """
-    _check.tensor("t_emb", t_emb, 2)
-    _check.tensor("table", table, 2)
+    check.tensor("t_emb", t_emb, 2)
+    check.tensor("table", table, 2)
     if table.shape[1] != t_emb.shape[1]:
         raise ValueError(f"table must have shape (rows, {t_emb.shape[1]}), got {tuple(table.shape)}")
     if not isinstance(y, Tensor):
         raise TypeError(f"y must be a tensor, got {type(y).__name__}")
     if y.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"y must be int64 or int32, got {y.dtype}")
-    _check.shape("y", y, (t_emb.shape[0],))
+    check.shape("y", y, (t_emb.shape[0],))
     for name, value in (("y", y), ("table", table)):
-        _check.same_device(name, value, t_emb)
+        check.same_device(name, value, t_emb)
     if _takes_kernel("conditioning", t_emb, t_emb=t_emb, table=table):
         return cast(Tensor, torch.ops.ditfast.conditioning.default(t_emb, y, table))
     return F.silu(t_emb + F.embedding(y, table))

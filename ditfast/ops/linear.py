@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import ops as formulas
-from . import _check, _linear_autograd
-from ._backend import autocast_dtype, current_backend, sharded, takes_triton
+from . import check, linear_autograd
 from .adaln import gated_residual
+from .backend import autocast_dtype, current_backend, sharded, takes_triton
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -33,11 +33,11 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         TypeError, ValueError: a dtype, shape or device does not fit, naming the argument.
     """
     _check_input("x", x)
-    _check.linear(x, ("weight", "bias"), weight, bias, x.shape[-1])
+    check.linear(x, ("weight", "bias"), weight, bias, x.shape[-1])
     if not takes_gemm("linear_gelu", x, weight.shape, (weight, bias)):
         return formulas.linear_gelu(x, weight, bias)
     x, weight, bias = autocast(x, weight, bias)
-    out = _linear_autograd.linear_gelu(x.reshape(-1, x.shape[-1]), weight, bias, _demanded())
+    out = linear_autograd.linear_gelu(x.reshape(-1, x.shape[-1]), weight, bias, _demanded())
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -56,12 +56,12 @@ def gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | 
         TypeError, ValueError: a dtype, shape or device does not fit, naming the argument.
     """
     _check_input("x", x)
-    _check.linear(x, ("w1", "b1"), w1, b1, x.shape[-1])
-    _check.linear(x, ("w2", "b2"), w2, b2, w1.shape[0])
+    check.linear(x, ("w1", "b1"), w1, b1, x.shape[-1])
+    check.linear(x, ("w2", "b2"), w2, b2, w1.shape[0])
     if not takes_gemm("gelu_mlp", x, (*w1.shape, w2.shape[0]), (w1, b1, w2, b2)):
         return formulas.gelu_mlp(x, w1, b1, w2, b2)
     x, w1, b1, w2, b2 = autocast(x, w1, b1, w2, b2)
-    out = _linear_autograd.gelu_mlp(x.reshape(-1, x.shape[-1]), w1, b1, w2, b2, _demanded())
+    out = linear_autograd.gelu_mlp(x.reshape(-1, x.shape[-1]), w1, b1, w2, b2, _demanded())
     return out.view(*x.shape[:-1], w2.shape[0])
 
 
@@ -86,15 +86,15 @@ def linear_gated_residual(
     Raises:
         TypeError, ValueError: a dtype, shape or device does not fit, naming the argument.
     """
-    _check.tensor("x", x, 3)
-    _check.linear(x, ("weight", "bias"), weight, bias, x.shape[-1])
-    _check.tensor("residual", residual, 3)
-    _check.shape("residual", residual, (x.shape[0], x.shape[1], weight.shape[0]))
-    _check.same_device("residual", residual, x)
-    _check.modulation("gate", gate, residual)
+    check.tensor("x", x, 3)
+    check.linear(x, ("weight", "bias"), weight, bias, x.shape[-1])
+    check.tensor("residual", residual, 3)
+    check.shape("residual", residual, (x.shape[0], x.shape[1], weight.shape[0]))
+    check.same_device("residual", residual, x)
+    check.modulation("gate", gate, residual)
     if autocast_dtype(x.device.type) is None:
-        _check.same_dtype("gate", gate, "x", x)
-        _check.stream("residual", residual, "x", x)
+        check.same_dtype("gate", gate, "x", x)
+        check.stream("residual", residual, "x", x)
     if not takes_gemm("linear_gated_residual", x, weight.shape, (weight, bias, gate, residual)):
         return formulas.linear_gated_residual(x, weight, bias, gate, residual)
     x, weight, bias = autocast(x, weight, bias)
@@ -103,11 +103,11 @@ def linear_gated_residual(
     if sharded(x):  # what a row-parallel Linear gives is a partial sum, and reduced before the gate
         return gated_residual(residual, F.linear(x, weight, bias), gate)
     rows = x.reshape(-1, x.shape[-1])
-    return _linear_autograd.linear_gated_residual(rows, weight, bias, gate, residual, _demanded())
+    return linear_autograd.linear_gated_residual(rows, weight, bias, gate, residual, _demanded())
 
 
 def _check_input(name: str, x: Tensor) -> None:
-    _check.tensor(name, x)
+    check.tensor(name, x)
     if x.ndim < 1:
         raise ValueError(f"{name} must have at least 1 axis, got a scalar")
 

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..reference import ops as formulas
-from . import _check
-from ._backend import autocast_dtype, current_backend
-from ._library import Kernel, apply, library, register
-from ._linear_autograd import Gradients, weight_gradient
+from . import check
+from .backend import autocast_dtype, current_backend
+from .library import Kernel, apply, library, register
 from .linear import autocast, takes_gemm, working_dtype
+from .linear_autograd import Gradients, weight_gradient
 
 if TYPE_CHECKING:
-    from ..kernels.gemm_config import GemmConfig
+    from ..kernels.configs.gemm import GemmConfig
 
 library.define(
     "modulations(Tensor c, Tensor[] weights, Tensor[] biases, ScalarType dtype, bool demanded) -> Tensor"
@@ -47,11 +47,11 @@ def modulations(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | 
     Raises:
         TypeError, ValueError: a number, dtype, shape or device does not fit, naming the argument.
     """
-    _check.tensor("c", c, 2)
+    check.tensor("c", c, 2)
     if not weights or len(weights) != len(biases):
         raise ValueError(f"weights and biases must be as many, one or more, got {len(weights)} and {len(biases)}")
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        _check.linear(c, (f"weights[{i}]", f"biases[{i}]"), weight, bias, c.shape[1], "c")
+        check.linear(c, (f"weights[{i}]", f"biases[{i}]"), weight, bias, c.shape[1], "c")
     if not takes_modulations(c, weights, biases):
         return formulas.modulations(c, weights, biases)
     if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (c, *weights, *biases))):
@@ -155,7 +155,7 @@ def modulations_by(
 def _modulations(
     c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype, demanded: bool
 ) -> Tensor:
-    from ..kernels.gemm_config import modulations_config
+    from ..kernels.configs.gemm import modulations_config
 
     columns = sum(weight.shape[0] for weight in weights)
     rows, inner = c.shape

@@ -1,0 +1,294 @@
+"""What a host spends on eager models before and between their launches: process time, with nothing computed.
+
+Triton launches on a GPU that is not there, and torch's CPU kernels are replaced by one that returns at once
+(kernels/rehearsal/). A call then costs what it costs on a GPU's host up to the launches: Python, dispatcher, autograd,
+shapes, allocation, Triton's launchers. Stubs in Python in the place of operators would hide torch's own share, and a
+dispatch mode or meta tensors would add Python to every operator; neither is in what is timed.
+
+What differs from a GPU's host is said below every table (host_command.py, DIFFERENCES).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+from ditfast import ops
+from ditfast.model import blocks
+from ditfast.training import diffusion_loss
+
+from ..cases.case import Case
+from ..cases.workload import Inputs, make_inputs
+from ..measure.timing import Call, Sampler, Spread, measure, sampler
+from ..records.rows import Direction, HostPart, HostRow
+from .cost import BUILDERS, trace
+
+PROVIDERS = ("reference", "ditfast")
+# what ditfast's models call, by where they look it up
+_OPERATORS = {
+    ops: (
+        *("timestep_embedding", "conditioning", "layer_norm_modulate", "gated_residual"),
+        *("gated_residual_layer_norm_modulate", "self_attention", "gelu_mlp"),
+    ),
+    blocks: ("adaln", "attached", "modulations_of", "norm_linear", "norm_attention", "norm_mlp"),
+}
+_CPU = torch.device("cpu")
+_SEED = 0
+_PART_SHARE = 1 / 16  # of the seconds, for each level of a part
+
+
+def measure_case(case: Case, seconds: float, arch: str, report: Callable[[str], None]) -> list[HostRow]:
+    """The reference's and ditfast's rows of a case, timed in turns in this process, and ditfast's parts.
+
+    Args:
+        case: in bf16, "forward" or "train".
+        seconds: time for each model.
+        arch: of the GPU that is not there.
+        report: told of what begins.
+
+    Raises:
+        ValueError: another dtype or mode.
+        RuntimeError: nothing can be rehearsed here, with the reason.
+    """
+    from ditfast.kernels.rehearsal import nothing_computed, rehearse
+
+    if case.dtype != torch.bfloat16 or case.mode not in ("forward", "train"):
+        raise ValueError(f"case must be in bf16 and of the mode forward or train, got {case.label}")
+    report(f"{case.label}: counting launches")
+    launches = {
+        name: trace(case.config, case.batch, case.dtype, case.mode, name).total_launches for name in PROVIDERS
+    }
+    inputs = make_inputs(case, _CPU, _SEED)
+    # the loss keeps the tables of its first call
+    x0, timesteps, labels, *_ = inputs
+    diffusion_loss(lambda x, t, y: x, x0, timesteps, labels, x0)
+    with rehearse(arch) as seen, nothing_computed() as replaced:
+        calls = {name: _call(case, name, inputs) for name in PROVIDERS}
+        report(f"{case.label}: compiling kernels, where Triton's cache lacks them")
+        counts = {}
+        for name, call in calls.items():
+            call(0)
+            before = seen.launches, replaced()
+            call(0)
+            counts[name] = seen.launches - before[0], replaced() - before[1]
+        report(f"{case.label}: timing")
+        times, least = _times(calls, seconds)
+        report(f"{case.label}: timing ditfast's parts")
+        parts = _parts(case, calls["ditfast"], seconds * _PART_SHARE, lambda: seen.launches)
+    return [
+        HostRow(
+            **case.columns,
+            provider=name,
+            arch=arch,
+            process_ms=times[name],
+            least_ms=least[name],
+            launches=launches[name],
+            triton_launches=counts[name][0],
+            replaced=counts[name][1],
+            parts=parts if name == "ditfast" else [],
+        )
+        for name in PROVIDERS
+    ]
+
+
+def _call(case: Case, name: str, inputs: Inputs) -> Call:
+    """One call of a provider's model, whose weights nobody has written."""
+    with torch.device("meta"):
+        model = nn.Module.to(BUILDERS[name](case.config), case.dtype)
+    model = model.to_empty(device=_CPU).eval()
+    if not case.training:
+
+        def forward(_: int) -> None:
+            with torch.inference_mode():
+                model(*inputs)
+
+        return forward
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def train(_: int) -> None:
+        x0, t, y, noise = inputs
+        diffusion_loss(lambda x, t, y: model(x.to(case.dtype), t, y), x0, t, y, noise).backward()
+        for parameter in parameters:  # as an optimiser's zero_grad
+            parameter.grad = None
+
+    return train
+
+
+def _times(calls: Mapping[str, Call], seconds: float) -> tuple[dict[str, Spread], dict[str, float]]:
+    """(spreads, the least) of the process times in ms of calls that take turns; what fails raises."""
+    least: dict[str, float] = {}
+
+    def noted(name: str, call: Call) -> Sampler:
+        sample = sampler(call, _CPU, _process_clock)
+
+        def noting(count: int) -> float:
+            taken = sample(count)
+            least[name] = min(least.get(name, math.inf), taken / count * 1e3)
+            return taken
+
+        return noting
+
+    measured = measure({name: noted(name, call) for name, call in calls.items()}, _CPU, seconds)
+    for error in measured.failures.values():
+        raise error
+    return measured.times, least
+
+
+def _process_clock(thunk: Callable[[], None]) -> float:
+    begin = time.process_time_ns()
+    thunk()
+    return (time.process_time_ns() - begin) / 1e9
+
+
+@dataclass
+class _Recorded:
+    """One operator as a model called it last: the function, and what it was given, and how often."""
+
+    name: str
+    function: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    uses: int = 0
+
+
+def _parts(case: Case, call: Call, seconds: float, launches: Callable[[], int]) -> list[HostPart]:
+    """Every operator that a call of the model makes, level by level."""
+    found: dict[str, _Recorded] = {}
+
+    def note(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        recorded = found.setdefault(name, _Recorded(name, function))
+        recorded.args, recorded.kwargs, recorded.uses = args, kwargs, recorded.uses + 1
+
+    with ExitStack() as stack:
+        for owner, names in _OPERATORS.items():
+            for name in names:
+                stack.enter_context(_watched(owner, name, note))
+        call(0)
+    return [part for recorded in found.values() for part in _part(case, recorded, seconds, launches)]
+
+
+def _part(case: Case, recorded: _Recorded, seconds: float, launches: Callable[[], int]) -> list[HostPart]:
+    """Forward, and backward where the operator's results want a gradient."""
+
+    def leaf(value: Any) -> Any:
+        return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+    args, kwargs = tree_map(leaf, recorded.args), tree_map(leaf, recorded.kwargs)
+
+    def forward(_: int = 0) -> Any:
+        return recorded.function(*args, **kwargs)
+
+    def measured(direction: Direction, public: Call) -> HostPart:
+        before = launches()
+        with _layers() as layers:
+            public(0)
+        made = launches() - before
+        calls = {"public": public, **{name: _replay(below) for name, below in layers.items() if below}}
+        times, _none = _times(calls, seconds)
+        below = [times.get(name) for name in ("torch_op", "launcher", "launch")]
+        return HostPart(recorded.name, direction, recorded.uses, made, times["public"], *below)
+
+    with torch.inference_mode(not case.training):
+        found = [measured("forward", forward)]
+        leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.requires_grad]
+        outputs = [x for x in tree_leaves(forward()) if isinstance(x, Tensor) and x.requires_grad and x.numel()]
+        if case.training and leaves and outputs:
+            gradients = [torch.empty_like(x) for x in outputs]
+
+            def backward(_: int = 0) -> None:
+                torch.autograd.grad(outputs, leaves, gradients, retain_graph=True, allow_unused=True)
+
+            found.append(measured("backward", backward))
+    return found
+
+
+_Made = list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]
+
+
+def _replay(made: _Made) -> Call:
+    # in an autograd node nothing that it calls wants a gradient
+    made = [(function, *tree_map_only(Tensor, Tensor.detach, given)) for function, *given in made]
+
+    def replay(_: int) -> None:
+        for function, args, kwargs in made:
+            function(*args, **kwargs)
+
+    return replay
+
+
+@contextmanager
+def _layers() -> Iterator[dict[str, _Made]]:
+    """What is called within at each level below the public operator: made again, it costs that level."""
+    from triton.runtime.jit import JITFunction
+
+    from ditfast.kernels import adaln, attention, attention_bwd, conditioning, linear, modulations, sums
+
+    launchers = {
+        adaln: ("adaln_fwd", "adaln_bwd"),
+        attention: ("attention_fwd",),
+        attention_bwd: ("attention_bwd",),
+        conditioning: ("timestep_embedding", "conditioning"),
+        linear: ("linear_gelu", "linear_gelu_backward", "linear_gated_residual", "gelu_backward"),
+        modulations: ("modulations",),
+        sums: ("sum_partials",),
+    }
+    made: dict[str, _Made] = {"torch_op": [], "launcher": [], "launch": []}
+
+    def note_launcher(_: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        made["launcher"].append((function, args, kwargs))
+
+    def note_launch(_: str, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kernel, *rest = args
+        grid, options = kwargs["grid"], {name: kwargs[name] for name in kwargs if name not in ("grid", "warmup")}
+        made["launch"].append((lambda *given, **named: kernel[grid](*given, **named), tuple(rest), options))
+
+    with ExitStack() as stack:
+        for owner, names in launchers.items():
+            for name in names:
+                stack.enter_context(_watched(owner, name, note_launcher))
+        stack.enter_context(_watched(JITFunction, "run", note_launch))
+        stack.enter_context(_TorchOps(made["torch_op"]))
+        yield made
+
+
+class _TorchOps(TorchDispatchMode):
+    """Notes the calls of ditfast's operators in torch."""
+
+    def __init__(self, made: _Made) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.made = made
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == "ditfast":
+            self.made.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+_Note = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], None]
+
+
+@contextmanager
+def _watched(owner: Any, name: str, note: _Note) -> Iterator[None]:
+    """Within a ``with`` block ``note`` is told of every call of a function that is looked up in ``owner``."""
+    function = getattr(owner, name)
+
+    def watching(*args: Any, **kwargs: Any) -> Any:
+        note(name, function, args, kwargs)
+        return function(*args, **kwargs)
+
+    setattr(owner, name, watching)
+    try:
+        yield
+    finally:
+        setattr(owner, name, function)

@@ -1,0 +1,114 @@
+"""The table that ``ditfast tune`` writes: one line a shape, saved whole after each, and what can be skipped later."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ditfast.kernels import attention
+from ditfast.kernels.configs import gemm, rows, tables
+from ditfast.ops import attention_choice
+
+from ...files import write_bytes
+
+_CACHES = (tables.load, rows._row_config, *gemm.CACHES, attention._launch_config)
+_DIGITS = 4  # of a time
+
+
+@dataclass
+class Table:
+    """A GPU's table, on disk from the first entry on.
+
+    Attributes:
+        environment: of this run, the last that wrote.
+        versions: under which a measurement counts as this run's.
+    """
+
+    path: Path
+    gpu: str
+    environment: dict[str, Any]
+    versions: dict[str, str]
+    entries: dict[str, tables.Fields] = field(default_factory=dict)
+    measured: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path, gpu: str, environment: dict[str, Any]) -> Table:
+        """The table that is there, to be extended, or a new one.
+
+        Raises:
+            ValueError: it is damaged or another GPU's, or could not be written; names the file.
+        """
+        if path.parent == tables.CONFIGS:
+            with contextlib.suppress(OSError):  # an installation without tables has no folder for them
+                path.parent.mkdir(exist_ok=True)
+        if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+            raise ValueError(f"--out must be a file in a folder that exists and can be written, got {path}")
+        table = cls(path, gpu, environment, versions())
+        if path.exists():
+            there = tables.read_table(path)
+            if there["gpu"] != gpu:
+                raise ValueError(f"{path} is the table of {there['gpu']!r}, this GPU is {gpu!r}: give another --out")
+            table.entries, table.measured = there["entries"], there["measured"]
+        return table
+
+    def has(self, key: str) -> bool:
+        """Whether a shape was measured under the versions of this run."""
+        record = self.measured.get(key, {})
+        return key in self.entries and all(record.get(name) == value for name, value in self.versions.items())
+
+    def add(self, key: str, fields: tables.Fields, times: Mapping[str, float | None], shape: str) -> None:
+        """Takes a shape's winner, saves, and has whatever is launched from now on look it up.
+
+        Args:
+            times: "ms", "heuristic_ms" and "noise"; the latter two None where the heuristic's choice does not run.
+            shape: the sizes that were measured.
+        """
+        self.entries[key] = fields
+        rounded = {name: None if value is None else float(f"{value:.{_DIGITS}g}") for name, value in times.items()}
+        self.measured[key] = {**rounded, "shape": shape, **self.versions}
+        write_bytes(self.render().encode(), self.path)
+        refresh()
+
+    def render(self) -> str:
+        """JSON with a line for each key, for people to read and to compare."""
+        head = {"schema": tables.SCHEMA, "gpu": self.gpu, "environment": self.environment}
+        text = json.dumps(head, indent=1, allow_nan=False).removesuffix("\n}")
+        return f'{text},\n "entries": {_lines(self.entries)},\n "measured": {_lines(self.measured)}\n}}\n'
+
+
+def versions() -> dict[str, str]:
+    """What a time stems from besides the GPU: torch, triton, and a digest of the kernels' code (no tables)."""
+    import triton
+
+    digest = hashlib.sha256()
+    here = Path(tables.__file__).parent
+    for path in (*sorted(here.parent.glob("*.py")), *sorted(here.glob("*.py"))):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return {"torch": str(torch.__version__), "triton": str(triton.__version__), "kernels": digest.hexdigest()[:12]}
+
+
+def refresh() -> None:
+    """Has the tables read again, and configurations chosen again."""
+    for cached in _CACHES:
+        cached.cache_clear()
+    attention_choice.forget()
+
+
+def _lines(values: Mapping[str, Any]) -> str:
+    """An object with each key on a line, in the order of its parts, numbers by their size."""
+    lines = [
+        f"  {json.dumps(key)}: {json.dumps(values[key], allow_nan=False)}" for key in sorted(values, key=_key_order)
+    ]
+    return "{\n" + ",\n".join(lines) + "\n }" if lines else "{}"
+
+
+def _key_order(key: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in key.split("/")]

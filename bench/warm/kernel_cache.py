@@ -1,0 +1,301 @@
+"""A Triton cache as a thing to carry: what of it is needed, whether it fits another machine, and packing it.
+
+What Triton looks a compiled kernel up by (triton 3.6 and 3.7, ``compiler.get_cache_key``): every file of its wheel that
+compiles, libtriton.so among them, so that the wheel for another Python is another key; the kernel's source, its line in
+the file, and those of what it calls, but not the path; the specialisation and the options of the launch; the
+architecture, ptxas's version; the environment variables that change what is compiled. A launcher's key is its C
+source and the platform, and its file is named after the Python it was built for.
+
+In the cache a kernel is a folder named by that key. Its group file lists the others by absolute paths, which
+:func:`unpack` writes anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sysconfig
+from collections.abc import Collection, Iterable, Iterator
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any
+
+from ...files import write_bytes, write_json
+from ..records.parsing import parse
+from .archives import SUFFIX, read_archive, write_archive
+
+SCHEMA = "ditfast.kernel-cache/1"
+MANIFEST = "ditfast-cache.json"
+_GROUP = "__grp__"
+# that become options of a launch
+_OPTIONS = ("PTXAS_OPTIONS", "TRITON_DEBUG", "TRITON_INSTRUMENTATION_MODE")
+
+
+def cache_folder() -> Path:
+    """Where Triton keeps what it compiles, in this process; no triton is needed to ask."""
+    home = Path(os.environ.get("TRITON_HOME") or Path.home())
+    return Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
+
+
+def kernel_files(cache: Path, folders: Collection[str] | None = None) -> Iterator[tuple[str, Path]]:
+    """(name in an archive, file) of what launches need: cubins, their metadata and groups, and launchers.
+
+    Args:
+        folders: of kernels, by name; all by default. Launchers come along in any case.
+    """
+    launcher = sysconfig.get_config_var("EXT_SUFFIX") or ".so"
+    for folder in sorted(path for path in cache.glob("*") if path.is_dir()):
+        for path in sorted(path for path in folder.iterdir() if path.is_file()):
+            kernel = path.suffix in (".cubin", ".json") and (folders is None or folder.name in folders)
+            if kernel or path.name.endswith(launcher):
+                yield f"{folder.name}/{path.name}", path
+
+
+def pack(cache: Path, archive: Path, folders: Collection[str] | None = None) -> int:
+    """Packs what launches need, and the manifest where there is one, into a .tar.xz; returns its size in bytes."""
+    files = list(kernel_files(cache, folders))
+    if (cache / MANIFEST).is_file():
+        files.append((MANIFEST, cache / MANIFEST))
+    return write_archive(files, archive)
+
+
+def unpack(source: Path | Iterable[Path], cache: Path) -> int:
+    """Adds kernels to a Triton cache, at whatever path it lies; returns how many came.
+
+    Args:
+        source: an archive of :func:`pack`, a folder that holds such archives, a copied cache, or several of these. The
+            archives among which one cache was divided must come together.
+
+    Raises:
+        ValueError: an archive that is damaged; no kernels at all.
+        OSError: what cannot be read or written.
+    """
+    sources = [source] if isinstance(source, Path) else list(source)
+    contents = [item for path in sources for item in _contents(path)]
+    files = dict(contents)
+    manifests = [found for name, data in contents if name == MANIFEST and (found := _manifest(data)) is not None]
+    groups = {}
+    for name, data in files.items():
+        path = cache / name
+        if path.parent.parent != cache or path.suffix not in (".cubin", ".json", ".so"):
+            continue
+        if path.name.startswith(_GROUP):
+            groups[path] = data
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(data, path)
+    count = sum(_place(path, data) for path, data in groups.items())  # at last: a group is what Triton looks for
+    if not count:
+        raise ValueError(f"{', '.join(map(str, sources))} must hold compiled kernels, got none")
+    there = read_manifest(cache)
+    for manifest in manifests:
+        if there is None or not fits(manifest) or fits(there):  # what does not fit says nothing of what does
+            there = merged(there, manifest)
+    if there is not None:
+        write_json(there, cache / MANIFEST)
+    return count
+
+
+def _contents(source: Path) -> list[tuple[str, bytes]]:
+    if not source.is_dir():
+        return read_archive(source)
+    if archives := sorted(source.glob(f"*{SUFFIX}")):
+        return [item for archive in archives for item in read_archive(archive)]
+    files = [*kernel_files(source), (MANIFEST, source / MANIFEST)]
+    return [(name, path.read_bytes()) for name, path in files if path.is_file()]
+
+
+def _place(path: Path, data: bytes) -> bool:
+    """Writes a group file for the folder it now lies in; not where its kernel is missing, which Triton would miss."""
+    try:
+        names = [Path(name).name for name in json.loads(data)["child_paths"]]
+    except (ValueError, KeyError, TypeError):
+        return False
+    here = {name: str(path.parent.absolute() / name) for name in names if (path.parent / name).is_file()}
+    if not {".cubin", ".json"} <= {Path(name).suffix for name in here}:
+        return False
+    write_bytes(json.dumps({"child_paths": here}).encode(), path)
+    return True
+
+
+def read_manifest(cache: Path) -> dict[str, Any] | None:
+    """What :func:`make_manifest` said of a cache, or None."""
+    try:
+        return _manifest((cache / MANIFEST).read_bytes())
+    except OSError:
+        return None
+
+
+def _manifest(data: bytes) -> dict[str, Any] | None:
+    """A manifest, or None where it is none or damaged: it only informs."""
+    try:
+        found = json.loads(data)
+        parse(dict[str, Any], found, "manifest")
+        parse(dict[str, dict[str, list[str]]], found["architectures"], "architectures")
+        identity = parse(dict[str, Any], found["identity"], "identity")
+        complete = {"triton", "build", "python", "platform", "ptxas", "variables", "sources"} <= identity.keys()
+    except (ValueError, KeyError):
+        return None
+    return found if found.get("schema") == SCHEMA and complete else None
+
+
+def make_manifest(architecture: str, warmed: Iterable[str], folders: Iterable[str]) -> dict[str, Any]:
+    """What a cache made in this process holds, JSON-ready.
+
+    Args:
+        architecture: such as sm_90.
+        warmed: what is compiled as a whole, in words.
+        folders: of the kernels.
+
+    Returns:
+        ``schema``; ``identity``: all that kernels are looked up by (see above) but for the launch itself, as
+        ``triton`` and its ``build``, ``python``, ``platform``, ``ptxas``, ``variables`` and ``sources`` (a digest of
+        each kernel's); ``architectures``: name -> ``warmed`` and ``kernels``, their folders.
+    """
+    entry = {"warmed": sorted(set(warmed)), "kernels": sorted(set(folders))}
+    return {"schema": SCHEMA, "identity": _identity(), "architectures": {architecture: entry}}
+
+
+def merged(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
+    """A cache's manifest after another run: where nothing by which kernels are looked up has changed, what was there
+    before counts too."""
+    if old is None or old["identity"] != new["identity"]:
+        return new
+    architectures = dict(old["architectures"])
+    for name, entry in new["architectures"].items():
+        before = architectures.get(name, {})
+        architectures[name] = {field: sorted({*before.get(field, ()), *entry[field]}) for field in entry}
+    return {**new, "architectures": architectures}
+
+
+def fits(manifest: dict[str, Any]) -> str:
+    """Why a cache's kernels would not be taken in this process, in words, or ""."""
+    try:
+        here, there = _identity(), manifest["identity"]
+    except ImportError:
+        return "triton is not installed"
+    except _Interpreting as error:
+        return str(error)
+    for field, what in (("triton", "triton"), ("python", "Python"), ("platform", "the platform")):
+        if here[field] != there[field]:
+            return f"made with {what} {there[field]}, and here is {here[field]}"
+    if here["build"] != there["build"]:
+        return f"made with another build of triton {here['triton']}"
+    if here["ptxas"] != there["ptxas"]:
+        return f"made with ptxas {there['ptxas']}, and here is {here['ptxas']} (TRITON_PTXAS_PATH)"
+    names = sorted(dict(here["variables"].items() ^ there["variables"].items()))
+    if names:
+        return f"made with other values of {', '.join(names)}"
+    changed = sorted(name for name, digest in here["sources"].items() if there["sources"].get(name) != digest)
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        return f"{len(changed)} of {len(here['sources'])} kernels have changed: {', '.join(changed[:3])}{more}"
+    return _other_gpu(manifest["architectures"])
+
+
+def _other_gpu(architectures: Iterable[str]) -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return ""
+    found = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    return "" if found in architectures else f"made for {', '.join(architectures)}, and the GPU is {found}"
+
+
+def facts(cache: Path) -> dict[str, Any]:
+    """What ``ditfast info`` says of a Triton cache.
+
+    Returns:
+        ``folder``; ``kernels``: how many of ditfast's it holds, of whatever version; ``warmed``: architecture -> what
+        was compiled ahead for it; ``missing``: how many kernels of that are there no more; ``misfit``: why that would
+        not be taken here, "" where it would. The last three are None where nothing was compiled ahead.
+    """
+    manifest = read_manifest(cache)
+    names = set(kernel_functions())
+    found = [path for path in cache.glob(f"*/{_GROUP}*.json") if path.stem.removeprefix(_GROUP) in names]
+    warmed, missing = None, None
+    if manifest is not None:
+        there = {path.parent.name for path in cache.glob(f"*/{_GROUP}*.json")}
+        warmed = {name: entry["warmed"] for name, entry in manifest["architectures"].items()}
+        missing = sum(len({*entry["kernels"]} - there) for entry in manifest["architectures"].values())
+    return {
+        "folder": str(cache),
+        "kernels": len(found),
+        "warmed": warmed,
+        "missing": missing,
+        "misfit": None if manifest is None else fits(manifest),
+    }
+
+
+def render(found: dict[str, Any]) -> str:
+    """The same as lines for people."""
+    lines = ["Triton's cache", f"  {found['folder']}: {found['kernels']} compiled kernels of ditfast"]
+    for name, what in (found["warmed"] or {}).items():
+        lines.append(f"  compiled ahead for {name}: {'; '.join(what) or 'a part, cut short'}")
+    if found["warmed"] is not None:
+        misfit = f"  not all of which are taken here: {found['misfit']}"
+        lines.append(misfit if found["misfit"] else "  which are taken here")
+    if found["missing"]:
+        lines.append(f"  but {found['missing']} of them are missing")
+    return "\n".join(lines)
+
+
+class _Interpreting(Exception):
+    """Kernels run in Triton's interpreter, which compiles none."""
+
+
+def _identity() -> dict[str, Any]:
+    from triton import __version__
+    from triton._C.libtriton import get_cache_invalidating_env_vars
+    from triton.runtime.cache import triton_key
+
+    from ditfast.kernels.launch import interpreting
+
+    if interpreting():
+        raise _Interpreting("kernels run in Triton's interpreter here (TRITON_INTERPRET)")
+    options = {name: os.environ[name] for name in _OPTIONS if os.environ.get(name)}
+    return {
+        "triton": __version__,
+        "build": _digest(triton_key()),
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "platform": sysconfig.get_platform(),
+        "ptxas": _ptxas(),
+        "variables": {**get_cache_invalidating_env_vars(), **options},
+        "sources": {name: _digest(kernel.cache_key) for name, kernel in sorted(kernel_functions().items())},
+    }
+
+
+def _ptxas() -> str:
+    """The versions of those that Triton runs: before Blackwell, and from there on."""
+    from triton.backends.nvidia.compiler import get_ptxas_version
+
+    versions = []
+    for arch in (80, 100):
+        try:
+            text = get_ptxas_version(arch)
+        except (RuntimeError, OSError, subprocess.SubprocessError):
+            text = "none"
+        match = re.search(r"V[\d.]+", text)
+        versions.append(match.group() if match else text.strip())
+    return " and ".join(dict.fromkeys(versions))
+
+
+def kernel_functions() -> dict[str, Any]:
+    """Every kernel by its name; empty where triton is not installed."""
+    from ditfast import kernels
+
+    try:
+        modules = [import_module(f"{kernels.__name__}.{found.name}") for found in iter_modules(kernels.__path__)]
+    except ImportError:
+        return {}
+    found = {name: value for module in modules for name, value in vars(module).items()}
+    return {name: value for name, value in found.items() if name.startswith("_") and name.endswith("_kernel")}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,190 @@
+"""The fast DiT: the reference's modules, names and parameters with a fused forward.
+
+Fused designs (adaLN and adaLN-Zero): a gated residual and the norm after it are one operator, also across
+block borders, so a block hands its last branch and gate on instead of adding them; all adaLN Linears are one
+launch. Blocks are still called as modules, so hooks, activation checkpointing and sharding
+per block keep working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import DiTConfig
+from ..ops.backend import autocast_dtype
+from ..reference import dit as reference
+from ..reference.ops import unpatchify
+from .blocks import (
+    FUSED,
+    FusedLabelEmbedder,
+    FusedTimestepEmbedder,
+    Pending,
+    all_modulations,
+    is_plain,
+    is_plain_modulation,
+    records_gradients,
+)
+
+
+class DiT(reference.DiT):
+    """The fast DiT: same parameters, state dict and results as :class:`ditfast.reference.DiT`.
+
+    ``adaln_zero`` and ``adaln`` take the fused forward; ``in_context`` and ``cross_attention`` run the
+    reference's code (``repr`` says which).
+
+    All adaLN Linears run in one launch that reads their weights where they lie, at the beginning of each call, so that
+    whatever wrote these before is seen. Each Linear runs on its own where a weight is not a plain tensor on the others'
+    device (sharded, wrapped by LoRA, offloaded, quantised), where a block or the final layer has hooks or a wrapper, on
+    a CPU, and in training under autocast; above 1024 samples by the library's GEMM.
+    """
+
+    _embedders = (reference.TimestepEmbedder, FusedTimestepEmbedder)
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__(config)
+        self.fused = config.conditioning in ("adaln", "adaln_zero")
+        if self.fused:
+            for module in self.modules():
+                module.__class__ = FUSED.get(type(module), type(module))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """As :meth:`ditfast.reference.DiT.forward`."""
+        if not self.fused:
+            return super().forward(x, t, y)
+        self._check_inputs(x, t, y)
+        activated = self._activates()
+        x, c = self._tokens(x), self._conditioning(t, y, activated)
+        return self._denoised(x, *self._modulations(c, activated), activated)
+
+    def modulation(self, t: Tensor, y: Tensor) -> Tensor:
+        """All that the blocks and the final layer are told of timesteps and labels, without gradients.
+
+        Args:
+            t: timesteps (B,), int or float.
+            y: labels (B,), int32 or int64.
+
+        Returns:
+            (B, N): the modulation of each block, then of the final layer; N is the rows of all adaLN Linears.
+
+        Raises:
+            ValueError: a design without adaLN.
+        """
+        self._check_modulated()
+        with torch.no_grad():
+            activated = self._activates()
+            c = self._conditioning(t, y, activated)
+            together = all_modulations(self._modulation_linears(), c) if activated else None
+            if together is not None:
+                return together
+            parts = [layers[-1](c) if activated else layers(c) for layers in self._modulation_layers()]
+            return torch.cat(parts, dim=1)
+
+    def forward_modulated(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """:meth:`forward` with what :meth:`modulation` gave for its t and y: no adaLN weight is read.
+
+        Args:
+            x: latents (B, C, height, width) of ``config.latent_size``, any floating dtype.
+            modulation: (B, N), any row stride.
+
+        Returns:
+            (B, C_out, height, width) in the model's dtype.
+
+        Raises:
+            ValueError: a design without adaLN, or a shape that does not fit.
+        """
+        self._check_modulated()
+        rows = [linear.out_features for linear in self._modulation_linears()]
+        shape = (self.config.in_channels, *self.config.latent_hw)
+        if x.ndim != 4 or x.shape[1:] != shape:
+            raise ValueError(f"x must have shape (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
+        if modulation.shape != (len(x), sum(rows)):
+            raise ValueError(f"modulation must have shape ({len(x)}, {sum(rows)}), got {tuple(modulation.shape)}")
+        return self._denoised(self._tokens(x), None, modulation.split_with_sizes(rows, dim=1), True)
+
+    def _check_modulated(self) -> None:
+        if not self.fused:
+            raise ValueError(f"only adaLN designs are modulated, this model is {self.config.conditioning}")
+
+    def _activates(self) -> bool:
+        """Whether all adaLN Linears read the same SiLU(c): nobody changed what stands around them."""
+        return all(map(is_plain_modulation, self._modulation_layers()))
+
+    def _modulation_layers(self) -> list[nn.Sequential]:
+        """adaLN_modulation of each block and of the final layer."""
+        return [cast(nn.Sequential, layer.adaLN_modulation) for layer in (*self.blocks, self.final_layer)]
+
+    def _modulation_linears(self) -> list[nn.Linear]:
+        return [cast(nn.Linear, layers[-1]) for layers in self._modulation_layers()]
+
+    def _denoised(
+        self, x: Tensor, c: Tensor | None, modulations: Sequence[Tensor | None], activated: bool
+    ) -> Tensor:
+        """Tokens x (B, T, D) through the blocks and the final layer, to (B, C_out, height, width)."""
+        pending = Pending()
+        *given, last = modulations
+        # whose branches nobody sees between: no hooks, wrappers, sharding or forward of their own
+        private = [records_gradients() and is_plain(layer, kind) for layer, kind in self._fused_layers()]
+        hands_over = [here and there for here, there in zip(private[:-1], private[1:], strict=True)]
+        for block, modulation, over in zip(self.blocks, given, hands_over, strict=True):
+            x, *rest, c = block(x, *pending, c, activated, modulation, *([True] if over else []))
+            pending = Pending(*rest)
+        x = self.final_layer(x, *pending, c, activated, last)
+        return unpatchify(x, self.config.patch_size, self.config.grid_size)
+
+    def _fused_layers(self) -> list[tuple[nn.Module, type[nn.Module]]]:
+        """The blocks and the final layer, each with the class it was given."""
+        kind = FUSED[reference.AdaLNZeroBlock if self.config.conditioning == "adaln_zero" else reference.AdaLNBlock]
+        return [*((block, kind) for block in self.blocks), (self.final_layer, FUSED[reference.FinalLayer])]
+
+    def _conditioning(self, t: Tensor, y: Tensor, activated: bool) -> Tensor:
+        """c, through its SiLU where ``activated``."""
+        t_emb = self._embedded_times(t)
+        if isinstance(self.y_embedder, FusedLabelEmbedder):
+            return cast(Tensor, self.y_embedder(y, t_emb, activated))
+        c = t_emb + self.y_embedder(y)
+        return F.silu(c) if activated else cast(Tensor, c)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.pos_embed.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The output's dtype: the position table's, whatever the Linears' weights are stored in."""
+        return self.pos_embed.dtype
+
+    def reset_cache(self) -> NoReturn:
+        """Refused: there is no cache."""
+        raise TypeError("DiT keeps no copy of its weights any more: leave reset_cache() out")
+
+    def extra_repr(self) -> str:
+        how = "fused forward" if self.fused else "no fused forward for this design: runs the reference's code"
+        return f"{self.config.name}, {self.config.conditioning}: {how}"
+
+    def _modulations(self, c: Tensor, activated: bool) -> tuple[Tensor | None, Sequence[Tensor | None]]:
+        """(c where the layers have a use for it, the modulation of each block and of the final layer).
+
+        None where the layer computes its own from c. In training that is one launch too, and each layer's gradient its
+        own, as soon as it is known. Not so under autocast, where the backward would have to cast each weight again.
+        """
+        apart = c, (None,) * (len(self.blocks) + 1)
+        linears = self._modulation_linears() if activated else []
+        # a layer's hooks and wrappers may write or gather its weights before it is called
+        if not activated or not all(is_plain(*each) for each in self._fused_layers()):
+            return apart
+        # not linear.parameters(): a replica of DataParallel has plain tensors
+        tensors = [c, *(getattr(linear, name, None) for linear in linears for name in ("weight", "bias"))]
+        trains = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+        if trains and autocast_dtype(c.device.type) is not None:
+            return apart
+        together = all_modulations(linears, c)
+        if together is None:
+            return apart
+        widths = [linear.out_features for linear in linears]
+        return c if trains else None, together.split_with_sizes(widths, dim=1)

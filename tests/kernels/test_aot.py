@@ -1,0 +1,215 @@
+"""Every kernel compiled for sm_80 and sm_90 without a GPU, within its budget; and budgets that can be broken."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from ditfast.kernels.aot.compile import Budget, KernelCase, Report, resident_warps, violations  # noqa: E402
+from ditfast.kernels.configs import gemm  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.subprocess
+
+
+def run(*command):
+    """A fresh interpreter with the kernels defined for the compiler, not for Triton's interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "COLUMNS": "300"}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="session")
+def report(tmp_path_factory):
+    path = tmp_path_factory.mktemp("kernels") / "report.json"
+    done = run("-m", "ditfast", "kernels", "--arch", "sm_80", "--arch", "sm_90", "--json", str(path))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(path.read_text())
+
+
+def test_every_kernel_is_within_its_budget(report):
+    assert report["schema"] == "ditfast.kernels/1"
+    assert not [row for row in report["kernels"] if row["violations"]]
+    for row in report["kernels"]:
+        assert row["spill_bytes"] == 0
+        assert not any(name.startswith(("LDL", "STL")) for name in row["instructions"])
+
+
+def test_the_report_covers_what_it_should(report):
+    rows = {(row["kernel"], row["shape"], row["dtype"], row["arch"]) for row in report["kernels"]}
+    for operator in ("layer_norm_modulate", "gated_residual", "gated_residual_layer_norm_modulate"):
+        for direction in ("forward", "backward"):
+            for width in (384, 768, 1024, 1152):
+                for dtype in ("bf16", "fp32", "bf16, fp32 stream"):
+                    for arch in ("sm_80", "sm_90"):
+                        assert (f"{operator}, {direction}", f"D={width}", dtype, arch) in rows
+    for row in report["kernels"]:
+        if row["kernel"].endswith((", forward", ", backward")) and "attention" not in row["kernel"]:
+            assert row["instructions"]["LDG.E.128"] and row["instructions"]["STG.E.128"], row
+
+
+EPILOGUES = (
+    "linear_gelu",
+    "linear_gelu_save",
+    "linear_gelu_backward",
+    "linear_gated_residual",
+    "linear_gated_residual_save",
+)
+
+
+def test_matrix_kernels_run_on_the_tensor_cores(report):
+    """Every epilogue at the widths of S, B, L and XL, and attention: wgmma and TMA on Hopper, cp.async elsewhere."""
+    wanted = {"sm_80": {"HMMA", "LDGSTS"}, "sm_90": {"HGMMA", "UTMALDG", "UTMASTG"}}
+    rows = [row for row in report["kernels"] if row["dtype"] != "fp32"]
+    for arch, instructions in wanted.items():
+        for operator in EPILOGUES:
+            shapes = [row for row in rows if (row["kernel"], row["arch"]) == (operator, arch)]
+            dtypes = {"bf16", "tf32"} | ({"bf16, fp32 stream"} if "residual" in operator else set())
+            assert {row["dtype"] for row in shapes} == dtypes
+            for width in (384, 768, 1024, 1152):
+                inner = 4 * width if "residual" in operator else width
+                assert sum(row["shape"].split(", ")[0].endswith(f"K={inner}") for row in shapes) >= 2, (operator, width)
+            for row in shapes:
+                found = {name.split(".")[0] for name in row["instructions"]}
+                assert instructions <= found and not (arch == "sm_90" and "HMMA" in found), row
+        attention = [row for row in rows if row["kernel"].startswith("self_attention") and row["arch"] == arch]
+        assert {row["kernel"] for row in attention} >= {
+            f"self_attention, {part}" for part in ("forward", "d_q", "d_k and d_v", "d_bias")
+        }
+        for row in attention:
+            found = {name.split(".")[0] for name in row["instructions"]}
+            assert {"HMMA" if arch == "sm_80" else "HGMMA", "LDGSTS"} <= found, row
+
+
+def test_the_activation_is_taken_once_an_element(report):
+    """Not once more in other registers, nor in code for an empty sum."""
+    for row in report["kernels"]:
+        if row["kernel"] in EPILOGUES and "gelu" in row["kernel"] and row["dtype"] == "bf16":
+            rows, columns, inner = (int(size[2:]) for size in row["shape"].split())
+            gpu = {"sm_80": (8, 108), "sm_90": (9, 132)}[row["arch"]]
+            arguments = (row["kernel"], rows, columns, inner, torch.bfloat16, *gpu)
+            config = gemm.heuristic(*arguments, demanded=True)
+            a_thread = config.block_m * config.block_n // (32 * config.num_warps)
+            assert row["instructions"]["MUFU.TANH"] == a_thread, row
+
+
+def test_two_blocks_share_a_multiprocessor(report):
+    """The 128 x 128 x 64 tiles of sm_80: 8 warps each, at most 128 registers a thread."""
+    rows = [row for row in report["kernels"] if row["arch"] == "sm_80" and row["kernel"] in EPILOGUES]
+    large = [row for row in rows if row["dtype"] == "bf16" and row["num_warps"] == 8]
+    assert {row["kernel"] for row in large} == set(EPILOGUES)
+    assert all(row["resident_warps"] >= 16 and row["registers"] <= 128 for row in large)
+
+
+def test_every_kernel_of_the_folder_is_compiled():
+    """A new @triton.jit kernel must come with a case."""
+    code = """
+import importlib, pathlib, triton
+from ditfast.kernels.aot.cases import cases
+compiled = {case.kernel.fn.__name__ for case in cases()}
+for path in pathlib.Path("kernels").glob("*.py"):
+    module = importlib.import_module(f"ditfast.kernels.{path.stem}")
+    for name, value in vars(module).items():
+        if isinstance(value, triton.JITFunction) and name.endswith("_kernel") and name not in compiled:
+            print(name)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+
+
+BREAK = """
+import sys
+from dataclasses import replace
+from ditfast.kernels import cases
+cases.WIDTHS = (384,)
+cases._FORWARD = replace(cases._FORWARD, {budget})
+from ditfast.cli import main
+sys.argv = ["ditfast", "kernels", "--arch", "sm_90"]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ("registers=16", ", at most 16 allowed"),
+        ("instructions=('HGMMA',)", "no HGMMA instruction"),
+    ],
+)
+def test_a_broken_budget_fails_the_command(budget, message):
+    done = run("-c", BREAK.format(budget=budget))
+    assert done.returncode == 1
+    assert message in done.stdout
+
+
+def test_spills_are_found():
+    """Rows of 8192 in the fused backward spill: the widest there is, far from any model's width."""
+    code = """
+from ditfast.kernels import aot, cases
+import torch
+case = cases._backward("gated_residual_layer_norm_modulate", 8192, torch.bfloat16, torch.bfloat16)
+print(aot.violations(aot.compile_case(case, "sm_80")))
+"""
+    done = run("-c", code)
+    assert "spills" in done.stdout, done.stderr
+
+
+def test_bad_arguments():
+    done = run("-m", "ditfast", "kernels", "--arch", "sm_75")
+    assert done.returncode == 2
+    assert "arch must be one of sm_80, sm_90, got 'sm_75'" in done.stderr
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "ditfast", "kernels"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "unset TRITON_INTERPRET" in done.stderr
+
+
+CASE = KernelCase("k", "D=1", "bf16", None, {}, {}, frozenset(), 4, Budget(64, 4096, 16, 0.5, ("LDG.E.128",)))
+WITHIN = Report(CASE, "sm_90", 64, 0, 4096, 16, 0.5, {"LDG.E.128": 1})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"registers": 65}, "registers 65, at most 64 allowed"),
+        ({"spill_bytes": 8}, "spills 8 bytes"),
+        ({"instructions": {"LDG.E.128": 1, "STL.64": 2}}, "2 local loads and stores"),
+        ({"shared": 4097}, "shared 4097, at most 4096 allowed"),
+        ({"resident_warps": 15}, "resident warps 15, at least 16 wanted"),
+        ({"wide": 0.49}, "49% of global bytes in 128-bit accesses"),
+        ({"instructions": {}}, "no LDG.E.128 instruction"),
+    ],
+)
+def test_violations(change, message):
+    found = violations(replace(WITHIN, **change))
+    assert found == [] if message is None else (len(found) == 1 and message in found[0])
+
+
+def test_shared_memory_is_held_against_the_hardware():
+    generous = replace(CASE, budget=replace(CASE.budget, shared=1 << 20, resident_warps=0))
+    assert violations(replace(WITHIN, case=generous, shared=227 * 1024)) == []
+    assert "sm_90 has 232448 a block" in violations(replace(WITHIN, case=generous, shared=227 * 1024 + 1))[0]
+
+
+def test_resident_warps_by_hand():
+    assert resident_warps("sm_90", 4, 128, 0) == 16  # 65536 / (4 * 32 * 128) = 4 blocks
+    assert resident_warps("sm_90", 4, 121, 0) == 16  # registers come in eights
+    assert resident_warps("sm_90", 4, 120, 0) == 16  # 4.27 blocks
+    assert resident_warps("sm_90", 8, 32, 0) == 64
+    assert resident_warps("sm_90", 1, 32, 0) == 32  # at most 32 blocks
+    assert resident_warps("sm_90", 8, 32, 100 * 1024) == 16  # 228 / 101 = 2 blocks
+    assert resident_warps("sm_80", 8, 32, 100 * 1024) == 8

@@ -1,0 +1,281 @@
+"""Kernels launched on GPUs that are not there: `pytest -m rehearsal`, without Triton's interpreter.
+
+Nothing is computed, so nothing is judged by numbers: what compiles, what is launched and what is refused is.
+"""
+
+import copy
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+import ditfast
+from ditfast import DiT, DiTConfig, ops
+from ditfast.bench.prove import rehearsal
+from ditfast.bench.prove.uncomputed import Uncomputed
+from ditfast.ops import backend as backend_module
+from ditfast.testing.inputs import random_batch, randomize_
+from ditfast.testing.operators import OPERATORS
+from tests.adapters.foreign_models import Model, inputs, randomised
+
+pytest.importorskip("triton", reason="needs the package triton")
+from triton.runtime.errors import OutOfResources  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
+
+from ditfast.kernels import launch, linear  # noqa: E402
+from ditfast.kernels.configs import gemm
+from ditfast.kernels.rehearsal import GPUS, rehearse, unavailable  # noqa: E402
+
+pytestmark = [
+    pytest.mark.rehearsal,
+    pytest.mark.skipif(unavailable() is not None, reason=f"cannot rehearse: {unavailable()}"),
+]
+SMALL = DiTConfig(depth=2, hidden_size=144, num_heads=2, latent_size=8, patch_size=2, num_classes=10)
+# not launched by a compiled model, for Inductor fuses their formulas: the sinusoid, and in inference the conditioning
+LEFT_TO_INDUCTOR = {"inference": 2, "training": 1, "autocast": 1}
+
+
+@pytest.fixture
+def hopper():
+    torch.compiler.reset()
+    with rehearse("sm_90") as seen:
+        yield seen
+
+
+def launches(seen, model, arguments, how):
+    before = seen.launches
+    if how == "inference":
+        with torch.no_grad():
+            model(*arguments)
+    else:
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            output = model(*arguments)
+        output.sum().backward()
+    return seen.launches - before
+
+
+def model_and_inputs(how, batch=3, config=SMALL):
+    dtype = torch.float32 if how == "autocast" else torch.bfloat16
+    model = randomize_(DiT(config)).to(dtype).train(how != "inference")
+    return model, random_batch(config, batch, dtype=dtype)
+
+
+@pytest.mark.parametrize("how", LEFT_TO_INDUCTOR)
+@pytest.mark.parametrize("design", ["adaln_zero", "adaln"])
+def test_models_compile_along_a_gpus_path(design, how, hopper):
+    """fullgraph, forward and backward: the compiled model launches what the eager one does."""
+    model, arguments = model_and_inputs(how, config=replace(SMALL, conditioning=design))
+    eager = launches(hopper, model, arguments, how)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert eager > 8
+    for _ in range(2):
+        assert launches(hopper, compiled, arguments, how) == eager - LEFT_TO_INDUCTOR[how]
+
+
+def test_guided_and_for_any_batch(hopper):
+    model, arguments = model_and_inputs("inference")
+    doubled = [torch.cat([x, x]) for x in arguments]
+    compiled = torch.compile(model.forward_with_cfg, fullgraph=True, backend="aot_eager", dynamic=True)
+    found = []
+    for rows in (6, 4):
+        found.append(launches(hopper, lambda *given: compiled(*given, 4.0), [x[:rows] for x in doubled], "inference"))
+    assert found[0] == found[1] == launches(hopper, model, arguments, "inference") - 2
+
+
+@pytest.mark.parametrize("how", ["inference", "training"])
+def test_accelerated_models_compile_along_a_gpus_path(how, hopper):
+    model = randomised(Model(dim=144, num_heads=2)).bfloat16().train(how == "training")
+    ditfast.accelerate(model, check=False)  # nothing is computed that could be checked
+    x, t, y = inputs(3)
+    arguments = (x.bfloat16(), t, y)
+    eager = launches(hopper, model, arguments, how)
+    assert eager > 8
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    # but for the launch of all modulations: compiled, each layer runs its own Linear
+    assert launches(hopper, compiled, arguments, how) == eager - (how == "inference")
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("how", ["inference", "training"])
+def test_by_inductor(how, hopper):
+    model, arguments = model_and_inputs(how)
+    eager = launches(hopper, model, arguments, how)
+    compiled = torch.compile(model, fullgraph=True)
+    assert launches(hopper, compiled, arguments, how) == eager - LEFT_TO_INDUCTOR[how]
+
+
+def test_attention_takes_the_library_where_a_gpu_would(hopper):
+    """Head dims of 64 in inference: no launch of ours, in the eager operator and in the compiled one."""
+    compiled = torch.compile(ops.self_attention, fullgraph=True, backend="aot_eager")
+    for head_dim, learns, wanted in ((64, False, 0), (64, True, 1), (72, False, 1)):
+        qkv = torch.randn(2, 16, 6 * head_dim, dtype=torch.bfloat16, requires_grad=learns)
+        for function in (ops.self_attention, compiled):
+            before = hopper.launches
+            function(qkv, 2)
+            assert hopper.launches - before == wanted, (head_dim, learns)
+
+
+# of one model in bf16, inference and training, at every batch and token count below. What differs: the GEMMs' tiles
+# with the rows, the sums' with the partial sums, attention's with few tokens; the row kernels' gradients wanted
+COMPILATIONS = {
+    "_adaln_bwd_kernel": 6,
+    "_adaln_fwd_kernel": 4,
+    "_attention_dkv_kernel": 3,
+    "_attention_dq_kernel": 3,
+    "_attention_fwd_kernel": 6,
+    "_conditioning_kernel": 1,
+    "_gelu_bwd_kernel": 1,
+    "_gemm_tma_kernel": 7,
+    "_modulations_kernel": 4,
+    "_sinusoid_kernel": 2,
+    "_sum_kernel": 5,
+}
+
+
+def test_another_batch_or_token_count_compiles_nothing():
+    """Token counts of the models, which multiples of 16 are: attention compiles once more for others, and its backward
+    for at most 128 tokens."""
+    xl = DiTConfig(depth=2, hidden_size=1152, num_heads=16, latent_size=32, patch_size=2, num_classes=10)
+    with rehearse("sm_90") as seen, Uncomputed():
+        for batch in (4, 1, 2, 3, 7, 16, 64, 256):
+            rehearsal.infer(xl, batch, torch.bfloat16)
+            rehearsal.train(xl, batch, torch.bfloat16)
+        at_256_tokens = len(seen.compilations)
+        for patch, latent in ((4, 32), (8, 32), (2, 64)):
+            for batch in (4, 1, 2, 3, 7, 16, 64, 256):
+                config = replace(xl, patch_size=patch, latent_size=latent)
+                rehearsal.infer(config, batch, torch.bfloat16)
+                rehearsal.train(config, batch, torch.bfloat16)
+    assert Counter(item.kernel for item in seen.compilations) == COMPILATIONS
+    assert at_256_tokens == 30
+    assert not [item for item in seen.compilations if item.ones]  # no size of 1 is a reason
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_80"])
+def test_a_part_reaches_every_kernel(arch, monkeypatch):
+    """What the command does for S/2 and XL/2 here for a small width."""
+    tiny = rehearsal.Sizes(((144, 2),), (3,), (17,), ((8, 8, 2),))
+    monkeypatch.setattr(rehearsal, "BRIEF", tiny)
+    parts = [rehearsal.Part(arch, "bf16", subject, False) for subject in ("operators", "models")]
+    outcomes = [rehearsal.rehearse_part(part) for part in parts]
+    assert not [failure for outcome in outcomes for failure in outcome.failures]
+    assert not rehearsal.unreached(outcomes)
+    assert (outcomes[0].tensor_maps > 0) == (arch == "sm_90")
+    # no model learns a bias of its attention
+    assert f"_attention_dbias_kernel was never launched on {arch}" in rehearsal.unreached(outcomes[1:])
+
+
+def test_what_fails_is_noted_and_the_rest_goes_on(monkeypatch):
+    def fails(**inputs):
+        raise RuntimeError("no such kernel")
+
+    broken = {name: replace(operator, fused=fails) if name == "gelu_mlp" else operator
+              for name, operator in OPERATORS.items()}  # fmt: skip
+    monkeypatch.setattr(rehearsal, "OPERATORS", broken)
+    monkeypatch.setattr(rehearsal, "BRIEF", rehearsal.Sizes(((144, 2),), (3,), (17,), ()))
+    outcome = rehearsal.rehearse_part(rehearsal.Part("sm_80", "bf16", "operators", False))
+    assert len(outcome.failures) == 4 and outcome.cases > 40 and outcome.launches > 20
+    assert outcome.failures[0] == (
+        "gelu_mlp, auto, torch.bfloat16, B=3 T=17 D=144 H=2 on sm_80: RuntimeError: no such kernel"
+    )
+
+
+def test_a_case_that_launches_nothing_fails(monkeypatch):
+    """As models would whose operators took their formulas on a GPU: the kernels demanded elsewhere do not hide it."""
+    reason = backend_module.triton_reason
+
+    def lost(x, width):
+        return "lost" if backend_module.current_backend() == "auto" else reason(x, width)
+
+    monkeypatch.setattr(backend_module, "triton_reason", lost)
+    monkeypatch.setattr(rehearsal, "BRIEF", rehearsal.Sizes(((144, 2),), (3,), (17,), ((8, 8, 2),)))
+    for subject, count in (("operators", len(OPERATORS)), ("models", 4)):
+        outcome = rehearsal.rehearse_part(rehearsal.Part("sm_80", "bf16", subject, False))
+        silent = [failure for failure in outcome.failures if failure.endswith("on sm_80: launched 0 kernels")]
+        assert silent == outcome.failures and len(silent) >= count
+
+
+def test_counts_stay_those_of_their_rehearsal():
+    x, gate = torch.empty(2, 5, 72), torch.empty(2, 72)
+    with rehearse("sm_80") as first:
+        ops.gated_residual(x, x, gate)
+    with rehearse("sm_80") as second:
+        pass
+    assert (first.launches, second.launches, first.tensor_maps) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_tile_that_does_not_fit_is_refused_as_on_the_gpu(dtype):
+    """A tile deeper than a GPU with 99 KB a block has room for."""
+    x, weight = (torch.empty(size, 1152, dtype=dtype) for size in (4096, 4608))
+    too_large = gemm.PORTABLE[0][0]._replace(num_stages=6, max_registers=0)
+    with rehearse("sm_89") as seen:
+        with pytest.raises(OutOfResources, match="shared memory"):
+            linear.linear_gelu(x, weight, None, True, too_large)
+        assert seen.launches == 0
+        linear.linear_gelu(x, weight, None, True)
+        assert seen.launches == 1
+
+
+@pytest.mark.parametrize("arch", ["sm_86", "sm_120"])
+def test_what_is_chosen_fits_the_smaller_gpus(arch, monkeypatch):
+    """The largest tiles of GEMMs and attention, in 99 KB of shared memory; `make rehearsal` has the rest."""
+    monkeypatch.setattr(rehearsal, "BRIEF", rehearsal.Sizes(((1152, 9),), (32,), (256,), ()))
+    monkeypatch.setattr(rehearsal, "OPERATORS", {
+        name: OPERATORS[name] for name in ("gelu_mlp", "linear_gated_residual", "self_attention", "self_attention+bias")
+    })  # fmt: skip
+    outcome = rehearsal.rehearse_part(rehearsal.Part(arch, "bf16", "operators", False))
+    assert not outcome.failures and outcome.launches > 20
+
+
+def test_grids_and_tensor_maps_are_checked(hopper):
+    x, weight = (torch.empty(256, 128, dtype=torch.bfloat16) for _ in range(2))
+    config = gemm.HOPPER[1][0]
+    linear.linear_gelu(x, weight, None, True, config)
+    assert (hopper.launches, hopper.tensor_maps) == (1, 4)
+    kernel = linear._gelu_bwd_kernel
+    arguments = (x, x, x, x, None, 256, 128, 128)
+    options = {"ROWS": 64, "COLS": 128, "CHUNK": 16, "FAST": True, "num_warps": 4}
+    kernel[(4,)](*arguments, **options)
+    for grid in ((1, 70000), (1, 1, 65536)):
+        with pytest.raises(RuntimeError, match="refuses the grid"):
+            kernel[grid](*arguments, **options)
+    odd = torch.empty(256 * 130 + 8, dtype=torch.bfloat16)
+    for described, reason in (
+        (odd[1:257].view(2, 128), "its address is no multiple of 16"),
+        (odd[: 256 * 130].view(256, 130)[:, :128], "a stride in bytes is no multiple of 16"),
+        (odd.as_strided((256, 128), (64, 1)), "its rows overlap"),
+    ):
+        assert not linear._takes_tma(described)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(linear, "_takes_tma", lambda x: True)
+            patch.setattr(TensorDescriptor, "__post_init__", lambda self: None)  # which looks at some of it as well
+            with pytest.raises(RuntimeError, match=f"refuses a tensor map, for {reason}"):
+                linear.linear_gelu(described, weight, None, True, config)
+
+
+def test_a_rehearsal_ends():
+    """Also after an exception; another one meanwhile is refused."""
+    x, vector = torch.randn(2, 5, 72), torch.randn(2, 72)
+    with pytest.raises(KeyError), rehearse("sm_80"):
+        with pytest.raises(RuntimeError, match="a rehearsal is under way"), rehearse("sm_90"):
+            pass
+        assert launch.gpu(launch.gpu_index(x)) == GPUS["sm_80"]
+        raise KeyError
+    assert launch.rehearsed is None and launch.gpu_index(x) is None
+    expected = torch.nn.functional.layer_norm(x, (72,), eps=1e-6) * (1 + vector[:, None]) + vector[:, None]
+    assert torch.equal(ops.layer_norm_modulate(x, vector, vector), expected)
+    with pytest.raises(ValueError, match="arch must be one of sm_80, .*, got 'sm_70'"), rehearse("sm_70"):
+        pass
+
+
+def test_what_a_compilation_says(hopper):
+    inputs = torch.empty(1, 7, 144), torch.empty(1, 7, 144), torch.empty(1, 144)
+    ops.gated_residual(*inputs)
+    (first,) = hopper.compilations
+    assert first.kernel == "_adaln_fwd_kernel" and not first.ones
+    assert {"stride_x_batch", "stride_gate_batch"} <= first.divisible and "tokens" not in first.divisible
+    ops.gated_residual(*(copy.deepcopy(x) for x in inputs))
+    assert len(hopper.compilations) == 1
+    assert hopper.launches == 2

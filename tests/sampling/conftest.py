@@ -1,0 +1,131 @@
+"""Shared by the tests of ``ditfast sample``: a tiny random checkpoint, a tiny random autoencoder, and the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from typer.testing import CliRunner, Result
+
+import ditfast
+from ditfast.cli.command import app
+from ditfast.testing.inputs import randomize_
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ditfast.DiTConfig(depth=2, hidden_size=48, num_heads=2, num_classes=10, latent_size=(8, 4))
+SHAPE = (4, 8, 4)
+IMAGE = (64, 32, 3)
+STEPS = 3
+
+
+def make_checkpoint(path: Path, config: ditfast.DiTConfig = CONFIG, broken: str | None = None) -> Path:
+    """A random one; ``broken`` names a parameter of which one value is NaN."""
+    model = randomize_(ditfast.DiT(config))
+    if broken is not None:
+        with torch.no_grad():
+            model.get_parameter(broken)[-1] = float("nan")
+    ditfast.save_checkpoint(model, path)  # type: ignore[arg-type]
+    return path
+
+
+def make_autoencoder(folder: Path, channels: int = 4, **config: Any) -> Path:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 8, 8),
+        norm_num_groups=2,
+        sample_size=64,
+        latent_channels=channels,
+        **config,
+    ).save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def sampling_place(folder: Path) -> Iterator[Path]:
+    """A folder with a checkpoint and an autoencoder, and one thread while they are used.
+
+    Two threads that wait for each other on busy cores take many times as long for so little.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    make_checkpoint(folder / "tiny.safetensors")
+    make_autoencoder(folder / "vae")
+    yield folder
+    torch.set_num_threads(before)
+
+
+def latent_options(place: Path) -> dict[str, Any]:
+    """For latents; --latents and --out or --npz are added."""
+    return {"checkpoint": place / "tiny.safetensors", "steps": STEPS, "batch_size": 3}
+
+
+def image_options(place: Path) -> dict[str, Any]:
+    """For images; --out or --npz is added."""
+    return {**latent_options(place), "vae": place / "vae"}
+
+
+def sample(*arguments: str | Path, **options: Any) -> Result:
+    """``ditfast sample`` in this process; an option x_y=z is --x-y z."""
+    return CliRunner().invoke(app, ["sample", *_texts(arguments, options)])
+
+
+def sampled(*arguments: str | Path, **options: Any) -> Result:
+    result = sample(*arguments, **options)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def refused(*arguments: str | Path, **options: Any) -> str:
+    """The one line that bad input is answered with."""
+    result = sample(*arguments, **options)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def start_process(*arguments: str | Path, ranks: int = 1, **options: Any) -> subprocess.Popen[str]:
+    """The same in a fresh process, or in several under torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "ditfast", "sample", *_texts(arguments, options)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def arrays(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    with np.load(path, allow_pickle=False) as found:
+        assert found.files == ["arr_0", "arr_1"]
+        return found["arr_0"], found["arr_1"]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def stored_settings(folder: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads((folder / "settings.json").read_text())
+    return settings
+
+
+def _texts(arguments: tuple[str | Path, ...], options: dict[str, Any]) -> list[str]:
+    named = [text for key, value in options.items() for text in (f"--{key.replace('_', '-')}", str(value))]
+    return [*map(str, arguments), *named]

@@ -1,5 +1,0 @@
-"""timm's own modules for the tests, also where its torchvision cannot be had."""
-
-from torchvision_stand_in import imported
-
-timm = imported("timm")
