@@ -18,7 +18,8 @@ from torch import Tensor
 
 import ditfast
 from ditfast import ops
-from ditfast.ops import adaln_library, current_backend, use_backend
+from ditfast.ops import adaln as adaln_library
+from ditfast.ops import current_backend, use_backend
 from ditfast.ops.conditioning import (
     _conditioning,
     _conditioning_fake,

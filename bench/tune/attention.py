@@ -27,12 +27,12 @@ from ditfast.kernels.attention import (
 from ditfast.kernels.attention_bwd import OPERATORS as BACKWARD
 from ditfast.kernels.attention_bwd import attention_bwd
 from ditfast.kernels.configs import tables
-from ditfast.ops import attention_choice as choice
 from ditfast.ops import attention_implementations as backends
 from ditfast.ops.attention_implementations import AttentionBackend
-from ditfast.ops.attention_library import attention
 from ditfast.reference import ops as formulas
 
+from ...ops import attention_implementations as choice
+from ...ops.attention import attention
 from ...testing.operators import Inputs, Shape
 from ..cases.precision import float32_precision
 from . import spaces

@@ -15,9 +15,9 @@ import torch
 
 from ditfast.kernels import attention
 from ditfast.kernels.configs import gemm, rows, tables
-from ditfast.ops import attention_choice
 
 from ...files import write_bytes
+from ...ops import attention_implementations as attention_choice
 
 _CACHES = (tables.load, rows._row_config, *gemm.CACHES, attention._launch_config)
 _DIGITS = 4  # of a time

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
-from ..ops.adaln_library import adaln
+from ..ops.adaln import adaln
 from ..ops.attention import attention_backend
 from ..ops.backend import takes_triton
 from ..ops.block import norm_attention, norm_linear, norm_mlp

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .adaln_library import norm_backward, norm_saved
-from .library import Kernel, apply
-from .linear_autograd import Gradients, weight_gradient
+from .adaln import norm_backward, norm_saved
+from .backend import Kernel, apply
+from .linear import Gradients, weight_gradient
 
 _NORM_INPUTS = 7  # of each node: (x, branch, gate, bias, shift, scale, eps)
 

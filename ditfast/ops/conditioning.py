@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..reference import ops as formulas
 from . import check
-from .backend import current_backend, sharded, takes_triton
-from .library import library, register
+from .backend import current_backend, library, register, sharded, takes_triton
 
 library.define("timestep_embedding(Tensor t, int dim, float freq_shift, ScalarType dtype) -> Tensor")
 library.define("conditioning(Tensor t_emb, Tensor y, Tensor table) -> Tensor")

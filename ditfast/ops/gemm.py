@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .library import library, register
+from .backend import library, register
 
 if TYPE_CHECKING:
     from ..kernels.configs.gemm import GemmConfig

@@ -6,16 +6,17 @@ The fused operators take widths that are multiples of 8 (16-byte rows of 16-bit 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import ops as formulas
-from . import check, linear_autograd
+from . import check
 from .adaln import gated_residual
-from .backend import autocast_dtype, current_backend, sharded, takes_triton
+from .backend import Kernel, apply, autocast_dtype, current_backend, sharded, takes_triton
+from .gemm import summed
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -37,7 +38,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not takes_gemm("linear_gelu", x, weight.shape, (weight, bias)):
         return formulas.linear_gelu(x, weight, bias)
     x, weight, bias = autocast(x, weight, bias)
-    out = linear_autograd.linear_gelu(x.reshape(-1, x.shape[-1]), weight, bias, _demanded())
+    out = _fused_linear_gelu(x.reshape(-1, x.shape[-1]), weight, bias, _demanded())
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -61,7 +62,7 @@ def gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | 
     if not takes_gemm("gelu_mlp", x, (*w1.shape, w2.shape[0]), (w1, b1, w2, b2)):
         return formulas.gelu_mlp(x, w1, b1, w2, b2)
     x, w1, b1, w2, b2 = autocast(x, w1, b1, w2, b2)
-    out = linear_autograd.gelu_mlp(x.reshape(-1, x.shape[-1]), w1, b1, w2, b2, _demanded())
+    out = _fused_gelu_mlp(x.reshape(-1, x.shape[-1]), w1, b1, w2, b2, _demanded())
     return out.view(*x.shape[:-1], w2.shape[0])
 
 
@@ -103,7 +104,7 @@ def linear_gated_residual(
     if sharded(x):  # what a row-parallel Linear gives is a partial sum, and reduced before the gate
         return gated_residual(residual, F.linear(x, weight, bias), gate)
     rows = x.reshape(-1, x.shape[-1])
-    return linear_autograd.linear_gated_residual(rows, weight, bias, gate, residual, _demanded())
+    return _fused_linear_gated_residual(rows, weight, bias, gate, residual, _demanded())
 
 
 def _check_input(name: str, x: Tensor) -> None:
@@ -141,3 +142,158 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors (some may be None) in the dtype in which torch's own Linear would take them."""
     dtype = working_dtype(next(x for x in tensors if x is not None))
     return tuple(x if x is None else x.to(dtype) for x in tensors)
+
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def weight_gradient(d_y: Tensor, x: Tensor, wanted: bool) -> Tensor | None:
+    """d_y^T x, of a Linear."""
+    return d_y.t() @ x if wanted else None
+
+
+def bias_gradient(d_y: Tensor, partial: Tensor, wanted: bool) -> Tensor | None:
+    """The sum over d_y's rows, of a Linear; from ``partial`` unless d_y is a DTensor."""
+    if not wanted:
+        return None
+    return d_y.sum(0) if sharded(d_y) else summed(partial, d_y.dtype)
+
+
+class _LinearGelu(Kernel):
+    """(x, weight, bias, demanded) -> (gelu_tanh(pre), pre)."""
+
+    operator = "linear_gelu"
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, demanded: bool) -> tuple[Tensor, Tensor]:
+        result = torch.ops.ditfast.linear_gelu.default(x, weight, bias, True, demanded)
+        return cast("tuple[Tensor, Tensor]", result)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, bias, _ = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # else the pre-activation's would be made, as zeros
+        ctx.save_for_backward(x, weight, output[1], bias)
+
+    @staticmethod
+    def gradients(ctx: Any, saved: tuple[Any, ...], d_act: Tensor | None, _: None) -> Gradients:
+        if d_act is None:
+            return (None,) * 4
+        x, weight, pre, _bias = saved
+        want_x, want_weight, want_bias, _ = ctx.needs_input_grad
+        # a shard's partial sums are of another number than the whole's: what is sharded is summed afterwards
+        d_pre, partial = torch.ops.ditfast.gelu_backward.default(d_act, pre, want_bias and not sharded(d_act))
+        d_bias = bias_gradient(d_pre, partial, want_bias)
+        return d_pre @ weight if want_x else None, weight_gradient(d_pre, x, want_weight), d_bias, None
+
+
+class _GeluMlp(Kernel):
+    """(x, w1, b1, w2, b2, demanded) -> (the MLP, the pre-activation)."""
+
+    operator = "gelu_mlp"
+
+    @staticmethod
+    def forward(
+        x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, demanded: bool
+    ) -> tuple[Tensor, Tensor]:
+        act, pre = torch.ops.ditfast.linear_gelu.default(x, w1, b1, True, demanded)
+        return F.linear(act, w2, b2), pre
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, w1, b1, w2, _, demanded = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, w1, w2, output[1], b1)
+        ctx.demanded = demanded
+
+    @staticmethod
+    def gradients(ctx: Any, saved: tuple[Any, ...], d_y: Tensor | None, _: None) -> Gradients:
+        if d_y is None:
+            return (None,) * 6
+        x, w1, w2, pre, _b1 = saved
+        want_x, want_w1, want_b1, want_w2, want_b2, _ = ctx.needs_input_grad
+        sums = want_b1 and not sharded(d_y)
+        d_pre, act, partial = torch.ops.ditfast.linear_gelu_backward.default(d_y, w2, pre, sums, ctx.demanded)
+        return (
+            d_pre @ w1 if want_x else None,
+            weight_gradient(d_pre, x, want_w1),
+            bias_gradient(d_pre, partial, want_b1),
+            weight_gradient(d_y, act, want_w2),
+            d_y.sum(0) if want_b2 else None,
+            None,
+        )
+
+
+class _LinearGatedResidual(Kernel):
+    """(x, weight, bias, gate, residual, demanded) -> (residual + gate * branch, branch).
+
+    The branch is stored where the gate wants its gradient.
+    """
+
+    operator = "linear_gated_residual"
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, residual: Tensor, demanded: bool, save: bool
+    ) -> tuple[Tensor, Tensor]:
+        result = torch.ops.ditfast.linear_gated_residual.default(x, weight, bias, gate, residual, save, demanded)
+        return cast("tuple[Tensor, Tensor]", result)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, bias, gate, _, _, _ = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, gate, output[1], bias)
+
+    @staticmethod
+    def gradients(ctx: Any, saved: tuple[Any, ...], d_r: Tensor | None, _: None) -> Gradients:
+        if d_r is None:
+            return (None,) * 7
+        x, weight, gate, branch, _bias = saved
+        want_x, want_weight, want_bias, want_gate, want_residual, _, _ = ctx.needs_input_grad
+        d_x, d_weight, d_bias, d_gate = None, None, None, None
+        if want_x or want_weight or want_bias or want_gate:
+            wants_branch = want_x or want_weight
+            branch = branch.view(d_r.shape) if want_gate else None
+            _, d_branch, _, d_vectors, d_bias, _ = torch.ops.ditfast.adaln_backward.default(
+                d_r, None, d_r, branch, gate, None, None, None, None,
+                False, wants_branch, want_gate, False, want_bias, False, [],
+            )  # fmt: skip
+            d_branch = d_branch.view(len(x), len(weight)) if wants_branch else d_branch
+            d_x = d_branch @ weight if want_x else None
+            d_weight = weight_gradient(d_branch, x, want_weight)
+            d_gate = d_vectors[0] if want_gate else None
+        return d_x, d_weight, d_bias if want_bias else None, d_gate, d_r if want_residual else None, None, None
+
+
+def _fused_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, demanded: bool) -> Tensor:
+    """gelu_tanh(x W^T + b) by the operators above, (M, N); nothing is stored where nothing wants a gradient."""
+    if not _wants_gradient(x, weight, bias):
+        return cast(Tensor, torch.ops.ditfast.linear_gelu.default(x, weight, bias, False, demanded)[0])
+    return cast(Tensor, apply("_LinearGelu", x, weight, bias, demanded)[0])
+
+
+def _fused_gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, demanded: bool) -> Tensor:
+    """The MLP by the operators above, (M, D_out)."""
+    if not _wants_gradient(x, w1, b1, w2, b2):
+        act = torch.ops.ditfast.linear_gelu.default(x, w1, b1, False, demanded)[0]
+        return F.linear(act, w2, b2)
+    return cast(Tensor, apply("_GeluMlp", x, w1, b1, w2, b2, demanded)[0])
+
+
+def _fused_linear_gated_residual(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, residual: Tensor, demanded: bool
+) -> Tensor:
+    """residual + gate * (x W^T + b) by the operators above, in residual's shape."""
+    if not _wants_gradient(x, weight, bias, gate, residual):
+        arguments = (x, weight, bias, gate, residual, False, demanded)
+        return cast(Tensor, torch.ops.ditfast.linear_gated_residual.default(*arguments)[0])
+    inputs = (x, weight, bias, gate, residual, demanded, gate.requires_grad)
+    return cast(Tensor, apply("_LinearGatedResidual", *inputs)[0])
+
+
+def _wants_gradient(*inputs: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)

@@ -12,10 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..reference import ops as formulas
 from . import check
-from .backend import autocast_dtype, current_backend
-from .library import Kernel, apply, library, register
-from .linear import autocast, takes_gemm, working_dtype
-from .linear_autograd import Gradients, weight_gradient
+from .backend import Kernel, apply, autocast_dtype, current_backend, library, register
+from .linear import Gradients, autocast, takes_gemm, weight_gradient, working_dtype
 
 if TYPE_CHECKING:
     from ..kernels.configs.gemm import GemmConfig

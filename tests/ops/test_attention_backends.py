@@ -14,11 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ditfast import ops
 from ditfast.bench.tune.table import refresh
-from ditfast.ops import attention_choice
+from ditfast.ops import attention_implementations as attention_choice
 from ditfast.ops import attention_implementations as implementations
 from ditfast.ops import backend as backend_module
-from ditfast.ops.attention_choice import Case, choose, heuristic
-from ditfast.ops.attention_implementations import PACKAGES, AttentionBackend, run
+from ditfast.ops.attention_implementations import PACKAGES, AttentionBackend, Case, choose, heuristic, run
 from ditfast.parity import judge
 from ditfast.reference import ops as formulas
 from ditfast.testing.operators import OPERATORS, Shape, check

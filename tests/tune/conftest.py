@@ -19,7 +19,7 @@ from ditfast.bench.tune.measure import Task
 from ditfast.bench.tune.table import Table
 from ditfast.kernels import launch
 from ditfast.kernels.configs import tables
-from ditfast.ops import attention_choice
+from ditfast.ops import attention_implementations as attention_choice
 from ditfast.testing.operators import Inputs, Shape
 
 CPU = torch.device("cpu")
