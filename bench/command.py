@@ -5,14 +5,14 @@ from __future__ import annotations
 import typer
 
 from .campaign.command import campaign
+from .commands.cost import cost
+from .commands.host import host
+from .commands.memory import memory
+from .commands.models import bench
+from .commands.ops import ops
+from .commands.sample import sample
+from .commands.scaling import scaling
 from .report.command import readme, report
-from .suites.cost_command import cost
-from .suites.host_command import host
-from .suites.memory_command import memory
-from .suites.models import bench
-from .suites.ops_command import ops
-from .suites.sample_command import sample
-from .suites.scaling import scaling
 
 app = typer.Typer(help="Measure DiT models and operators: fair to rivals, each row with a parity tick.")
 

@@ -18,8 +18,8 @@ from ditfast import DiT, DiTConfig, load_checkpoint, reference, save_checkpoint
 from ditfast.bench.cases.case import Case, Mode
 from ditfast.bench.cases.providers import get_provider
 from ditfast.bench.cases.workload import Workload, build_model, make_pool
+from ditfast.bench.measure.flops import weight_bytes
 from ditfast.bench.measure.judging import Judge
-from ditfast.bench.records.metrics import weight_bytes
 from ditfast.testing.inputs import random_batch, randomize_
 
 Timed = Callable[..., Any]

@@ -7,6 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import typer
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
 
 
 @contextmanager
@@ -52,3 +57,24 @@ def terminated_as_interrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+_MAX_WIDTH = 400
+
+
+def print_tables(*tables: RenderableType) -> None:
+    """Prints on stdout at the tables' own width where the terminal, or the pipe, is narrower."""
+    console = Console()
+    wide = console.options.update(max_width=_MAX_WIDTH)
+    parts = [part for table in tables for part in (table.renderables if isinstance(table, Group) else [table])]
+    widths = [Measurement.get(console, wide, part).maximum for part in parts if isinstance(part, Table)]
+    Console(width=max([console.width, *widths])).print(*tables, crop=False)
+
+
+def plain_table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
+def line(text: str, style: str = "") -> Text:
+    """A line that is left to the terminal to wrap: a path or a message stays in one piece."""
+    return Text(text, style, no_wrap=True, overflow="ignore")

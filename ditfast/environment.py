@@ -197,3 +197,9 @@ def _output(*command: str) -> str | None:
     except (subprocess.SubprocessError, OSError):
         return None
     return result.stdout.strip()
+
+
+def cache_folder() -> Path:
+    """Where Triton keeps what it compiles, in this process; no triton is needed to ask."""
+    home = Path(os.environ.get("TRITON_HOME") or Path.home())
+    return Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")

@@ -29,20 +29,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention import (
-    SPLIT_TOKENS,
-    AttentionConfig,
     alignment,
     common_launch,
     last_contiguous,
-    launch_config,
     less_delta,
     load_bias,
     load_tile,
     power,
     store_tile,
-    sum_slots,
 )
 from .attention_dbias import dbias_launch
+from .configs.attention import SPLIT_TOKENS, AttentionConfig, launch_config, sum_slots
 from .launch import on_device
 
 OPERATORS = ("attention_dq", "attention_dkv", "attention_dbias")  # of the launches, in order

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import AttentionConfig, common_launch, less_delta, load_bias, load_tile, power
+from .attention import common_launch, less_delta, load_bias, load_tile, power
+from .configs.attention import AttentionConfig
 
 
 @triton.jit(do_not_specialize=["bias_heads", "bias_rows", "repeats_batch", "repeats_head", "repeats_row"])

@@ -112,10 +112,11 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Made-up limits: a command measures them again after every case, and its test is about something else."""
     from ditfast.bench.measure import ceilings
+    from ditfast.bench.records.files import Ceilings
 
-    def made_up(device: torch.device, precisions: Iterable[str], seconds: float = 0.5) -> ceilings.Ceilings:
+    def made_up(device: torch.device, precisions: Iterable[str], seconds: float = 0.5) -> Ceilings:
         names = dict.fromkeys(precisions)
-        return ceilings.Ceilings(40.0, 1 << 20, dict.fromkeys(names, 0.2), dict.fromkeys(names, 1024))
+        return Ceilings(40.0, 1 << 20, dict.fromkeys(names, 0.2), dict.fromkeys(names, 1024))
 
     monkeypatch.setattr(ceilings, "measure_ceilings", made_up)
 

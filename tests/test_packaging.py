@@ -120,7 +120,7 @@ def test_the_tests_of_bench_are_in_the_sdist_and_in_no_wheel(built: Built, sourc
 
 def test_the_wheel_holds_data_license_and_type_marker(built: Built) -> None:
     names = _names(built.wheel)
-    files = ("py.typed", "inference/imagenet.txt", "kernels/rehearsal/stub.c")
+    files = ("py.typed", "sampling/imagenet.txt", "kernels/rehearsal/stub.c")
     assert {f"ditfast/{name}" for name in files} <= names
     assert {f"ditfast/{name}" for name in STAND_IN_DATA} <= names
     (license_name,) = (name for name in names if name.endswith(".dist-info/licenses/LICENSE"))

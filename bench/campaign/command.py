@@ -60,9 +60,8 @@ def campaign(
     Interrupted or out of time, run again with the same --out it goes on; with --resume it goes on elsewhere. After a
     change of the sources everything is measured again, and older rows are kept, marked, until then.
     """
-    from ...console import terminated_as_interrupted
+    from ...console import print_tables, terminated_as_interrupted
     from ...environment import parse_device
-    from ..report.terminal import print_tables
     from ..suites.suite import INTERRUPTED
     from . import archives as module
     from .plan import REHEARSAL_VARIABLES, plan

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 from rich.console import Group, RenderableType
 
+from ...console import line, plain_table
 from ..records.files import Results
 from ..records.metrics import is_tie
 from ..records.rows import OpRow
 from ..records.text import digits, factor, percent, size
-from ..report.terminal import line, plain_table
 from .run import Done, Step
 
 _TIMED = ("models", "ops", "scaling", "sample")

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..warm.kernel_cache import cache_folder
+from ...environment import cache_folder
 from .workload import Call, Inputs
 
 

@@ -1,0 +1,1 @@
+"""Measuring a provider: built, judged against fp64, its memory, its time beside the others'."""

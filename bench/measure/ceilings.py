@@ -4,39 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 
 from ..cases.case import DTYPES
 from ..cases.precision import float32_precision
+from ..records.files import Ceilings
 
 _GPU_MATMUL = 8192
 CPU_MATMUL = 1024
 CPU_MATMUL_MAX = 4096
 CPU_COPY_BYTES = 256 << 20
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What the machine reaches: the best of the samples, for a limit is not an average.
-
-    Attributes:
-        copy_gb_per_s: a large device-to-device copy, bytes read plus bytes written.
-        copy_bytes: size of the buffer copied.
-        matmul_tflops: precision ("bf16", "tf32", ...) -> TFLOP/s of a square matmul.
-        matmul_size: precision -> the side of its matrices.
-    """
-
-    copy_gb_per_s: float
-    copy_bytes: int
-    matmul_tflops: dict[str, float]
-    matmul_size: dict[str, int]
-
-    def __post_init__(self) -> None:
-        for name, rate in {"copy_gb_per_s": self.copy_gb_per_s, **self.matmul_tflops}.items():
-            if not rate > 0:
-                raise ValueError(f"{name} must be above 0, got {rate}")
 
 
 def measure_ceilings(device: torch.device, precisions: Iterable[str], seconds: float = 0.5) -> Ceilings:
@@ -53,18 +31,6 @@ def measure_ceilings(device: torch.device, precisions: Iterable[str], seconds: f
     for precision in dict.fromkeys(precisions):
         rates[precision], sizes[precision] = _matmul(device, precision, seconds)
     return Ceilings(copy_gb_per_s, copy_bytes, rates, sizes)
-
-
-def highest(first: Ceilings | None, second: Ceilings) -> Ceilings:
-    """The higher of each figure of two measurements of one device: the first may have met a busy machine."""
-    if first is None:
-        return second
-    copy = max(first, second, key=lambda ceilings: ceilings.copy_gb_per_s)
-    rates, sizes = dict(first.matmul_tflops), dict(first.matmul_size)
-    for precision, rate in second.matmul_tflops.items():
-        if rate > rates.get(precision, 0.0):
-            rates[precision], sizes[precision] = rate, second.matmul_size[precision]
-    return Ceilings(copy.copy_gb_per_s, copy.copy_bytes, rates, sizes)
 
 
 def _copy(device: torch.device, seconds: float) -> tuple[float, int]:

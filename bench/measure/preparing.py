@@ -18,8 +18,8 @@ from ..cases.case import Case
 from ..cases.providers import Provider
 from ..cases.variants import Variant
 from ..cases.workload import Inputs, Workload, build_model, cast_inputs, make_inputs, make_pool
-from ..records.metrics import weight_bytes
 from ..records.rows import ModelRow, OpRow, Status
+from .flops import weight_bytes
 from .judging import Judge, Judgement
 from .memory import MemoryMeter, saved_in_step
 from .timing import Clock, sampler

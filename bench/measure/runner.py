@@ -11,12 +11,13 @@ import torch
 from ..cases.case import Case
 from ..cases.providers import Provider
 from ..cases.workload import Workload
-from ..records.metrics import flops_per_image, images_per_second, tflops, with_speedups
-from ..records.rows import ModelRow, is_ours
+from ..records.metrics import images_per_second, tflops, with_speedups
+from ..records.rows import ModelRow, Spread, is_ours
+from .flops import flops_per_image
 from .isolation import Isolate, ProviderFailed, Remote, Worker, wants_isolation
 from .judging import Judge
 from .preparing import UNJUDGED, Prepared, blank_row, clear, empty_cache, failed, make_work, prepare
-from .timing import AGAIN, Clock, Sampler, Spread, measure, noise, with_repeat
+from .timing import AGAIN, Clock, Sampler, measure, noise, with_repeat
 
 #: Called with what is being done, after each of the :func:`steps` of a run.
 Report = Callable[[str], None]

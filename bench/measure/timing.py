@@ -12,6 +12,8 @@ from functools import partial
 
 import torch
 
+from ..records.rows import Spread
+
 #: A call takes a running number, by which it picks its inputs.
 Call = Callable[[int], object]
 #: Makes that many calls back to back and returns the seconds they took.
@@ -25,23 +27,6 @@ _MAX_CALLS = 1000
 _SHORT_SECONDS = 0.05  # of a call: a shorter one is made once before each sample, unmeasured
 # a sample of back-to-back calls: the host's launches overlap as they do in a sampling or training loop
 _SAMPLE_MS = {"cuda": 20.0, "cpu": 5.0}
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles of a call's time in ms, and how many samples of how many calls they stem from."""
-
-    median: float
-    p25: float
-    p75: float
-    samples: int
-    calls_per_sample: int
-
-    def __post_init__(self) -> None:
-        if not 0 < self.p25 <= self.median <= self.p75:
-            raise ValueError(f"times must be above 0 and in order, got {self.p25}, {self.median}, {self.p75} ms")
-        if self.samples < 1 or self.calls_per_sample < 1:
-            raise ValueError(f"samples and calls must be at least 1, got {self.samples} of {self.calls_per_sample}")
 
 
 @dataclass

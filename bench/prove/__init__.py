@@ -1,0 +1,1 @@
+"""What proves the kernels: ``ditfast verify``, ``ditfast kernels``, ``ditfast rehearse``."""

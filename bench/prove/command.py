@@ -49,10 +49,9 @@ def verify(
             os.environ.setdefault("TRITON_INTERPRET", "1")
     import torch
 
-    from ...console import terminated_as_interrupted
+    from ...console import print_tables, terminated_as_interrupted
     from ...environment import collect, parse_device
     from ...files import check_target
-    from ..report.terminal import print_tables
     from ..suites.suite import INTERRUPTED, begin
     from .processes import run_checks
     from .verify import checks, render

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -26,7 +28,7 @@ def compile_all(
     """Compiles every case for every architecture.
 
     Args:
-        architectures: of ``ditfast.kernels.aot.ARCHITECTURES``.
+        architectures: of ``ditfast.kernels.aot.compile.ARCHITECTURES``.
         cases: all of ditfast's by default.
         report: told of each compilation, for progress.
 
@@ -111,3 +113,15 @@ def render(data: dict[str, Any]) -> Table:
             "[green]✓[/]" if not row["violations"] else f"[red]{'; '.join(row['violations'])}[/]",
         )
     return table
+
+
+def kernel_functions() -> dict[str, Any]:
+    """Every kernel by its name; empty where triton is not installed."""
+    from ditfast import kernels
+
+    try:
+        modules = [import_module(f"{kernels.__name__}.{found.name}") for found in iter_modules(kernels.__path__)]
+    except ImportError:
+        return {}
+    found = {name: value for module in modules for name, value in vars(module).items()}
+    return {name: value for name, value in found.items() if name.startswith("_") and name.endswith("_kernel")}

@@ -33,7 +33,7 @@ from ...testing.operators import OPERATORS, Inputs, Operator, Shape, draw_inputs
 from ..cases.case import DTYPES
 from ..cases.precision import float32_precision
 from ..measure.processes import end_with_parent
-from ..warm.kernel_cache import kernel_functions
+from .kernels import kernel_functions
 from .uncomputed import Uncomputed
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from ...files import write_json
-from ..measure.ceilings import Ceilings
 from .parsing import parse
 from .rows import CostRow, HostRow, MemoryRow, ModelRow, OpRow, SampleRow, ScalingRow, VerifyRow
 
@@ -143,3 +142,37 @@ def _check_row(row: Any, where: str) -> None:
             raise ValueError(f"{where}.{item.name} must be above 0, got 0")
     if hasattr(row, "ms") and (row.status == "ok") != (row.ms is not None):
         raise ValueError(f"{where}.ms must be there exactly where status is ok, got status {row.status!r}")
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine reaches: the best of the samples, for a limit is not an average.
+
+    Attributes:
+        copy_gb_per_s: a large device-to-device copy, bytes read plus bytes written.
+        copy_bytes: size of the buffer copied.
+        matmul_tflops: precision ("bf16", "tf32", ...) -> TFLOP/s of a square matmul.
+        matmul_size: precision -> the side of its matrices.
+    """
+
+    copy_gb_per_s: float
+    copy_bytes: int
+    matmul_tflops: dict[str, float]
+    matmul_size: dict[str, int]
+
+    def __post_init__(self) -> None:
+        for name, rate in {"copy_gb_per_s": self.copy_gb_per_s, **self.matmul_tflops}.items():
+            if not rate > 0:
+                raise ValueError(f"{name} must be above 0, got {rate}")
+
+
+def highest(first: Ceilings | None, second: Ceilings) -> Ceilings:
+    """The higher of each figure of two measurements of one device: the first may have met a busy machine."""
+    if first is None:
+        return second
+    copy = max(first, second, key=lambda ceilings: ceilings.copy_gb_per_s)
+    rates, sizes = dict(first.matmul_tflops), dict(first.matmul_size)
+    for precision, rate in second.matmul_tflops.items():
+        if rate > rates.get(precision, 0.0):
+            rates[precision], sizes[precision] = rate, second.matmul_size[precision]
+    return Ceilings(copy.copy_gb_per_s, copy.copy_bytes, rates, sizes)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..measure.timing import Spread
+from ...testing.operators import Direction, Unit
 
 Status = Literal["ok", "oom", "error", "unavailable"]
 Axis = Literal["tokens", "batch", "width"]
-Direction = Literal["forward", "backward"]
-Unit = Literal["GB/s", "TFLOP/s"]
 OwnMode = Literal["forward", "train"]
 
 
@@ -370,3 +368,20 @@ class VerifyRow:
     @property
     def key(self) -> tuple[object, ...]:
         return (self.subject, self.backend, self.dtype)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of a call's time in ms, and how many samples of how many calls they stem from."""
+
+    median: float
+    p25: float
+    p75: float
+    samples: int
+    calls_per_sample: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.p25 <= self.median <= self.p75:
+            raise ValueError(f"times must be above 0 and in order, got {self.p25}, {self.median}, {self.p75} ms")
+        if self.samples < 1 or self.calls_per_sample < 1:
+            raise ValueError(f"samples and calls must be at least 1, got {self.samples} of {self.calls_per_sample}")

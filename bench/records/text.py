@@ -123,3 +123,27 @@ def count(number: int, noun: str) -> str:
 def slug(text: str) -> str:
     """A name for a file or an anchor: small letters, digits and hyphens, no longer than file systems take."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower())[:_LONGEST_NAME].strip("-") or "x"
+
+
+HOST_CAPTION = (
+    "Process time, torch on one thread: the least, which a busy machine adds to, median and half the quartiles' range.",
+    "Nothing is computed: torch's CPU kernels (GEMMs, attention, all others) return at once, Triton launches on a GPU",
+    "that is not there. train: forward, loss and backward, without the optimiser, which is the same for both.",
+    "launches: of a call on a GPU, as ditfast bench cost counts them, and those among them that Triton made here.",
+)
+HOST_DIFFERENCES = (
+    "In neither: what the driver takes for each launch, the choice of a kernel within cuBLAS, cuDNN and SDPA.",
+    "Not as on a GPU's host: memory comes from the CPU's allocator, a Linear's bias is one more kernel's call, the",
+    "backward has no thread of its own, and ditfast's launches do not make their GPU the current one.",
+)
+HOST_PARTS_CAPTION = (
+    "Medians; each level holds those below it: the public operator with its checks and autograd node, the operator of",
+    "torch, the launcher in kernels/, Triton's launches. backward: by torch.autograd.grad, whose own start counts too.",
+)
+
+
+COST_CAPTION = (
+    "Computed, not measured: counted on meta tensors, everyone eager, ditfast with its kernels. /s: images a second.",
+    "ms: the sum over the launches of the longer of arithmetic and traffic at a GPU's datasheet rates (dense), as if",
+    "no cache kept anything between two launches (at small batches one does), and launching took no time.",
+)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from ..measure.ceilings import Ceilings
+from ..records.files import Ceilings
 from ..records.machine import is_gpu, one_line, part
 from ..records.text import digits
 

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..measure.ceilings import Ceilings, highest
 from ..records.compare import COMPARABLE, Comparison, compare
-from ..records.files import Results, Suite
+from ..records.files import Ceilings, Results, Suite, highest
 from ..records.machine import device_label, is_gpu, is_traced, part
 from .conditions import short_conditions
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..measure.ceilings import Ceilings
+from ..records.files import Ceilings
 from ..records.rows import CostRow, ModelRow, OpRow
 from ..records.text import count, mode_name, slug
 from .conditions import limits_text, version

@@ -8,10 +8,20 @@ from typing import Any, Literal
 
 from ..records.metrics import is_tie
 from ..records.rows import CostRow, HostRow, MemoryRow, ModelRow, OpRow, SampleRow, ScalingRow, VerifyRow
-from ..records.text import STATUS, cost_mode_name, digits, mode_name, model_name, percent, size, tick
-from ..suites.cost_command import CAPTION
-from ..suites.host_command import CAPTION as HOST_CAPTION
-from ..suites.host_command import DIFFERENCES, PARTS_CAPTION
+from ..records.text import (
+    COST_CAPTION,
+    HOST_CAPTION,
+    HOST_DIFFERENCES,
+    HOST_PARTS_CAPTION,
+    STATUS,
+    cost_mode_name,
+    digits,
+    mode_name,
+    model_name,
+    percent,
+    size,
+    tick,
+)
 from .data import Machine
 from .derived import lacks_bytes
 from .headline import noise, speedup_text
@@ -23,8 +33,8 @@ _MODEL_COLUMNS = (
 )
 
 # the terminal's, without what it says of columns that are not here
-_COST_NOTE = " ".join(CAPTION).replace(" /s: images a second.", "")
-_HOST_NOTE = " ".join((*HOST_CAPTION, *DIFFERENCES)).replace(", and median and half the interquartile range", "")
+_COST_NOTE = " ".join(COST_CAPTION).replace(" /s: images a second.", "")
+_HOST_NOTE = " ".join((*HOST_CAPTION, *HOST_DIFFERENCES)).replace(", and median and half the interquartile range", "")
 
 Tone = Literal["", "good", "bad", "quiet"]
 
@@ -152,7 +162,7 @@ def host_tables(machine: Machine) -> list[Table]:
         levels = ("public", "torch's", "launcher", "launch")
         names = columns_of(("model", "batch", "mode", "operator", "uses", "launches", *levels), text)
         title = "ditfast's operators on the host, microseconds a call, each level with those below it"
-        tables.append(Table(title, names, parts, [" ".join(PARTS_CAPTION)]))
+        tables.append(Table(title, names, parts, [" ".join(HOST_PARTS_CAPTION)]))
     return tables
 
 

@@ -5,21 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
-from rich.measure import Measurement
 from rich.table import Table
-from rich.text import Text
 
+from ...console import line, plain_table
 from ..records.compare import Comparison, timed
 from ..records.files import Results
 from ..records.machine import device_label
 from ..records.metrics import is_tie
 from ..records.rows import ModelRow, OpRow, OwnRow, SampleRow
 from ..records.text import STATUS, digits, model_name, size
-
-_MAX_WIDTH = 400
 
 
 def results_table(results: Results, ascii_only: bool | None = None) -> RenderableType:
@@ -71,24 +67,6 @@ def comparison_table(comparison: Comparison, old_name: str) -> RenderableType:
         lines.append(f"Not compared: {comparison.only_old} rows only then, {comparison.only_new} rows only now.")
     lines += [f"Conditions differ: {condition}." for condition in comparison.conditions]
     return Group(line(f"against {old_name}", "bold"), table, *map(line, lines))
-
-
-def print_tables(*tables: RenderableType) -> None:
-    """Prints on stdout at the tables' own width where the terminal, or the pipe, is narrower."""
-    console = Console()
-    wide = console.options.update(max_width=_MAX_WIDTH)
-    parts = [part for table in tables for part in (table.renderables if isinstance(table, Group) else [table])]
-    widths = [Measurement.get(console, wide, part).maximum for part in parts if isinstance(part, Table)]
-    Console(width=max([console.width, *widths])).print(*tables, crop=False)
-
-
-def plain_table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-
-
-def line(text: str, style: str = "") -> Text:
-    """A line that is left to the terminal to wrap: a path or a message stays in one piece."""
-    return Text(text, style, no_wrap=True, overflow="ignore")
 
 
 def _cells(row: ModelRow, ascii_only: bool) -> Sequence[str]:

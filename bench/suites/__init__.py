@@ -1,0 +1,1 @@
+"""The suites: what each one measures, row by row."""

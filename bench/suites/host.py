@@ -5,7 +5,7 @@ Triton launches on a GPU that is not there, and torch's CPU kernels are replaced
 shapes, allocation, Triton's launchers. Stubs in Python in the place of operators would hide torch's own share, and a
 dispatch mode or meta tensors would add Python to every operator; neither is in what is timed.
 
-What differs from a GPU's host is said below every table (host_command.py, DIFFERENCES).
+What differs from a GPU's host is said below every table (HOST_DIFFERENCES).
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from ditfast import ops
 from ditfast.model import blocks
 from ditfast.training import diffusion_loss
 
+from ...testing.operators import Direction
 from ..cases.case import Case
 from ..cases.workload import Inputs, make_inputs
-from ..measure.timing import Call, Sampler, Spread, measure, sampler
-from ..records.rows import Direction, HostPart, HostRow
+from ..measure.timing import Call, Sampler, measure, sampler
+from ..records.rows import HostPart, HostRow, Spread
 from .cost import BUILDERS, trace
 
 PROVIDERS = ("reference", "ditfast")

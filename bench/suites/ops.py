@@ -16,16 +16,15 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
-from ...testing.operators import OPERATORS, Operator, Shape, check, draw_inputs
+from ...testing.operators import OPERATORS, Direction, Operator, Shape, check, draw_inputs, work
 from ..cases import attention
 from ..cases.case import dtype_name
 from ..cases.transforms import captured, compile_unavailable
-from ..cost.operators import work
-from ..measure.ceilings import Ceilings
 from ..measure.preparing import clear, explain, failed
 from ..measure.timing import AGAIN, Call, Sampler, measure, noise, sampler, with_repeat
+from ..records.files import Ceilings
 from ..records.metrics import with_speedups
-from ..records.rows import Direction, OpRow, is_ours
+from ..records.rows import OpRow, is_ours
 
 # those on (B, D) vectors are one short launch, with no ceiling to be held against
 MEASURED = tuple(name for name in OPERATORS if name not in ("conditioning", "timestep_embedding"))

@@ -150,7 +150,8 @@ def table(rows: list[OwnRow]) -> RenderableType:
     """For a terminal."""
     from rich.console import Console, Group
 
-    from ..report.terminal import line, plain_table, speedup, tick
+    from ...console import line, plain_table
+    from ..report.terminal import speedup, tick
 
     found = plain_table()
     for header in ("mode", "provider", "ms", "quartiles", "parity", "speed-up"):

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import RenderableType
 
-    from ..measure.ceilings import Ceilings
-    from ..records.files import Suite
+    from ..records.files import Ceilings, Suite
 
 INTERRUPTED = 130
 _REFRESH_SECONDS = 0.2
@@ -75,7 +74,8 @@ class Recorder:
 
     def measure_limits(self, seconds: float = 0.5) -> Ceilings | None:
         """Measures the limits again and keeps the highest: one measured on a busy machine is none."""
-        from ..measure.ceilings import highest, measure_ceilings
+        from ..measure.ceilings import measure_ceilings
+        from ..records.files import highest
 
         if self.precisions:
             measured = measure_ceilings(self.device, self.precisions, seconds)
@@ -146,8 +146,8 @@ def run_suite(
     """
     import torch
 
+    from ...console import print_tables
     from ...environment import collect, gpu_readings
-    from ..report.terminal import print_tables
 
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -1,0 +1,1 @@
+"""``ditfast tune``: candidate launch configurations, measured and judged, and the table of the best."""

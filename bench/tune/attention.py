@@ -16,14 +16,6 @@ import torch
 from torch import Tensor
 
 from ditfast.config import DiTConfig
-from ditfast.kernels.attention import (
-    AttentionConfig,
-    attention_config,
-    attention_fwd,
-    fitted,
-    launch_config,
-    sum_slots,
-)
 from ditfast.kernels.attention_bwd import OPERATORS as BACKWARD
 from ditfast.kernels.attention_bwd import attention_bwd
 from ditfast.kernels.configs import tables
@@ -31,6 +23,8 @@ from ditfast.ops import attention_implementations as backends
 from ditfast.ops.attention_implementations import AttentionBackend
 from ditfast.reference import ops as formulas
 
+from ...kernels.attention import attention_fwd
+from ...kernels.configs.attention import AttentionConfig, attention_config, fitted, launch_config, sum_slots
 from ...ops import attention_implementations as choice
 from ...ops.attention import attention
 from ...testing.operators import Inputs, Shape

@@ -74,9 +74,8 @@ def tune(
         from . import plan as module
     except ImportError as error:
         raise ValueError(f"tune needs the package triton: {error}") from None
-    from ...console import terminated_as_interrupted
+    from ...console import print_tables, terminated_as_interrupted
     from ..cases.case import parse_dtype
-    from ..report.terminal import print_tables
     from .measure import GpuLost
 
     seconds = options.parse_budget(budget)
@@ -153,7 +152,7 @@ def plan_table(tasks: Sequence[Task], target: Target) -> RenderableType:
     """What would be measured on a GPU: each key with its shape and its candidates, the heuristic's first."""
     from rich.console import Group
 
-    from ..report.terminal import line, plain_table
+    from ...console import line, plain_table
 
     table = plain_table()
     for header in ("key", "shape", "model", "candidates", "the first of them"):

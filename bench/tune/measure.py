@@ -17,7 +17,8 @@ from ...parity import judge
 from ...testing.operators import Inputs, Shape
 from ..cases.transforms import captured
 from ..measure.preparing import computes, explain
-from ..measure.timing import AGAIN, Sampler, Spread, measure, noise, sampler, with_repeat
+from ..measure.timing import AGAIN, Sampler, measure, noise, sampler, with_repeat
+from ..records.rows import Spread
 from .family import Family, Results, Target
 
 _GROUP = 4  # candidates timed together at first: each one's graph holds outputs of its own

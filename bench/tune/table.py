@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from ditfast.kernels import attention
-from ditfast.kernels.configs import gemm, rows, tables
+from ditfast.kernels.configs import attention, gemm, rows, tables
 
 from ...files import write_bytes
 from ...ops import attention_implementations as attention_choice

@@ -1,0 +1,1 @@
+"""``ditfast warm``: kernels compiled ahead, and a Triton cache as a thing to carry."""

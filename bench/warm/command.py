@@ -91,8 +91,8 @@ def warm(
     that you trust: launchers are native code.
     """
     from ...console import terminated_as_interrupted
+    from ...environment import cache_folder
     from ..suites.suite import INTERRUPTED
-    from .kernel_cache import cache_folder
 
     folder = cache_folder() if cache is None else cache.absolute()
     if unpack:

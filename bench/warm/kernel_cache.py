@@ -20,12 +20,11 @@ import re
 import subprocess
 import sysconfig
 from collections.abc import Collection, Iterable, Iterator
-from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 from typing import Any
 
 from ...files import write_bytes, write_json
+from ..prove.kernels import kernel_functions
 from ..records.parsing import parse
 from .archives import SUFFIX, read_archive, write_archive
 
@@ -34,12 +33,6 @@ MANIFEST = "ditfast-cache.json"
 _GROUP = "__grp__"
 # that become options of a launch
 _OPTIONS = ("PTXAS_OPTIONS", "TRITON_DEBUG", "TRITON_INSTRUMENTATION_MODE")
-
-
-def cache_folder() -> Path:
-    """Where Triton keeps what it compiles, in this process; no triton is needed to ask."""
-    home = Path(os.environ.get("TRITON_HOME") or Path.home())
-    return Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
 
 
 def kernel_files(cache: Path, folders: Collection[str] | None = None) -> Iterator[tuple[str, Path]]:
@@ -283,18 +276,6 @@ def _ptxas() -> str:
         match = re.search(r"V[\d.]+", text)
         versions.append(match.group() if match else text.strip())
     return " and ".join(dict.fromkeys(versions))
-
-
-def kernel_functions() -> dict[str, Any]:
-    """Every kernel by its name; empty where triton is not installed."""
-    from ditfast import kernels
-
-    try:
-        modules = [import_module(f"{kernels.__name__}.{found.name}") for found in iter_modules(kernels.__path__)]
-    except ImportError:
-        return {}
-    found = {name: value for module in modules for name, value in vars(module).items()}
-    return {name: value for name, value in found.items() if name.startswith("_") and name.endswith("_kernel")}
 
 
 def _digest(text: str) -> str:

@@ -1,0 +1,5 @@
+"""The command ``ditfast``."""
+
+from .command import main
+
+__all__ = ["main"]

@@ -94,10 +94,11 @@ def info(
     the kernels that were compiled ahead are taken here, and why not.
     """
     from ..bench.warm import kernel_cache
+    from ..environment import cache_folder
     from . import info as module
 
     facts = module.collect(attention or module.SHAPES, dtype)
-    facts["kernel_cache"] = kernel_cache.facts(kernel_cache.cache_folder() if cache is None else cache)
+    facts["kernel_cache"] = kernel_cache.facts(cache or cache_folder())
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:
@@ -200,7 +201,7 @@ def kernels(
 ) -> None:
     """Compile every kernel for real GPUs, on any machine; exit 1 where one is past its budget."""
     from ..bench.prove import kernels as kernel_report
-    from ..bench.report.terminal import print_tables
+    from ..console import print_tables
     from ..files import check_target, write_json
 
     check_target(json_file)
@@ -235,7 +236,7 @@ def rehearse(
 ) -> None:
     """Launch every kernel on a GPU that is not there; exit 1 where one would have been refused, or was not reached."""
     from ..bench.prove import rehearsal
-    from ..bench.report.terminal import print_tables
+    from ..console import print_tables
     from ..files import check_target, write_json
 
     check_target(json_file)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ..inference import Evaluation
+    from ..evaluation import Evaluation
 
 _LABELS = {"fid": "FID", "sfid": "sFID", "is": "Inception Score", "precision": "precision", "recall": "recall"}
 
@@ -59,7 +59,7 @@ def evaluate(
 
     from ..bench.cases.factory import make_model
     from ..environment import parse_device
-    from ..inference import evaluate as compute
+    from ..evaluation import evaluate as compute
 
     result = compute(
         npz,
@@ -78,7 +78,7 @@ def evaluate(
 
 
 def _print(result: Evaluation) -> None:
-    from ..bench.report.terminal import plain_table, print_tables
+    from ..console import plain_table, print_tables
 
     table = plain_table()
     table.add_column("metric", no_wrap=True)

@@ -11,7 +11,7 @@ from .. import config
 if TYPE_CHECKING:
     import torch
 
-    from ..bench.measure.ceilings import Ceilings
+    from ..bench.records.files import Ceilings
 
 
 def main() -> None:

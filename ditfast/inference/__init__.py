@@ -1,9 +1,8 @@
-"""Inference: samplers, guidance, the engine that runs them on a schedule table and CUDA graphs; metrics of samples."""
+"""Inference: samplers, guidance, the engine that runs them on a schedule table and CUDA graphs."""
 
-from ..evaluation.evaluate import Evaluation, evaluate
 from .engine import Engine
 from .guidance import Guidance
 from .samplers import SAMPLERS, Sampler
 from .table import ScheduleTable
 
-__all__ = ["SAMPLERS", "Engine", "Evaluation", "Guidance", "Sampler", "ScheduleTable", "evaluate"]
+__all__ = ["SAMPLERS", "Engine", "Guidance", "Sampler", "ScheduleTable"]

@@ -242,7 +242,7 @@ def _backward_fake(
     want_bias: bool,
     want_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from ..kernels.attention import sum_slots
+    from ..kernels.configs.attention import sum_slots
 
     batch, tokens, width = qkv.shape
     d_bias = cast(Tensor, bias).new_empty(cast(Tensor, bias).shape) if want_bias else qkv.new_empty(0)

@@ -1,0 +1,1 @@
+"""The resumable job behind ``ditfast sample``: request, plan, batches, files."""

@@ -1,0 +1,1 @@
+"""Compiling the kernels for GPUs that are not there: which cases, with which budgets."""

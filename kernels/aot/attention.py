@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import _attention_fwd_kernel, attention_config, fwd_launch
+from ..attention import _attention_fwd_kernel, fwd_launch
 from ..attention_bwd import OPERATORS, bwd_launches
+from ..configs.attention import attention_config
 from .compile import Budget, KernelCase
 
 _TRITON = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

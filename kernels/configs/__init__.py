@@ -1,0 +1,1 @@
+"""How each kernel is launched: heuristics, and the tuned tables that override them (<gpu>.json)."""

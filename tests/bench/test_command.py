@@ -22,10 +22,11 @@ from ditfast.bench.cases.case import MODES, Case, defaults, parse_dtype, parse_i
 from ditfast.bench.cases.providers import PROVIDERS, Provider
 from ditfast.bench.cases.variants import Variant
 from ditfast.bench.cases.workload import Inputs, Workload, make_inputs, make_pool
+from ditfast.bench.commands import models as models_command
 from ditfast.bench.records.files import Results
-from ditfast.bench.report.terminal import print_tables, results_table
-from ditfast.bench.suites import models as models_command
+from ditfast.bench.report.terminal import results_table
 from ditfast.cli.command import app
+from ditfast.console import print_tables
 
 TINY = DiTConfig(depth=2, hidden_size=64, num_heads=2, patch_size=8, num_classes=10)
 pytestmark = pytest.mark.usefixtures("quick_limits")

@@ -11,12 +11,12 @@ from typer.testing import CliRunner
 
 from ditfast import DiTConfig, ops, reference
 from ditfast.bench.cases.case import Case
+from ditfast.bench.commands.cost import cost
 from ditfast.bench.cost.count import Cost, Launch, count
 from ditfast.bench.cost.roofline import DATASHEETS, datasheet_bounds, roofline_ms
 from ditfast.bench.records.files import Results
 from ditfast.bench.suites import cost as cost_bench
 from ditfast.bench.suites.cost import run, trace
-from ditfast.bench.suites.cost_command import cost
 from tests.bench.conftest import listing, meta
 
 TINY = DiTConfig(depth=2, hidden_size=64, num_heads=2, latent_size=(8, 12), num_classes=10)

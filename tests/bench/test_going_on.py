@@ -10,10 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from ditfast.bench.measure.ceilings import Ceilings
-from ditfast.bench.measure.timing import Spread
-from ditfast.bench.records.files import Older, Results
-from ditfast.bench.records.rows import ModelRow
+from ditfast.bench.records.files import Ceilings, Older, Results
+from ditfast.bench.records.rows import ModelRow, Spread
 from ditfast.bench.suites.suite import Recorder, begin, renewing
 from ditfast.environment import collect
 

@@ -18,15 +18,15 @@ from typer.testing import CliRunner
 
 from ditfast import DiT, DiTConfig, ops
 from ditfast.bench.cases.case import Case
-from ditfast.bench.measure.timing import Spread
+from ditfast.bench.commands import host as host_command
 from ditfast.bench.records.files import Results
-from ditfast.bench.records.rows import HostPart, HostRow
+from ditfast.bench.records.rows import HostPart, HostRow, Spread
 from ditfast.bench.report.page import page
 from ditfast.bench.report.tables import host_tables
-from ditfast.bench.report.terminal import print_tables
-from ditfast.bench.suites import host, host_command
+from ditfast.bench.suites import host
 from ditfast.bench.suites.cost import trace
 from ditfast.cli.command import app
+from ditfast.console import print_tables
 from ditfast.model import blocks
 from ditfast.testing.inputs import random_batch
 from tests.report.conftest import CPU as CPU_ENVIRONMENT

@@ -16,14 +16,14 @@ from ditfast.bench.cases.case import Case
 from ditfast.bench.cases.providers import PROVIDERS, Provider
 from ditfast.bench.cases.variants import Variant
 from ditfast.bench.cases.workload import Inputs, Workload
+from ditfast.bench.commands import memory as memory_command
 from ditfast.bench.measure.isolation import ProviderFailed
 from ditfast.bench.records.files import Results
 from ditfast.bench.records.rows import MemoryRow
-from ditfast.bench.report.terminal import print_tables
-from ditfast.bench.suites import memory_command
 from ditfast.bench.suites.memory import BESIDE_NOTE, blank_row
 from ditfast.bench.suites.suite import Recorder
 from ditfast.cli.command import app
+from ditfast.console import print_tables
 
 CPU = torch.device("cpu")
 CONFIG = DiTConfig(depth=2, hidden_size=72, num_heads=2, latent_size=8, num_classes=10)

@@ -16,17 +16,14 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from ditfast.bench.cases import attention as ops_attention
-from ditfast.bench.cost.operators import Work, work
-from ditfast.bench.measure.ceilings import Ceilings
-from ditfast.bench.measure.timing import Spread
-from ditfast.bench.records.files import Results
+from ditfast.bench.records.files import Ceilings, Results
 from ditfast.bench.records.metrics import with_speedups
-from ditfast.bench.records.rows import Direction, OpRow
+from ditfast.bench.records.rows import OpRow, Spread
 from ditfast.bench.suites import ops as ops_bench
 from ditfast.bench.suites.ops import blank_row, run_operator, with_op_shares
 from ditfast.cli.command import app
 from ditfast.ops import attention_implementations as backends
-from ditfast.testing.operators import OPERATORS, Operator, Shape, draw_inputs
+from ditfast.testing.operators import OPERATORS, Direction, Operator, Shape, Work, draw_inputs, work
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("quick_limits")

@@ -11,19 +11,11 @@ from typing import Any
 import pytest
 
 from ditfast import DiTConfig
-from ditfast.bench.measure.ceilings import Ceilings, highest
-from ditfast.bench.measure.timing import Spread
+from ditfast.bench.measure.flops import flops_per_image
 from ditfast.bench.records.compare import compare
-from ditfast.bench.records.files import Results, schema
-from ditfast.bench.records.metrics import (
-    flops_per_image,
-    images_per_second,
-    is_tie,
-    tflops,
-    with_shares,
-    with_speedups,
-)
-from ditfast.bench.records.rows import ModelRow, Status
+from ditfast.bench.records.files import Ceilings, Results, highest, schema
+from ditfast.bench.records.metrics import images_per_second, is_tie, tflops, with_shares, with_speedups
+from ditfast.bench.records.rows import ModelRow, Spread, Status
 
 CEILINGS = Ceilings(100.0, 4, matmul_tflops={"bf16": 2.0, "tf32": 1.0}, matmul_size={"bf16": 8, "tf32": 8})
 

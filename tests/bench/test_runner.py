@@ -14,9 +14,10 @@ from ditfast.bench.cases.case import Case, Mode
 from ditfast.bench.cases.providers import PROVIDERS, Provider
 from ditfast.bench.cases.variants import Variant
 from ditfast.bench.cases.workload import Inputs, Workload
-from ditfast.bench.measure.ceilings import Ceilings
+from ditfast.bench.measure.flops import flops_per_image
 from ditfast.bench.measure.runner import Runner, Settings, steps
-from ditfast.bench.records.metrics import flops_per_image, with_shares
+from ditfast.bench.records.files import Ceilings
+from ditfast.bench.records.metrics import with_shares
 from ditfast.bench.records.rows import ModelRow
 
 CPU = torch.device("cpu")

@@ -15,7 +15,6 @@ from ditfast.bench.measure.timing import (
     Call,
     Clock,
     Measurement,
-    Spread,
     _needed,
     noise,
     sampler,
@@ -23,6 +22,7 @@ from ditfast.bench.measure.timing import (
     with_repeat,
 )
 from ditfast.bench.measure.timing import measure as measure_samplers
+from ditfast.bench.records.rows import Spread
 
 CPU = torch.device("cpu")
 

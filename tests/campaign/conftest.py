@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ditfast.bench.campaign.run import Campaign, Step
-from ditfast.bench.measure.timing import Spread
-from ditfast.bench.records.rows import ModelRow
+from ditfast.bench.records.rows import ModelRow, Spread
 
 
 def step(name: str, code: str, **options: object) -> Step:

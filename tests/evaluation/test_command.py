@@ -15,8 +15,7 @@ from torch_fidelity import feature_extractor_inceptionv3 as inception_source
 from typer.testing import CliRunner, Result
 
 from ditfast.cli.command import app
-from ditfast.evaluation import inception
-from ditfast.inference import Evaluation, evaluate
+from ditfast.evaluation import Evaluation, evaluate, inception
 from tests.evaluation.conftest import Runs, close, damaged, distance, images, moments, saved, two_files
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import nn
 
+from ditfast.evaluation import evaluate
 from ditfast.evaluation.metrics import frechet, inception_score, precision_recall
 from ditfast.evaluation.npz import Npz
-from ditfast.inference import evaluate
 from tests.evaluation.conftest import (
     Corner,
     Returns,

@@ -11,8 +11,9 @@ from ditfast.reference import ops as formulas
 from tests.kernels.conftest import failures
 
 pytest.importorskip("triton")
-from ditfast.kernels.attention import SPLIT_TOKENS, attention_fwd  # noqa: E402
+from ditfast.kernels.attention import attention_fwd
 from ditfast.kernels.attention_bwd import attention_bwd as backward  # noqa: E402
+from ditfast.kernels.configs.attention import SPLIT_TOKENS  # noqa: E402
 
 
 def draw(batch, tokens, heads, head_dim, dtype=torch.float32, bias=None):

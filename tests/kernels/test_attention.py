@@ -7,8 +7,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ditfast.kernels import attention, attention_bwd
-from ditfast.kernels.attention import AttentionConfig, attention_config, attention_fwd
+from ditfast.kernels.attention import attention_fwd
 from ditfast.kernels.attention_bwd import attention_bwd as backward
+from ditfast.kernels.configs import attention as configs
+from ditfast.kernels.configs.attention import AttentionConfig, attention_config
 from ditfast.parity import judge, relative_error
 from tests.kernels.attention_check import check, draw, draw_saturated, formula, kernels
 from tests.kernels.conftest import DTYPES, poison
@@ -25,8 +27,8 @@ def tiles(monkeypatch, block_m, block_n, **others):
     def config(operator, *_):
         return AttentionConfig(*others.get(operator.removeprefix("attention_"), (block_m, block_n)), 4, 2)
 
-    monkeypatch.setattr(attention, "attention_config", config)
-    monkeypatch.setattr(attention, "_launch_config", attention._launch_config.__wrapped__)
+    monkeypatch.setattr(configs, "attention_config", config)
+    monkeypatch.setattr(configs, "_launch_config", configs._launch_config.__wrapped__)
 
 
 @every_dtype
@@ -78,9 +80,9 @@ def test_many_tokens(monkeypatch):
 @pytest.mark.parametrize("arch", [(8, 0), (9, 0)])
 @pytest.mark.parametrize("head_dim", [64, 72])
 def test_the_tiles_of_each_architecture(arch, head_dim, monkeypatch):
-    tiles = attention.attention_config
-    monkeypatch.setattr(attention, "attention_config", lambda *args: tiles(*args[:4], arch, args[5]))
-    monkeypatch.setattr(attention, "_launch_config", attention._launch_config.__wrapped__)
+    tiles = configs.attention_config
+    monkeypatch.setattr(configs, "attention_config", lambda *args: tiles(*args[:4], arch, args[5]))
+    monkeypatch.setattr(configs, "_launch_config", configs._launch_config.__wrapped__)
     assert not check(*draw(1, 193, 1, head_dim, torch.float16, "11TT"))
     assert not check(*draw(1, 256, 1, head_dim, torch.float16))
 
@@ -109,9 +111,9 @@ def test_every_configuration_has_a_row_of_sums_for_each_tile(dtype, bias):
     for arch in (None, (8, 0), (8, 6), (9, 0), (10, 0), (12, 0)):
         for head_dim in range(8, 129, 8):
             for tokens in (1, 2, 17, 33, 64, 65, 200, 257, 4096):
-                slots = attention.sum_slots(tokens, head_dim, dtype, bias)
+                slots = configs.sum_slots(tokens, head_dim, dtype, bias)
                 for operator in ("attention_dq", "attention_dkv"):
-                    config = attention.attention_config(operator, head_dim, tokens, dtype, arch, bias)
+                    config = configs.attention_config(operator, head_dim, tokens, dtype, arch, bias)
                     assert -(-tokens // config.block_m) <= slots, (arch, head_dim, tokens, operator)
 
 
@@ -340,4 +342,4 @@ def test_configurations():
             assert 16 <= block < max(2 * tokens, 17) or arch is None
         assert 1 <= config.num_warps <= 8 and 1 <= config.num_stages <= 4
     for head_dim, lanes in {8: (16, 0), 32: (32, 0), 48: (32, 16), 72: (64, 16), 96: (64, 32), 120: (128, 0)}.items():
-        assert attention.head_lanes(head_dim) == lanes
+        assert configs.head_lanes(head_dim) == lanes

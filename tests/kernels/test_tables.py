@@ -10,10 +10,10 @@ import torch
 from ditfast.bench.cases.precision import float32_precision
 
 pytest.importorskip("triton")
-from ditfast.kernels import attention, launch
+from ditfast.kernels import launch
+from ditfast.kernels.configs import attention, tables
 from ditfast.kernels.configs import gemm as gemm_config  # noqa: E402
 from ditfast.kernels.configs import rows as row_config
-from ditfast.kernels.configs import tables
 
 GPU = "NVIDIA H200"
 CACHES = (tables.load, row_config._row_config, *gemm_config.CACHES, attention._launch_config)

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ditfast.bench.measure.ceilings import Ceilings
-from ditfast.bench.measure.timing import Spread
-from ditfast.bench.records.files import Results, Suite
+from ditfast.bench.records.files import Ceilings, Results, Suite
 from ditfast.bench.records.metrics import with_speedups
-from ditfast.bench.records.rows import CostRow, MemoryRow, ModelRow, OpRow, ScalingRow, VerifyRow
+from ditfast.bench.records.rows import CostRow, MemoryRow, ModelRow, OpRow, ScalingRow, Spread, VerifyRow
 from ditfast.bench.report.data import Report, Run, gather
 from ditfast.config import MODELS, DiTConfig
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from ditfast.bench.measure.timing import Spread
-from ditfast.bench.records.rows import MemoryRow, OpRow, ScalingRow
+from ditfast.bench.records.rows import MemoryRow, OpRow, ScalingRow, Spread
 from ditfast.bench.report import bars, figure
 from ditfast.bench.report.roofline import located
 from ditfast.bench.report.write import draw

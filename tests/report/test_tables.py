@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from ditfast.bench.measure.timing import Spread
-from ditfast.bench.records.rows import CostRow, MemoryRow, OpRow, SampleRow, ScalingRow, VerifyRow
+from ditfast.bench.records.rows import CostRow, MemoryRow, OpRow, SampleRow, ScalingRow, Spread, VerifyRow
 from ditfast.bench.report.markdown import escape, link, markdown
 from ditfast.bench.report.page import page
 from ditfast.bench.report.tables import (

@@ -40,8 +40,8 @@ from ditfast.bench.tune.adaln import AdaLNBackward, AdaLNForward  # noqa: E402
 from ditfast.bench.tune.attention import AttentionChoice, Choice  # noqa: E402
 from ditfast.bench.tune.family import Family, Results, Target  # noqa: E402
 from ditfast.bench.tune.measure import Task  # noqa: E402
-from ditfast.kernels import attention, launch, linear
-from ditfast.kernels.configs import gemm, tables  # noqa: E402
+from ditfast.kernels import launch, linear
+from ditfast.kernels.configs import attention, gemm, tables  # noqa: E402
 from ditfast.kernels.configs import rows as row_config
 from ditfast.kernels.configs.gemm import GemmConfig  # noqa: E402
 from ditfast.kernels.configs.rows import RowConfig  # noqa: E402

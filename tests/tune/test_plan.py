@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ditfast.bench.measure.timing import Spread
+from ditfast.bench.records.rows import Spread
 from ditfast.testing.operators import Inputs, Shape
 
 pytest.importorskip("triton")

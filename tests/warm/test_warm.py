@@ -21,6 +21,7 @@ from ditfast.bench.cases.providers import get_provider
 from ditfast.bench.measure.preparing import make_work
 from ditfast.bench.options import named_configs
 from ditfast.bench.prove import rehearsal, verify
+from ditfast.bench.prove.kernels import kernel_functions
 from ditfast.bench.prove.uncomputed import Uncomputed
 from ditfast.bench.suites import ops
 from ditfast.bench.warm import compile as warm
@@ -123,7 +124,7 @@ def test_a_changed_kernel_is_compiled_again(archive, checkout, tmp_path, monkeyp
     changed = {"_conditioning_kernel", "_sinusoid_kernel"}
     assert set(counted(other, cache)["misses"]) == changed
     told = json.loads(ditfast("info", "--json", "--cache", cache, cwd=other).stdout)["kernel_cache"]
-    total = len(kernel_cache.kernel_functions())
+    total = len(kernel_functions())
     assert told["misfit"] == f"2 of {total} kernels have changed: {', '.join(sorted(changed))}"
     told = kernel_cache.facts(cache)  # here nothing has changed
     assert told["misfit"] == "" and told["warmed"] == {"sm_80": ["DiT-S/8 256 px forward bf16"]}
@@ -375,7 +376,7 @@ def test_the_plan():
 def test_keys_do_not_depend_on_what_was_compiled_before():
     """Triton counts a module's constants to the key of a kernel that reaches them through another function only where
     that function was hashed before: there must be none."""
-    for name, kernel in kernel_cache.kernel_functions().items():
+    for name, kernel in kernel_functions().items():
         assert kernel.cache_key and not kernel.used_global_vals, name
 
 

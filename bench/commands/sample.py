@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from ..records.files import Results
     from ..records.rows import SampleRow
-    from .sample import SampleCase
-    from .suite import Recorder
+    from ..suites.sample import SampleCase
+    from ..suites.suite import Recorder
 
 _FAILED = 1
 _GPU_BATCHES, _CPU_BATCHES = (1, 8, 64), (1, 8)
@@ -56,8 +56,8 @@ def sample(
     from ...environment import parse_device
     from ...files import check_target
     from ..cases.case import parse_dtype, unknown
-    from .sample import PROVIDERS, SampleCase, rows
-    from .suite import run_suite
+    from ..suites.sample import PROVIDERS, SampleCase, rows
+    from ..suites.suite import run_suite
 
     check_target(json)
     options.check_continue(resume, json)
@@ -120,9 +120,10 @@ def sample_table(results: Results, cases: Sequence[SampleCase] = ()) -> Renderab
     from rich.console import Console, Group
     from rich.markup import escape
 
+    from ...console import line, plain_table
     from ..records.machine import device_label
     from ..records.text import STATUS, digits, model_name
-    from ..report.terminal import closing_notes, line, plain_table, speedup, tick
+    from ..report.terminal import closing_notes, speedup, tick
 
     ascii_only = Console().options.ascii_only
     table = plain_table()

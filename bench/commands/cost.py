@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from .. import options
+from ..records.text import COST_CAPTION
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -18,12 +19,6 @@ if TYPE_CHECKING:
 
 _BATCHES = (1, 256)
 _INTERRUPTED = 130
-
-CAPTION = (
-    "Computed, not measured: counted on meta tensors, everyone eager, ditfast with its kernels. /s: images a second.",
-    "ms: the sum over the launches of the longer of arithmetic and traffic at a GPU's datasheet rates (dense), as if",
-    "no cache kept anything between two launches (at small batches one does), and launching took no time.",
-)
 
 
 def cost(
@@ -50,12 +45,11 @@ def cost(
 
     Traced without a device; the times are computed bounds. All named models at batch 1 and 256 by default.
     """
-    from ...console import progress, terminated_as_interrupted
+    from ...console import print_tables, progress, terminated_as_interrupted
     from ...environment import collect
     from ...files import check_target
     from ..records.files import Results
-    from ..report.terminal import print_tables
-    from .cost import run
+    from ..suites.cost import run
 
     check_target(json)
     cases, names, settings = _plan(model, batch, dtype, mode, image_size or ("256",), conditioning, providers)
@@ -96,7 +90,7 @@ def _plan(
 
     from ..cases.case import Case, parse_dtype, unknown
     from ..cost.roofline import DATASHEETS
-    from .cost import MODES, PROVIDERS, unavailable
+    from ..suites.cost import MODES, PROVIDERS, unavailable
 
     configs = options.named_configs(list(dict.fromkeys(models or MODELS)), image_sizes, conditioning)
     for name in modes or ():
@@ -135,14 +129,14 @@ def tables(results: Results) -> RenderableType:
     """The costs of each mode."""
     from rich.console import Group
 
-    from ..report.terminal import line
+    from ...console import line
 
     rows: list[CostRow] = results.rows
     parts: list[RenderableType] = []
     for mode in dict.fromkeys(row.mode for row in rows):
         shown = [row for row in rows if row.mode == mode]
         parts += [line(f"ditfast bench cost: {mode}, {shown[0].dtype}, computed bounds", "bold"), _cost_table(shown)]
-        parts += map(line, CAPTION)
+        parts += map(line, COST_CAPTION)
         parts.append(line(""))
     parts += [line(f"Not traced: {name}: {why}") for name, why in results.settings["providers_left_out"].items()]
     if not results.complete:
@@ -153,9 +147,9 @@ def tables(results: Results) -> RenderableType:
 def _cost_table(rows: Sequence[CostRow]) -> RenderableType:
     from rich.markup import escape
 
+    from ...console import plain_table
     from ..records.metrics import images_per_second
     from ..records.text import digits
-    from ..report.terminal import plain_table
 
     table = plain_table()
     for header in ("model", "batch", "provider"):

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     import torch
     from rich.console import RenderableType
 
-    from ...testing.operators import Shape
+    from ...testing.operators import Direction, Shape
     from ..records.files import Results
-    from ..records.rows import Direction, OpRow
+    from ..records.rows import OpRow
 
 
 def ops(
@@ -55,8 +55,8 @@ def ops(
     from ..cases import attention
     from ..cases.case import dtype_name, parse_dtype, unknown
     from ..measure.preparing import computes
-    from . import ops as ops_bench
-    from .suite import Recorder, run_suite
+    from ..suites import ops as ops_bench
+    from ..suites.suite import Recorder, run_suite
 
     check_target(json)
     options.check_continue(resume, json)
@@ -143,7 +143,7 @@ def ops(
 
 def _case_of(name: str, direction: Direction, shape: Shape, dtype: torch.dtype) -> tuple[object, ...]:
     """What its rows have in common."""
-    from .ops import blank_row
+    from ..suites.ops import blank_row
 
     return blank_row(name, direction, shape, dtype, "ditfast").case
 
@@ -185,9 +185,10 @@ def ops_table(results: Results) -> RenderableType:
     """The table of ``ditfast bench ops``, and what could not be measured and why."""
     from rich.console import Console, Group
 
+    from ...console import line, plain_table
     from ..records.machine import device_label
     from ..records.text import digits
-    from ..report.terminal import closing_notes, line, plain_table, speedup, tick
+    from ..report.terminal import closing_notes, speedup, tick
 
     ascii_only = Console().options.ascii_only
     table = plain_table()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..cases.providers import Provider
     from ..measure.runner import Runner, Settings
     from ..records.rows import ModelRow
-    from .suite import Recorder
+    from ..suites.suite import Recorder
 
 _FAILED = 1
 # seconds after which the default run on a CPU compiles nothing more: it has to end within two minutes
@@ -89,7 +89,7 @@ def bench(
     from ..records.compare import compare as compared
     from ..records.files import Results
     from ..report.terminal import comparison_table, results_table
-    from .suite import run_suite
+    from ..suites.suite import run_suite
 
     old = None if compare is None else Results.load(compare, "models")
     check_target(json)
@@ -158,11 +158,11 @@ def _own_model(
     """A user's model before and after acceleration; exit 1 without parity."""
     import torch
 
+    from ...console import print_tables
     from ...environment import parse_device
     from ..cases.case import parse_dtype
     from ..cases.factory import make_model
-    from ..report.terminal import print_tables
-    from .own_model import before_after, table
+    from ..suites.own_model import before_after, table
 
     known = ("provider_module", "dtype", "device", "seconds")
     others = [name for name in context.params if name not in known and not _is_default(context, name)]

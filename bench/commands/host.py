@@ -9,35 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import options
+from ..records.text import HOST_CAPTION, HOST_DIFFERENCES, HOST_PARTS_CAPTION
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
     from ..cases.case import Case
-    from ..measure.timing import Spread
     from ..records.files import Results
-    from ..records.rows import HostPart, HostRow
-    from .suite import Recorder
+    from ..records.rows import HostPart, HostRow, Spread
+    from ..suites.suite import Recorder
 
 _MODES = ("forward", "train")
 _SECONDS = 4.0
-
-CAPTION = (
-    "Process time, torch on one thread: the least, which a busy machine adds to, median and half the quartiles' range.",
-    "Nothing is computed: torch's CPU kernels (GEMMs, attention, all others) return at once, Triton launches on a GPU",
-    "that is not there. train: forward, loss and backward, without the optimiser, which is the same for both.",
-    "launches: of a call on a GPU, as ditfast bench cost counts them, and those among them that Triton made here.",
-)
-DIFFERENCES = (
-    "In neither: what the driver takes for each launch, the choice of a kernel within cuBLAS, cuDNN and SDPA.",
-    "Not as on a GPU's host: memory comes from the CPU's allocator, a Linear's bias is one more kernel's call, the",
-    "backward has no thread of its own, and ditfast's launches do not make their GPU the current one.",
-)
-PARTS_CAPTION = (
-    "Medians; each level holds those below it: the public operator with its checks and autograd node, the operator of",
-    "torch, the launcher in kernels/, Triton's launches. backward: by torch.autograd.grad, whose own start counts too.",
-)
 
 
 @dataclass(frozen=True)
@@ -72,7 +56,7 @@ def host(
     import torch
 
     from ...files import check_target
-    from .suite import run_suite
+    from ..suites.suite import run_suite
 
     check_target(json)
     plan = _make_plan(model or (), batch or (), mode or (), seconds, arch)
@@ -133,7 +117,7 @@ def _make_plan(
 
 
 def _measure(plan: _Plan, recorder: Recorder) -> None:
-    from .host import measure_case
+    from ..suites.host import measure_case
 
     for case in plan.cases:
         recorder.add(measure_case(case, plan.seconds, plan.arch, recorder.report))
@@ -143,29 +127,30 @@ def tables(results: Results) -> RenderableType:
     """The models of each mode, and the parts of ditfast's."""
     from rich.console import Group
 
+    from ...console import line
     from ..records.machine import device_label
     from ..records.text import model_name
-    from ..report.terminal import closing_notes, line
+    from ..report.terminal import closing_notes
 
     rows: list[HostRow] = results.rows
     title = f"ditfast bench host: process time, {results.settings.get('dtype')}, {device_label(results)}"
     parts: list[RenderableType] = [line(title if rows else f"{title}: no rows", "bold")]
     if rows:
-        parts += [_table(rows), *map(line, CAPTION), *map(line, DIFFERENCES), line("")]
+        parts += [_table(rows), *map(line, HOST_CAPTION), *map(line, HOST_DIFFERENCES), line("")]
     for row in rows:
         if row.parts:
             what = f"ditfast's parts, microseconds a call: {model_name(row)} batch {row.batch}, {row.mode}"
             parts += [line(what, "bold"), _parts_table(row.parts)]
     if any(row.parts for row in rows):
-        parts += map(line, PARTS_CAPTION)
+        parts += map(line, HOST_PARTS_CAPTION)
     return Group(*parts, *map(line, closing_notes(results)))
 
 
 def _table(rows: Sequence[HostRow]) -> Table:
     from rich.markup import escape
 
+    from ...console import plain_table
     from ..records.text import digits, model_name
-    from ..report.terminal import plain_table
 
     table = plain_table()
     for header in ("model", "batch", "mode", "provider"):
@@ -187,8 +172,8 @@ def _table(rows: Sequence[HostRow]) -> Table:
 
 
 def _parts_table(parts: Sequence[HostPart]) -> Table:
+    from ...console import plain_table
     from ..records.text import digits
-    from ..report.terminal import plain_table
 
     table = plain_table()
     table.add_column("operator", no_wrap=True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..cases.providers import Provider
     from ..records.files import Results
     from ..records.rows import MemoryRow
-    from .suite import Recorder
+    from ..suites.suite import Recorder
 
 _FAILED = 1
 _SEED = 0
@@ -76,7 +76,7 @@ def memory(
     The four /2 models at batch 32 on a GPU or on meta tensors, DiT-S/8 at batch 2 on a CPU; forward and train.
     """
     from ...files import check_target
-    from .suite import run_suite
+    from ..suites.suite import run_suite
 
     check_target(json)
     options.check_continue(resume, json)
@@ -121,7 +121,7 @@ def _make_plan(
     from ...environment import parse_device
     from ..cases.case import dtype_name, make_cases, parse_dtype, parse_mode
     from ..cases.providers import load_plugins
-    from .memory import TRACED
+    from ..suites.memory import TRACED
 
     load_plugins(plugins)
     traced = device_name == "meta"
@@ -171,7 +171,7 @@ def _make_plan(
 def _measure(plan: _Plan, recorder: Recorder) -> None:
     """Every case and provider of the plan, as far as no earlier part has it; then the searches, which take longer."""
     from ..records.text import STATUS
-    from .memory import blank_row, measure
+    from ..suites.memory import blank_row, measure
 
     pairs = [(case, provider) for case in plan.cases for provider in plan.providers]
     for case, provider in pairs:
@@ -197,7 +197,7 @@ def _measure(plan: _Plan, recorder: Recorder) -> None:
 
 def _with_largest(plan: _Plan, case: Case, provider: Provider, row: MemoryRow, recorder: Recorder) -> MemoryRow:
     """The row with the largest batch: the one found with another batch of the same case, or else searched."""
-    from .memory import BESIDE_NOTE, search, trial
+    from ..suites.memory import BESIDE_NOTE, search, trial
 
     same = [other for other in recorder.results.rows if replace(other, batch=row.batch).key == row.key]
     found = next(((other.max_batch, "") for other in same if other.max_batch is not None), None)
@@ -221,10 +221,11 @@ def memory_table(results: Results) -> RenderableType:
     """The table of ``ditfast bench memory``: a section a case, shares of the reference, and what is missing and why."""
     from rich.console import Group
 
+    from ...console import line
     from ..records.machine import device_label
     from ..records.text import model_name
-    from ..report.terminal import closing_notes, line
-    from .memory import TRACED_NOTE
+    from ..report.terminal import closing_notes
+    from ..suites.memory import TRACED_NOTE
 
     rows = [row for row in results.rows if row.status != "unavailable"]
     traced = results.settings.get("device") == "meta"
@@ -242,8 +243,8 @@ def memory_table(results: Results) -> RenderableType:
 def _table(rows: list[MemoryRow], results: Results) -> Table:
     from rich.markup import escape
 
+    from ...console import plain_table
     from ..records.text import STATUS, model_name, size
-    from ..report.terminal import plain_table
 
     table = plain_table()
     for header in ("model", "batch", "mode", "dtype", "provider"):

@@ -17,10 +17,9 @@ if TYPE_CHECKING:
     from ditfast.config import DiTConfig
 
     from ..cases.case import Case
-    from ..measure.ceilings import Ceilings
-    from ..records.files import Results
+    from ..records.files import Ceilings, Results
     from ..records.rows import Axis, ScalingRow
-    from .suite import Recorder
+    from ..suites.suite import Recorder
 
 _T = TypeVar("_T")
 
@@ -98,7 +97,7 @@ def scaling(
     from ..cases.case import dtype_name, parse_dtype, parse_mode, unknown
     from ..cases.providers import load_plugins
     from ..measure.runner import Settings, steps
-    from .suite import run_suite
+    from ..suites.suite import run_suite
 
     check_target(json)
     options.check_continue(resume, json)
@@ -227,10 +226,11 @@ def scaling_table(results: Results) -> RenderableType:
     """The table of ``ditfast bench scaling``: a line a point and provider, then the exponents."""
     from rich.console import Console, Group
 
+    from ...console import line, plain_table
     from ..records.machine import device_label
     from ..records.text import digits, size
     from ..report.fits import is_power_law
-    from ..report.terminal import closing_notes, line, plain_table, speedup, tick
+    from ..report.terminal import closing_notes, speedup, tick
 
     ascii_only = Console().options.ascii_only
     table = plain_table()
