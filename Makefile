@@ -1,5 +1,7 @@
 # make bench   measure this machine: reference beside ditfast, each row with a parity tick
-# make test    lint, types, tests
+# make test    lint, types, tests; a quarter of an hour on two cores
+# make quick   lint, types, and of every room the tests that a change needs most; ROOM=ops for one room
+# make test-long  the soaks and full matrices that make test leaves out
 # make readme  the README's table, rendered from bench/results
 # make sample  a grid of images of a tiny random model, on a CPU in seconds
 # They make the environment first, once; VENV=..., PYTHON=... and BENCH="--model DiT-B/4" are honoured.
@@ -27,7 +29,7 @@ GPU_PACKAGES := safetensors typer rich hypothesis matplotlib pytest pytest-timeo
 # from the checkout, as on a machine where nothing is installed
 IN_GPU_STACK := OMP_WAIT_POLICY=PASSIVE PYTHONPATH=. "$(GPU_STACK)/bin/python" -m
 
-.PHONY: env bench readme sample test lint gpu-stack rehearsal kernels-oldest clean
+.PHONY: env bench readme sample test quick test-long lint gpu-stack rehearsal kernels-oldest clean
 .DEFAULT_GOAL := env
 
 env: $(STAMP)
@@ -64,6 +66,13 @@ TESTS := OMP_WAIT_POLICY=PASSIVE "$(BIN)/python" -m pytest -q -n 2 --dist loadfi
 test: lint
 	$(TESTS) --durations=12
 	$(TESTS) --dist load -m rehearsal
+
+ROOM ?=
+quick: lint
+	$(TESTS) -m quick "tests/$(ROOM)"
+
+test-long: env
+	$(TESTS) --dist load -m long
 
 lint: env
 	"$(BIN)/python" -m ruff check .

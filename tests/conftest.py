@@ -43,11 +43,12 @@ def _is_for(tests: str, expression: str) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if _is_for("rehearsal", config.option.markexpr):
-        return
-    rehearsed = [item for item in items if item.get_closest_marker("rehearsal")]
-    items[:] = [item for item in items if not item.get_closest_marker("rehearsal")]
-    config.hook.pytest_deselected(items=rehearsed)
+    for marker in ("rehearsal", "long"):
+        if _is_for(marker, config.option.markexpr):
+            continue
+        left_out = [item for item in items if item.get_closest_marker(marker)]
+        items[:] = [item for item in items if not item.get_closest_marker(marker)]
+        config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
