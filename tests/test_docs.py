@@ -25,6 +25,7 @@ from tests.adapters.foreign_models import Model, inputs
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(path.relative_to(ROOT) for path in ROOT.glob("docs/*.md"))]
 CHECKPOINT, AUTOENCODER, PIPELINE = "DiT-XL-2-256x256.pt", "sd-vae-ft-mse", "DiT-XL-2-256"
+SAMPLE = f"ditfast sample --checkpoint {CHECKPOINT} --vae {AUTOENCODER}"
 
 # command -> what is added to make it small; the last of an option given twice counts
 RUN = {
@@ -32,12 +33,8 @@ RUN = {
     "ditfast info --attention 256x16x72": "",
     "ditfast explain my_model.py:make": "",
     f"ditfast convert {CHECKPOINT} xl2.safetensors --to safetensors": "",
-    f"ditfast sample --checkpoint {CHECKPOINT} --vae {AUTOENCODER} --class-names golden retriever, otter --out images": (
-        "--steps 2 --num 2 --device cpu"
-    ),
-    f"ditfast sample --checkpoint {CHECKPOINT} --vae {AUTOENCODER} --num 50000 --cfg-scale 1.5 --npz samples.npz": (
-        "--steps 2 --num 2 --device cpu"
-    ),
+    f"{SAMPLE} --class-names golden retriever, otter --out images": "--steps 2 --num 2 --device cpu",
+    f"{SAMPLE} --num 50000 --cfg-scale 1.5 --npz samples.npz": "--steps 2 --num 2 --device cpu",
     "ditfast tune --model DiT-XL/2 --budget 10m": "--dry-run --batch 1",
 }
 
@@ -118,6 +115,7 @@ def spans(page: Path) -> list[str]:
     return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.M))
 
 
+@pytest.mark.quick
 def test_every_command_is_run_or_excused() -> None:
     assert not set(RUN) & set(EXCUSED)
     found = {command for page in PAGES for command in commands(page)}
@@ -132,6 +130,8 @@ def test_every_command_is_run_or_excused() -> None:
 def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with small random files under the names that the pages use."""
     folder = tmp_path_factory.mktemp("docs")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two that wait for each other on busy cores take many times as long for so little
     torch.manual_seed(0)
     ditfast.save_checkpoint(randomize_(ditfast.DiT(ditfast.DiTConfig.named("DiT-S/8"))), folder / CHECKPOINT)
     (folder / "my_model.py").write_text(
@@ -148,6 +148,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         autoencoder = diffusers.AutoencoderKL.from_pretrained(folder / AUTOENCODER)
         diffusers.DiTPipeline(model, autoencoder, diffusers.DDIMScheduler()).save_pretrained(folder / PIPELINE)
     yield folder
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -219,6 +220,7 @@ def options_of(words: list[str]) -> tuple[str, set[str]]:
     return str(command.name), options
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_commands_and_options_exist(page: Path) -> None:
     """Of every line and every span; a lone option is of a command that the page names."""
@@ -246,6 +248,7 @@ def slug(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("page", [*PAGES, Path("kernels/README.md"), Path("CHANGELOG.md")], ids=str)
 def test_links_and_paths_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text()):
@@ -263,6 +266,7 @@ def test_links_and_paths_lead_somewhere(page: Path) -> None:
                 assert (ROOT / span).exists(), f"{page}: {span}"
 
 
+@pytest.mark.quick
 def test_the_readme_is_short_and_links_every_page() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 140
