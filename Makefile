@@ -2,7 +2,7 @@
 # make test    lint, types, tests; a quarter of an hour on two cores
 # make quick   lint, types, and of every room the tests that a change needs most; ROOM=ops for one room
 # make test-long  the soaks and full matrices that make test leaves out
-# make readme  the README's table, rendered from bench/results
+# make readme  the table of docs/benchmark.md, rendered from bench/results
 # make sample  a grid of images of a tiny random model, on a CPU in seconds
 # They make the environment first, once; VENV=..., PYTHON=... and BENCH="--model DiT-B/4" are honoured.
 #
@@ -54,9 +54,9 @@ $(STAMP): pyproject.toml constraints.txt setup.py
 bench: env
 	"$(BIN)/ditfast" bench $(BENCH)
 
-# the README's table from the committed results
+# the table of docs/benchmark.md from the committed results
 readme: env
-	"$(BIN)/ditfast" bench readme README.md bench/results/*.json
+	"$(BIN)/ditfast" bench readme docs/benchmark.md bench/results/*.json
 
 sample: env
 	"$(BIN)/python" examples/sample_tiny.py

@@ -1,4 +1,4 @@
-"""The README's table of codebases: blocks with their structure, written here from the papers, and what is reported."""
+"""The codebases of docs/accelerate.md: blocks with their structure, written from the papers, and what is reported."""
 
 import copy
 import re

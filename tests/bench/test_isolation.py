@@ -170,9 +170,9 @@ def test_the_command_takes_a_plugin(plugin: str, tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_readmes_example_of_a_provider(mode: Mode, tmp_path: Path) -> None:
-    """As it stands there, with the reference in the place of the user's model."""
-    blocks = (Path(__file__).parents[2] / "README.md").read_text().split("```python\n")
+def test_the_example_of_a_provider(mode: Mode, tmp_path: Path) -> None:
+    """As it stands in docs/benchmark.md, with the reference in the place of the user's model."""
+    blocks = (Path(__file__).parents[2] / "docs" / "benchmark.md").read_text().split("```python\n")
     [example] = [block.partition("```")[0] for block in blocks if "register(Provider(" in block]
     path = tmp_path / "my_rival.py"
     path.write_text(f"from ditfast.reference import DiT as MyDiT\n{example}")

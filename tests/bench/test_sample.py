@@ -112,7 +112,7 @@ def test_nothing_of_ours_is_unavailable_on_a_gpu():
 
 def test_the_table_leaves_a_third_of_the_weights_unread():
     config = DiTConfig.named("DiT-XL/2")
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "sampling.md").read_text()
     for batch in (1, 32):
         plain, table = step_costs(config, batch, torch.bfloat16)
         # counted by hand: the plain step reads everything but the label table
@@ -125,14 +125,14 @@ def test_the_table_leaves_a_third_of_the_weights_unread():
         assert table.launches < plain.launches
         read, of = table.weight_bytes, plain.weight_bytes
         said = f"{100 * read / of:.0f} % of the weights, {read / 1e6:,.0f} of {of / 1e6:,.0f} MB"
-        assert said in " ".join(readme.split())
+        assert said in " ".join(page.split())
         gathered = 2 * (2 * batch) * 2 * (28 * 6 + 2) * 1152  # read and written
         assert table.bytes < plain.bytes - 2 * adaln + gathered
         # made in every call: a row for each label and the null class, where the plain step has two for each image
         made = 2 * 1152 * (28 * 6 + 2) * 1152 + 2 * 1152 * (256 + 1152)
         assert table.making_flops == (batch + 1) * made
         assert plain.flops == table.flops + 2 * batch * made
-    assert f"(for {batch} images of XL/2 {100 * table.making:.1f} % of its FLOPs)" in " ".join(readme.split())
+    assert f"(for {batch} images of XL/2 {100 * table.making:.1f} % of its FLOPs)" in " ".join(page.split())
     with pytest.raises(ValueError, match="only adaLN designs are modulated"):
         step_costs(DiTConfig(conditioning="in_context"), 1, torch.bfloat16)
 

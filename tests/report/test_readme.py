@@ -1,4 +1,4 @@
-"""``ditfast bench readme``: the README's table is what the result files say."""
+"""``ditfast bench readme``: the tables of docs/benchmark.md and the README are what the result files say."""
 
 from __future__ import annotations
 
@@ -180,12 +180,21 @@ def test_the_command_rewrites_checks_and_leaves_the_rest(
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["README.md", "results"]
 
 
-def test_readme_agrees_with_the_results() -> None:
+def test_the_page_agrees_with_the_results() -> None:
     paths = sorted((ROOT / "bench" / "results").glob("*.json"))
     assert paths
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    rendered = render(text, {path.relative_to(ROOT).as_posix(): Results.load(path) for path in paths})
+    text = (ROOT / "docs" / "benchmark.md").read_text(encoding="utf-8")
+    rendered = render(text, {f"../{path.relative_to(ROOT).as_posix()}": Results.load(path) for path in paths})
     assert first_difference(text, rendered) is None, "make readme renders it anew"
+
+
+def test_results_of_a_gpu_stand_on_the_readmes_first_screen() -> None:
+    """Above its first command; until there are any the computed table stands there, and says that it is computed."""
+    first = (ROOT / "README.md").read_text(encoding="utf-8").partition("```")[0]
+    files = {path.name: Results.load(path) for path in sorted((ROOT / "bench" / "results").glob("*.json"))}
+    measured = [name for name, file in files.items() if file.suite == "models" and file.environment.get("gpu")]
+    assert all(f"bench/results/{name}" in first for name in measured)
+    assert measured or "computed, not measured" in first
 
 
 def test_the_traced_counts_are_those_of_the_committed_files() -> None:
