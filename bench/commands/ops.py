@@ -71,7 +71,7 @@ def ops(
         if name not in ops_bench.MEASURED:
             raise ValueError(unknown("--operator", name, ops_bench.MEASURED))
     names = list(operator or ops_bench.MEASURED)
-    chosen = [name.strip() for name in (providers or ",".join(ops_bench.PROVIDERS)).split(",") if name.strip()]
+    chosen = options.listed(providers or None, ops_bench.PROVIDERS)
     for name in chosen:
         if name not in ops_bench.PROVIDERS:
             raise ValueError(unknown("--providers", name, ops_bench.PROVIDERS))
