@@ -146,6 +146,12 @@ def named_configs(names: Sequence[str], sizes: Sequence[str], conditioning: str)
     ]
 
 
+def listed(names: str | None, default: Iterable[str]) -> list[str]:
+    """The names of an option that takes them by commas, each once; the default ones where it is not given."""
+    parts = default if names is None else names.split(",")
+    return list(dict.fromkeys(name.strip() for name in parts if name.strip()))
+
+
 def chosen_providers(
     names: str | None, default: Iterable[str], cases: Sequence[Case], device: torch.device
 ) -> list[Provider]:
@@ -156,8 +162,7 @@ def chosen_providers(
     """
     from .cases.providers import PROVIDERS, get_provider
 
-    listed = default if names is None else names.split(",")
-    wanted = list(dict.fromkeys(name.strip() for name in listed if name.strip()))
+    wanted = listed(names, default)
     if not wanted:
         raise ValueError(f"--providers must name at least one of {', '.join(PROVIDERS)}, got {names!r}")
     chosen = [get_provider(name) for name in wanted]

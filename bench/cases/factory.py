@@ -32,12 +32,12 @@ def make_model(spec: str) -> tuple[nn.Module, tuple[Any, ...]]:
     except Exception as error:  # whatever a user's file raises
         raise ValueError(f"{spec} cannot be loaded: {type(error).__name__}: {error}") from error
     try:
-        made = factory()
+        result = factory()
     except Exception as error:
         raise ValueError(f"{spec} failed: {type(error).__name__}: {error}") from error
-    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, ())
+    model, inputs = result if isinstance(result, tuple) and len(result) == 2 else (result, ())
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{spec} must return a torch.nn.Module, or one and its inputs, got {type(made).__name__}")
+        raise TypeError(f"{spec} must return a torch.nn.Module, or one and its inputs, got {type(result).__name__}")
     return model, (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
 
 

@@ -99,8 +99,7 @@ def _plan(
     kinds = [kind for kind in MODES if kind in (modes or MODES[:1])]
     sizes, chosen_dtype = sorted(set(batches or _BATCHES)), parse_dtype(dtype)
     cases = [Case(config, size, chosen_dtype, kind) for kind in kinds for config in configs for size in sizes]
-    listed = PROVIDERS if provider_names is None else provider_names.split(",")
-    names = list(dict.fromkeys(name.strip() for name in listed if name.strip()))
+    names = options.listed(provider_names, PROVIDERS)
     if not names:
         raise ValueError(f"--providers must name at least one of {', '.join(PROVIDERS)}, got {provider_names!r}")
     reasons = {name: [unavailable(name, case) for case in cases] for name in names}

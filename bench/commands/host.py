@@ -139,8 +139,8 @@ def tables(results: Results) -> RenderableType:
         parts += [_table(rows), *map(line, HOST_CAPTION), *map(line, HOST_DIFFERENCES), line("")]
     for row in rows:
         if row.parts:
-            what = f"ditfast's parts, microseconds a call: {model_name(row)} batch {row.batch}, {row.mode}"
-            parts += [line(what, "bold"), _parts_table(row.parts)]
+            heading = f"ditfast's parts, microseconds a call: {model_name(row)} batch {row.batch}, {row.mode}"
+            parts += [line(heading, "bold"), _parts_table(row.parts)]
     if any(row.parts for row in rows):
         parts += map(line, HOST_PARTS_CAPTION)
     return Group(*parts, *map(line, closing_notes(results)))

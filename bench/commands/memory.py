@@ -175,14 +175,14 @@ def _measure(plan: _Plan, recorder: Recorder) -> None:
 
     pairs = [(case, provider) for case in plan.cases for provider in plan.providers]
     for case, provider in pairs:
-        blank, said = blank_row(case, provider, plan.device), "measured before"
+        blank, outcome = blank_row(case, provider, plan.device), "measured before"
         if not recorder.has([blank.key]):
             if recorder.out_of_time():
                 return
             row = measure(case, provider, plan.device, _SEED, plan.plugins)
             recorder.add([row])
-            said = STATUS[row.status]
-        recorder.report(f"{case.label}: {provider.name}: {said}")
+            outcome = STATUS[row.status]
+        recorder.report(f"{case.label}: {provider.name}: {outcome}")
     for case, provider in pairs if plan.limit is not None else ():
         key = blank_row(case, provider, plan.device).key
         row = next(row for row in recorder.results.rows if row.key == key)
@@ -200,8 +200,8 @@ def _with_largest(plan: _Plan, case: Case, provider: Provider, row: MemoryRow, r
     from ..suites.memory import BESIDE_NOTE, search, trial
 
     same = [other for other in recorder.results.rows if replace(other, batch=row.batch).key == row.key]
-    found = next(((other.max_batch, "") for other in same if other.max_batch is not None), None)
-    if found is None:
+    result = next(((other.max_batch, "") for other in same if other.max_batch is not None), None)
+    if result is None:
         run = trial(case, provider, plan.device, _SEED, plan.plugins)
 
         def timed(batch: int) -> int:
@@ -211,8 +211,8 @@ def _with_largest(plan: _Plan, case: Case, provider: Provider, row: MemoryRow, r
 
         peaks = {other.batch: other.peak_bytes for other in same if other.peak_bytes is not None}
         assert plan.limit is not None and row.device_bytes is not None
-        found = search(timed, peaks, row.device_bytes, plan.limit, start=max(1, row.batch // 4))
-    largest, note = found
+        result = search(timed, peaks, row.device_bytes, plan.limit, start=max(1, row.batch // 4))
+    largest, note = result
     notes = [row.note, note, BESIDE_NOTE if row.status == "oom" and largest >= row.batch else ""]
     return replace(row, max_batch=largest, note="; ".join(filter(None, notes)))
 
@@ -262,8 +262,8 @@ def _table(rows: list[MemoryRow], results: Results) -> Table:
         last = index + 1 == len(rows) or case(rows[index + 1]) != case(row)
         base, cells = bases.get(case(row)), []
         for name in ("peak_bytes", "saved_bytes"):
-            own, of = getattr(row, name), getattr(base, name, None)
-            cells += ["-" if own is None else size(own), f"{own / of:.0%}" if own and of else "-"]
+            value, of = getattr(row, name), getattr(base, name, None)
+            cells += ["-" if value is None else size(value), f"{value / of:.0%}" if value and of else "-"]
         if row.status != "ok":
             cells[0] = f"[red]{STATUS[row.status]}[/]"
         cells.append(_largest(row, results.settings.get("max_batch")))
@@ -280,13 +280,13 @@ def _largest(row: MemoryRow, limit: object) -> str:
 
 
 def _captions(results: Results, traced: bool) -> list[str]:
-    kept = "saved for backward: what the forward of the loss keeps; whole storages, without parameters and inputs."
+    saved = "saved for backward: what the forward of the loss keeps; whole storages, without parameters and inputs."
     if traced:
         return [
-            kept,
+            saved,
             "Nothing ran and nothing was judged: everyone eager, attention one kernel, ditfast with its kernels.",
         ]
-    lines = ["peak: of the provider on its own, weights included.", kept]
+    lines = ["peak: of the provider on its own, weights included.", saved]
     lines.append("Without a parity tick ditfast shows no bytes; rivals do, with the note.")
     device = str(results.settings.get("device"))
     if device == "cpu":

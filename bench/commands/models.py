@@ -76,9 +76,9 @@ def bench(
     bench models" measures everything: on a GPU all sizes, batches and modes, on a CPU the three smallest.
     """
     if context.invoked_subcommand is not None:
-        given = [name for name in context.params if not _is_default(context, name)]
-        if given:
-            options_given = ", ".join("--" + name.replace("_", "-") for name in given)
+        misplaced = [name for name in context.params if not _is_default(context, name)]
+        if misplaced:
+            options_given = ", ".join("--" + name.replace("_", "-") for name in misplaced)
             raise ValueError(f"{options_given} must come after {context.invoked_subcommand!r}, which takes the options")
         return
     if provider_module is not None:

@@ -71,18 +71,18 @@ def ops(
         if name not in ops_bench.MEASURED:
             raise ValueError(unknown("--operator", name, ops_bench.MEASURED))
     names = list(operator or ops_bench.MEASURED)
-    chosen = [name.strip() for name in (providers or ",".join(ops_bench.PROVIDERS)).split(",") if name.strip()]
+    chosen = options.listed(providers or None, ops_bench.PROVIDERS)
     for name in chosen:
         if name not in ops_bench.PROVIDERS:
             raise ValueError(unknown("--providers", name, ops_bench.PROVIDERS))
     directions: list[Direction] = [direction] if direction else ["forward", "backward"]
     shapes = _shapes(model, width, tokens, batch or ([8, 256] if gpu else [4]), gpu)
-    asked = shapes if model or width or tokens or batch or not gpu else None
+    named_shapes = shapes if model or width or tokens or batch or not gpu else None
     cases: list[tuple[str, Direction, Shape, torch.dtype]] = [
         (name, way, shape, precision)
         for shape in dict.fromkeys([*shapes, *attention.SHAPES])
         for name in names
-        if shape in ops_bench.shapes_of(name, asked, shapes)
+        if shape in ops_bench.shapes_of(name, named_shapes, shapes)
         for precision in dtypes
         for way in directions
     ]

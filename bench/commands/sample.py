@@ -65,7 +65,7 @@ def sample(
     gpu = where.type == "cuda"
     if not cfg_scale > 1:
         raise ValueError(f"--cfg-scale must be above 1, got {cfg_scale:g}: without guidance ditfast bench measures it")
-    chosen = [name.strip() for name in (providers or ",".join(PROVIDERS)).split(",") if name.strip()]
+    chosen = options.listed(providers or None, PROVIDERS)
     for name in chosen:
         if name not in PROVIDERS:
             raise ValueError(unknown("provider", name, PROVIDERS))

@@ -266,6 +266,6 @@ def scaling_table(results: Results) -> RenderableType:
         lines.append(f"Noise: up to {max(noises):.1%}, by the reference timed twice; less than that is a tie.")
     noted = [point for point in results.rows if point.row.note]
     lines += [f"{point.axis} {point.value}, {point.row.provider}: {point.row.note}" for point in noted]
-    what = f"{results.settings.get('model')}, {results.settings.get('mode')}, {results.settings.get('dtype')}"
-    title = line(f"ditfast bench scaling: {what}, {device_label(results)}", "bold")
+    conditions = f"{results.settings.get('model')}, {results.settings.get('mode')}, {results.settings.get('dtype')}"
+    title = line(f"ditfast bench scaling: {conditions}, {device_label(results)}", "bold")
     return Group(title, table, *map(line, [*lines, *closing_notes(results)]))

@@ -96,10 +96,10 @@ class Cost:
         once = {id(item): item for item in read}.values()  # what is given twice is read from memory once
         self.records.append(Launch(name, flops, sum(_bytes(item) for side in (once, written) for item in side)))
 
-    def _sum(self, what: str) -> Counter[str]:
+    def _sum(self, field: str) -> Counter[str]:
         total: Counter[str] = Counter()
         for launch in self.records:
-            total[launch.name] += getattr(launch, what)
+            total[launch.name] += getattr(launch, field)
         return total
 
 

@@ -98,8 +98,8 @@ class _Weights(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not is_free(func):
-            found = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-            self._read |= found & self._sizes.keys()
+            storages = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+            self._read |= storages & self._sizes.keys()
         return func(*args, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Floating-point operations and weight bytes of a model, counted without a device."""
 
 from __future__ import annotations
 

@@ -131,19 +131,20 @@ class Worker:
             self._process.kill()
             self._process.join()
 
-    def _ask(self, what: str, argument: object) -> Any:
-        self._send(what, argument)
-        return self._answer(what)
+    def _ask(self, request: str, argument: object) -> Any:
+        self._send(request, argument)
+        return self._answer(request)
 
-    def _send(self, what: str, argument: object) -> None:
+    def _send(self, request: str, argument: object) -> None:
         with contextlib.suppress(OSError):  # a process that has died gives no answer either
-            self._connection.send((what, argument))
+            self._connection.send((request, argument))
 
-    def _answer(self, what: str) -> Any:
+    def _answer(self, request: str) -> Any:
         try:
             if not self._connection.poll(_ANSWER_SECONDS):
                 self._process.kill()
-                raise ProviderFailed("error", f"its process gave no answer to {what!r} within {_ANSWER_SECONDS:.0f} s")
+                note = f"its process gave no answer to {request!r} within {_ANSWER_SECONDS:.0f} s"
+                raise ProviderFailed("error", note)
             kind, value = self._connection.recv()
         except (EOFError, OSError):
             self._process.join(_STOP_SECONDS)
@@ -187,19 +188,19 @@ def _serve(
     prepared: Prepared | None = None
     while True:
         try:
-            what, argument = connection.recv()
+            request, argument = connection.recv()
         except EOFError:
             return
         try:
             value: object = None
-            if what in ("prepare", "trial"):
+            if request in ("prepare", "trial"):
                 load_plugins(plugins)
                 provider = get_provider(name)
                 if device.type == "cuda":
                     torch.cuda.set_device(device)
-            if what == "trial":
+            if request == "trial":
                 value = trial_bytes(provider, argument, device, seed)
-            elif what == "prepare":
+            elif request == "prepare":
                 work, judge = make_work(argument, device, seed)
                 prepared = prepare(provider, work, judge)
                 value = prepared.row
@@ -207,18 +208,18 @@ def _serve(
                 gc.collect()  # the oracle's memory, which a neighbour may need
                 empty_cache(device)
                 gc.freeze()  # as timing does in its own process: compilation leaves millions of objects to walk
-            elif what == "release":
+            elif request == "release":
                 gc.unfreeze()
                 if prepared is not None:
                     prepared.close()
                 prepared = None
             elif prepared is None:
                 raise RuntimeError("nothing is prepared")
-            elif what == "rest":
+            elif request == "rest":
                 prepared.rest()
-            elif what == "trim":
+            elif request == "trim":
                 prepared.trim()
-            elif what == "saved_bytes":
+            elif request == "saved_bytes":
                 value = prepared.saved_bytes()
             else:
                 value = prepared.sample(argument)

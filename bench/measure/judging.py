@@ -65,23 +65,24 @@ class Judge:
         output = take_outputs(case.mode, variant.step(inputs), case.batch, self.samples)
         return {"output": output.clone()}  # a graph writes its buffer again in its next call
 
-    def judge(self, found: dict[str, Tensor] | None, constants: Constants) -> Judgement:
+    def judge(self, results: dict[str, Tensor] | None, constants: Constants) -> Judgement:
         """Judges what :meth:`compared` returned for the first input of the pool.
 
         Args:
-            found: results by name.
+            results: by name; None where they cannot be compared.
             constants: fields of the config in which the variant's function differs from the case's.
         """
         case = self._work.case
         samples = case.batch if case.training else len(self.samples)
-        if found is None:
+        if results is None:
             return Judgement(None, samples, "parity not judged: its parameters are laid out otherwise")
         oracles, yardsticks = self.standard(constants)
-        missing = [name for name in oracles if name not in found]
+        missing = [name for name in oracles if name not in results]
         if missing:
             return Judgement(Verdict(math.inf, 0.0, 0.0), samples, f"parity failed: no gradient for {missing[0]}")
         verdicts = {
-            name: judge("model", found[name], yardsticks[name], oracle, case.dtype) for name, oracle in oracles.items()
+            name: judge("model", results[name], yardsticks[name], oracle, case.dtype)
+            for name, oracle in oracles.items()
         }
         # by the verdict first: an oracle that is not finite has no ratio
         name, worst = max(
@@ -89,10 +90,10 @@ class Judge:
         )
         if worst.ok:
             return Judgement(worst, samples, "")
-        said = f"error {worst.error:.2e} is above the bound {worst.bound:.2e}"
+        reason = f"error {worst.error:.2e} is above the bound {worst.bound:.2e}"
         if not math.isfinite(worst.error):
-            said = "not finite, or not zero where the reference is"
-        return Judgement(worst, samples, f"parity failed: {name}: {said}")
+            reason = "not finite, or not zero where the reference is"
+        return Judgement(worst, samples, f"parity failed: {name}: {reason}")
 
     def standard(self, constants: Constants) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(oracle, yardstick), each by name; made at the first call for these constants."""

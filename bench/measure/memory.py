@@ -48,9 +48,9 @@ class MemoryMeter:
             call: one call, already warm.
             shared_bytes: weights it uses that existed before it was built.
         """
-        kept = self._held() - self._before
+        held = self._held() - self._before
         peak = _cuda_peak(call, self._device) if self._device.type == "cuda" else _cpu_peak(call)
-        return shared_bytes + max(kept, 0) + peak
+        return shared_bytes + max(held, 0) + peak
 
     def _held(self) -> int:
         gc.collect()
@@ -84,11 +84,11 @@ def saved_bytes(loss: Callable[[], Tensor], left_out: Iterable[Tensor] = ()) -> 
     Raises:
         ValueError: the loss has no backward.
     """
-    kept: list[weakref.ref[_Kept]] = []
+    holders: list[weakref.ref[_Kept]] = []
 
     def pack(tensor: Tensor) -> _Kept:
         holder = _Kept(tensor.detach())  # the tensor itself may own the node that keeps it
-        kept.append(weakref.ref(holder))
+        holders.append(weakref.ref(holder))
         return holder
 
     with saved_tensors_hooks(pack, lambda holder: holder.tensor):
@@ -96,7 +96,7 @@ def saved_bytes(loss: Callable[[], Tensor], left_out: Iterable[Tensor] = ()) -> 
     if value.grad_fn is None:
         raise ValueError(f"loss must return a tensor with a backward, got one without, of shape {tuple(value.shape)}")
     # what was saved by parts of the graph that are gone already is gone too
-    tensors = [holder.tensor for reference in kept if (holder := reference()) is not None]
+    tensors = [holder.tensor for reference in holders if (holder := reference()) is not None]
     known = list(left_out)
     for node in _nodes(value.grad_fn):
         if isinstance(leaf := getattr(node, "variable", None), Tensor):
@@ -127,12 +127,12 @@ class _Kept:
 
 
 def _nodes(root: Any) -> Iterator[Any]:
-    seen, pending = {root}, [root]
+    visited, pending = {root}, [root]
     while pending:
         node = pending.pop()
         yield node
-        following = {parent for parent, _ in node.next_functions if parent is not None} - seen
-        seen |= following
+        following = {parent for parent, _ in node.next_functions if parent is not None} - visited
+        visited |= following
         pending += following
 
 

@@ -102,25 +102,25 @@ def prepare(provider: Provider, work: Workload, judge: Judge, clock: Clock | Non
     variant = provider.build(work)
     pool = work.pool if variant.dtype is None else [cast_inputs(inputs, variant.dtype) for inputs in work.pool]
     training = work.case.training
-    found: dict[str, Tensor] | None = None
+    results: dict[str, Tensor] | None = None
 
     def first_call() -> None:
-        nonlocal found
-        found = judge.compared(variant, pool[0]) if training else None
-        if found is None:
+        nonlocal results
+        results = judge.compared(variant, pool[0]) if training else None
+        if results is None:
             variant.step(pool[1])
 
     first_call_ms = _host_ms(first_call, work.device)
     # others than the judged inputs come first, so that a graph that keeps its first or last ones is found out
     for inputs in pool[1:3]:
-        if training and found is not None:
+        if training and results is not None:
             variant.gradients(inputs)  # steps would change the weights
         else:
             variant.step(inputs)
-    if not training or found is not None:
-        found = judge.compared(variant, pool[0])
-    judgement = standard or judge.judge(found, provider.constants)
-    found = None
+    if not training or results is not None:
+        results = judge.compared(variant, pool[0])
+    judgement = standard or judge.judge(results, provider.constants)
+    results = None
     peak_bytes = meter.peak_bytes(lambda: variant.step(pool[0]), variant.shared_bytes)
     verdict = judgement.verdict
     row = replace(
@@ -184,14 +184,14 @@ def explain(error: BaseException) -> tuple[Status, str]:
 def is_oom(error: BaseException) -> bool:
     """Whether memory ran out."""
     # plain RuntimeErrors: of torch's CPU allocator, and of what allocates beside torch (a context, a handle)
-    said = (
+    messages = (
         "can't allocate memory",
         "CUDA out of memory",  # as Inductor passes it on, its cause cut off
         "CUDA error: out of memory",
         "CUDA]: out of memory",
         "STATUS_ALLOC_FAILED",
     )
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in said)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in messages)
 
 
 def computes(device: torch.device) -> bool:

@@ -1,4 +1,4 @@
-"""What is to be said of child processes: that they end with their parent, and how one has ended."""
+"""Child processes: they end with their parent, and how one has ended is described."""
 
 from __future__ import annotations
 

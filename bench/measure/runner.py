@@ -297,14 +297,14 @@ class _Run:
         share = max((row.noise for row in begun if row.noise is not None), default=None)
         rows = [row if row.ms is None else replace(row, noise=share) for row in begun]
         beside = with_speedups([row for row in rows if not row.note.endswith(_ALONE)])
-        found = {row.provider: row for row in beside}
-        apart = [row for row in rows if row.provider not in found and not row.is_ours]
+        by_provider = {row.provider: row for row in beside}
+        apart = [row for row in rows if row.provider not in by_provider and not row.is_ours]
         alone = min((row.ms.median for row in apart if row.ms), default=None)
         # nobody was timed beside a rival that ran alone and was the fastest
-        return [_without_speedup(found.get(row.provider, row), alone) for row in rows]
+        return [_without_speedup(by_provider.get(row.provider, row), alone) for row in rows]
 
-    def _say(self, what: str) -> None:
-        self._report(f"{self._case.label}: {what}")
+    def _say(self, step: str) -> None:
+        self._report(f"{self._case.label}: {step}")
 
 
 def _without_speedup(row: ModelRow, alone_ms: float | None) -> ModelRow:

@@ -116,9 +116,9 @@ def _change(old: Any, new: Any) -> Change:
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    found = []
+    differences = []
     for group, name in _CONDITIONS:
         was, now = (part(environment, group).get(name) for environment in (old, new))
         if was != now:
-            found.append(f"{group} {name}: {was} then, {now} now")
-    return found
+            differences.append(f"{group} {name}: {was} then, {now} now")
+    return differences

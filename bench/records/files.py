@@ -97,13 +97,13 @@ class Results:
             data = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is no result of ditfast bench: not valid JSON ({error})") from error
-        found = data.get("schema") if isinstance(data, dict) else None
+        name = data.get("schema") if isinstance(data, dict) else None
         wanted = {schema(suite): suite for suite in suites or SUITES}
-        if not isinstance(found, str) or found not in wanted:
+        if not isinstance(name, str) or name not in wanted:
             one_of = "the schema" if len(wanted) == 1 else "one of the schemas"
-            raise ValueError(f"{path} must have {one_of} {', '.join(map(repr, wanted))}, got {found!r}")
+            raise ValueError(f"{path} must have {one_of} {', '.join(map(repr, wanted))}, got {name!r}")
         try:
-            return _from_dict(wanted[found], {key: value for key, value in data.items() if key != "schema"})
+            return _from_dict(wanted[name], {key: value for key, value in data.items() if key != "schema"})
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
 

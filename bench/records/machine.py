@@ -1,4 +1,4 @@
-"""Which machine a result speaks of."""
+"""The machine on which a result was measured."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ COMPUTED = "Computed without a device"
 
 def part(environment: dict[str, Any], name: str) -> dict[str, Any]:
     """An object within an environment; empty where it is absent or something else."""
-    found = environment.get(name)
-    return found if isinstance(found, dict) else {}
+    value = environment.get(name)
+    return value if isinstance(value, dict) else {}
 
 
 def is_traced(results: Results) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ...testing.operators import Direction, Unit
-
+# as in testing.operators, whose import of torch every --help would wait for
+Direction = Literal["forward", "backward"]
+Unit = Literal["GB/s", "TFLOP/s"]
 Status = Literal["ok", "oom", "error", "unavailable"]
 Axis = Literal["tokens", "batch", "width"]
 OwnMode = Literal["forward", "train"]

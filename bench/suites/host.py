@@ -72,19 +72,19 @@ def measure_case(case: Case, seconds: float, arch: str, report: Callable[[str], 
     # the loss keeps the tables of its first call
     x0, timesteps, labels, *_ = inputs
     diffusion_loss(lambda x, t, y: x, x0, timesteps, labels, x0)
-    with rehearse(arch) as seen, nothing_computed() as replaced:
+    with rehearse(arch) as gpu, nothing_computed() as replaced:
         calls = {name: _call(case, name, inputs) for name in PROVIDERS}
         report(f"{case.label}: compiling kernels, where Triton's cache lacks them")
         counts = {}
         for name, call in calls.items():
             call(0)
-            before = seen.launches, replaced()
+            before = gpu.launches, replaced()
             call(0)
-            counts[name] = seen.launches - before[0], replaced() - before[1]
+            counts[name] = gpu.launches - before[0], replaced() - before[1]
         report(f"{case.label}: timing")
         times, least = _times(calls, seconds)
         report(f"{case.label}: timing ditfast's parts")
-        parts = _parts(case, calls["ditfast"], seconds * _PART_SHARE, lambda: seen.launches)
+        parts = _parts(case, calls["ditfast"], seconds * _PART_SHARE, lambda: gpu.launches)
     return [
         HostRow(
             **case.columns,
@@ -152,7 +152,7 @@ def _process_clock(thunk: Callable[[], None]) -> float:
 
 @dataclass
 class _Recorded:
-    """One operator as a model called it last: the function, and what it was given, and how often."""
+    """One operator as a model called it last: the function, its arguments, and how often."""
 
     name: str
     function: Callable[..., Any]
@@ -163,10 +163,10 @@ class _Recorded:
 
 def _parts(case: Case, call: Call, seconds: float, launches: Callable[[], int]) -> list[HostPart]:
     """Every operator that a call of the model makes, level by level."""
-    found: dict[str, _Recorded] = {}
+    operators: dict[str, _Recorded] = {}
 
     def note(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        recorded = found.setdefault(name, _Recorded(name, function))
+        recorded = operators.setdefault(name, _Recorded(name, function))
         recorded.args, recorded.kwargs, recorded.uses = args, kwargs, recorded.uses + 1
 
     with ExitStack() as stack:
@@ -174,7 +174,7 @@ def _parts(case: Case, call: Call, seconds: float, launches: Callable[[], int]) 
             for name in names:
                 stack.enter_context(_watched(owner, name, note))
         call(0)
-    return [part for recorded in found.values() for part in _part(case, recorded, seconds, launches)]
+    return [part for recorded in operators.values() for part in _part(case, recorded, seconds, launches)]
 
 
 def _part(case: Case, recorded: _Recorded, seconds: float, launches: Callable[[], int]) -> list[HostPart]:
@@ -192,14 +192,14 @@ def _part(case: Case, recorded: _Recorded, seconds: float, launches: Callable[[]
         before = launches()
         with _layers() as layers:
             public(0)
-        made = launches() - before
+        launched = launches() - before
         calls = {"public": public, **{name: _replay(below) for name, below in layers.items() if below}}
         times, _none = _times(calls, seconds)
         below = [times.get(name) for name in ("torch_op", "launcher", "launch")]
-        return HostPart(recorded.name, direction, recorded.uses, made, times["public"], *below)
+        return HostPart(recorded.name, direction, recorded.uses, launched, times["public"], *below)
 
     with torch.inference_mode(not case.training):
-        found = [measured("forward", forward)]
+        parts = [measured("forward", forward)]
         leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.requires_grad]
         outputs = [x for x in tree_leaves(forward()) if isinstance(x, Tensor) and x.requires_grad and x.numel()]
         if case.training and leaves and outputs:
@@ -208,26 +208,26 @@ def _part(case: Case, recorded: _Recorded, seconds: float, launches: Callable[[]
             def backward(_: int = 0) -> None:
                 torch.autograd.grad(outputs, leaves, gradients, retain_graph=True, allow_unused=True)
 
-            found.append(measured("backward", backward))
-    return found
+            parts.append(measured("backward", backward))
+    return parts
 
 
-_Made = list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]
+_Calls = list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]
 
 
-def _replay(made: _Made) -> Call:
+def _replay(calls: _Calls) -> Call:
     # in an autograd node nothing that it calls wants a gradient
-    made = [(function, *tree_map_only(Tensor, Tensor.detach, given)) for function, *given in made]
+    calls = [(function, *tree_map_only(Tensor, Tensor.detach, arguments)) for function, *arguments in calls]
 
     def replay(_: int) -> None:
-        for function, args, kwargs in made:
+        for function, args, kwargs in calls:
             function(*args, **kwargs)
 
     return replay
 
 
 @contextmanager
-def _layers() -> Iterator[dict[str, _Made]]:
+def _layers() -> Iterator[dict[str, _Calls]]:
     """What is called within at each level below the public operator: made again, it costs that level."""
     from triton.runtime.jit import JITFunction
 
@@ -242,37 +242,37 @@ def _layers() -> Iterator[dict[str, _Made]]:
         modulations: ("modulations",),
         sums: ("sum_partials",),
     }
-    made: dict[str, _Made] = {"torch_op": [], "launcher": [], "launch": []}
+    calls: dict[str, _Calls] = {"torch_op": [], "launcher": [], "launch": []}
 
     def note_launcher(_: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        made["launcher"].append((function, args, kwargs))
+        calls["launcher"].append((function, args, kwargs))
 
     def note_launch(_: str, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         kernel, *rest = args
         grid, options = kwargs["grid"], {name: kwargs[name] for name in kwargs if name not in ("grid", "warmup")}
-        made["launch"].append((lambda *given, **named: kernel[grid](*given, **named), tuple(rest), options))
+        calls["launch"].append((lambda *arguments, **named: kernel[grid](*arguments, **named), tuple(rest), options))
 
     with ExitStack() as stack:
         for owner, names in launchers.items():
             for name in names:
                 stack.enter_context(_watched(owner, name, note_launcher))
         stack.enter_context(_watched(JITFunction, "run", note_launch))
-        stack.enter_context(_TorchOps(made["torch_op"]))
-        yield made
+        stack.enter_context(_TorchOps(calls["torch_op"]))
+        yield calls
 
 
 class _TorchOps(TorchDispatchMode):
     """Notes the calls of ditfast's operators in torch."""
 
-    def __init__(self, made: _Made) -> None:
+    def __init__(self, calls: _Calls) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.made = made
+        self.calls = calls
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func.namespace == "ditfast":
-            self.made.append((func, args, kwargs or {}))
+            self.calls.append((func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 

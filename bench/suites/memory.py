@@ -59,9 +59,9 @@ def measure(
         if device.type == "meta":
             return replace(blank, status="ok", note=TRACED_NOTE, saved_bytes=_traced(case, provider, seed))
         if device.type == "cuda":
-            found, saved = _elsewhere(case, provider, device, seed, plugins)
+            row, saved_bytes = _elsewhere(case, provider, device, seed, plugins)
         else:
-            found, saved = _here(case, provider, device, seed)
+            row, saved_bytes = _here(case, provider, device, seed)
     except ProviderFailed as error:
         return replace(blank, status=error.status, note=error.note)
     except Exception as error:  # a provider's failure is its row
@@ -69,11 +69,11 @@ def measure(
         return replace(blank, status=status, note=note)
     finally:
         clear(device)
-    if blank.is_ours and found.parity is not True:
-        return replace(blank, status="ok", note=found.note)
-    notes = [found.note, NO_LOSS_NOTE if case.training and saved is None else ""]
+    if blank.is_ours and row.parity is not True:
+        return replace(blank, status="ok", note=row.note)
+    notes = [row.note, NO_LOSS_NOTE if case.training and saved_bytes is None else ""]
     return replace(
-        blank, status="ok", note="; ".join(filter(None, notes)), peak_bytes=found.peak_bytes, saved_bytes=saved
+        blank, status="ok", note="; ".join(filter(None, notes)), peak_bytes=row.peak_bytes, saved_bytes=saved_bytes
     )
 
 

@@ -48,11 +48,11 @@ def before_after(
     slow = randomize_(copy.deepcopy(model)).to(device, dtype).eval()
     fast = copy.deepcopy(slow)
     report = ditfast.accelerate(fast)
-    given = tuple(_moved(value, device, dtype) for value in inputs)
+    moved = tuple(_moved(value, device, dtype) for value in inputs)
     rows: list[OwnRow] = []
     modes: list[OwnMode] = ["forward", "train"]
     for mode in modes:
-        rows += _rows(slow, fast, given, mode, device, dtype, seconds)
+        rows += _rows(slow, fast, moved, mode, device, dtype, seconds)
         clear(device)
     return report, rows
 
@@ -109,15 +109,15 @@ def _call(way: Callable[..., Any], model: nn.Module, inputs: tuple[Any, ...], mo
 def _parity(slow: nn.Module, fast: nn.Module, inputs: tuple[Any, ...], mode: OwnMode, dtype: torch.dtype) -> bool:
     """Whether outputs, or every gradient for one random incoming gradient, keep the rule for models."""
     exact = copy.deepcopy(slow).double()
-    given = [(exact, tuple(_moved(value, None, torch.float64) for value in inputs)), (slow, inputs), (fast, inputs)]
+    runs = [(exact, tuple(_moved(value, None, torch.float64) for value in inputs)), (slow, inputs), (fast, inputs)]
     if mode == "forward":
         with torch.no_grad():
-            oracle, yardstick, actual = ([first_tensor(model(*values))] for model, values in given)
+            oracle, yardstick, actual = ([first_tensor(model(*values))] for model, values in runs)
     else:
-        oracle, yardstick, actual = (_gradients(model, values) for model, values in given)
+        oracle, yardstick, actual = (_gradients(model, values) for model, values in runs)
     return all(
-        judge("model", found, measure_, true, dtype).ok
-        for found, measure_, true in zip(actual, yardstick, oracle, strict=True)
+        judge("model", result, reference_result, exact_result, dtype).ok
+        for result, reference_result, exact_result in zip(actual, yardstick, oracle, strict=True)
     )
 
 
@@ -153,11 +153,11 @@ def table(rows: list[OwnRow]) -> RenderableType:
     from ...console import line, plain_table
     from ..report.terminal import speedup, tick
 
-    found = plain_table()
+    grid = plain_table()
     for header in ("mode", "provider", "ms", "quartiles", "parity", "speed-up"):
-        found.add_column(header, justify="left" if header in ("mode", "provider") else "right")
+        grid.add_column(header, justify="left" if header in ("mode", "provider") else "right")
     for row in rows:
         times = ("-", "-") if row.ms is None else (f"{row.ms.median:.4g}", f"{row.ms.p25:.4g}-{row.ms.p75:.4g}")
-        found.add_row(row.mode, row.provider, *times, tick(row.parity, Console().options.ascii_only), speedup(row))
+        grid.add_row(row.mode, row.provider, *times, tick(row.parity, Console().options.ascii_only), speedup(row))
     notes = [line(f"{row.mode}, {row.provider}: {row.note}") for row in rows if row.note]
-    return Group(found, *notes, line("train: forward and backward. speed-up: over the faster of the others."))
+    return Group(grid, *notes, line("train: forward and backward. speed-up: over the faster of the others."))

@@ -45,19 +45,19 @@ _TABLE_MIB = 4096.0
 #: (noise, labels, generators) -> latents
 Trajectory = Callable[[Tensor, list[int], list[torch.Generator]], Tensor]
 #: final latents (N, C, h, w), and the model's predictions (N, evaluations, C, h, w)
-_Found = tuple[Tensor, Tensor]
+_Results = tuple[Tensor, Tensor]
 
 
 class _Solver(Sampler):
-    """One whose model's predictions can be kept: late ones hardly move the final latents, right or wrong."""
+    """A sampler that can keep the model's predictions: late ones hardly move the final latents, right or wrong."""
 
-    kept: ClassVar[list[Tensor] | None] = None
+    predictions: ClassVar[list[Tensor] | None] = None
 
     def step(
         self, x: Tensor, output: Tensor, i: int, generators: Sequence[torch.Generator] | None = None
     ) -> Tensor:
-        if _Solver.kept is not None:
-            _Solver.kept.append(output[:, : x.shape[1]].clone())
+        if _Solver.predictions is not None:
+            _Solver.predictions.append(output[:, : x.shape[1]].clone())
         return super().step(x, output, i, generators)
 
 
@@ -112,8 +112,8 @@ def loop(model: Any, case: SampleCase, device: torch.device, step: Callable[...,
     def run(start: Tensor, labels: list[int], generators: list[torch.Generator]) -> Tensor:
         x, y = solver.start(start), torch.tensor(labels, device=start.device)
         for i, t in enumerate(solver.timesteps):
-            given = solver.model_input(x, i).to(dtype)
-            output = evaluate(torch.cat([given, given]), t.expand(2 * len(y)), y, case.cfg_scale, _CHANNELS)
+            inputs = solver.model_input(x, i).to(dtype)
+            output = evaluate(torch.cat([inputs, inputs]), t.expand(2 * len(y)), y, case.cfg_scale, _CHANNELS)
             x = solver.step(x, output[: len(y)].to(x.dtype), i, generators)
         return x
 
@@ -151,19 +151,19 @@ def rows(
     """
     model = build_model(case.config, device, case.dtype, seed)
     _tame(model)
-    found = {name: case.row(name) for name in providers}
+    results = {name: case.row(name) for name in providers}
     judged = _Judge(case, model, device, seed)
     running: dict[str, Callable[[int], float]] = {}
     for name in providers:
         reason = unavailable(name, case, device)
         if reason is not None:
-            found[name] = replace(found[name], status="unavailable", note=reason)
+            results[name] = replace(results[name], status="unavailable", note=reason)
             continue
         try:
             run = build(name, case, model, device)
             verdict = judged(run, name)
-            found[name] = replace(
-                found[name],
+            results[name] = replace(
+                results[name],
                 error=verdict.error,
                 bound=verdict.bound,
                 parity=verdict.ok,
@@ -172,20 +172,20 @@ def rows(
             running[name] = sampler(_call(run, case, device, seed), device)
         except Exception as error:  # a provider's failure is its row
             status, note = explain(error)
-            found[name] = replace(case.row(name), status=status, note=note)
+            results[name] = replace(case.row(name), status=status, note=note)
     first = next(iter(running), None)
     measured = measure(with_repeat(running, first) if first else running, device, seconds)
     again = measured.times.pop(f"{first}{AGAIN}", None)
     share = noise(measured.times[first], again) if first in measured.times and again else None
     for name, spread in measured.times.items():
         rate = images_per_second(case.batch, spread.median)
-        found[name] = replace(found[name], status="ok", ms=spread, images_per_s=rate, noise=share)
+        results[name] = replace(results[name], status="ok", ms=spread, images_per_s=rate, noise=share)
     for name, failure in measured.failures.items():
-        if name in found:
+        if name in results:
             status, note = explain(failure)
-            found[name] = replace(case.row(name), status=status, note=note)
+            results[name] = replace(case.row(name), status=status, note=note)
     clear(device)
-    return with_speedups(found.values())
+    return with_speedups(results.values())
 
 
 def _call(run: Trajectory, case: SampleCase, device: torch.device, seed: int) -> Callable[[int], object]:
@@ -217,31 +217,34 @@ class _Judge:
         count = min(case.batch, _MAX_JUDGED)
         self.images = [round(i * (case.batch - 1) / max(count - 1, 1)) for i in range(count)]
         self._case, self._model, self._device, self._seed = case, model, device, seed
-        self._standards: dict[bool, tuple[_Found, _Found]] = {}
+        self._standards: dict[bool, tuple[_Results, _Results]] = {}
 
     def __call__(self, run: Trajectory, provider: str) -> Verdict:
-        found = [values[self.images] for values in _kept(run, *_inputs(self._case, self._device, self._seed))]
-        own = provider == "diffusers"
-        if own not in self._standards:
-            self._standards[own] = (self._standard(self._case.dtype, own), self._standard(torch.float64, own))
-        yardstick, exact = self._standards[own]
+        inputs = _inputs(self._case, self._device, self._seed)
+        results = [values[self.images] for values in _with_predictions(run, *inputs)]
+        own_constants = provider == "diffusers"
+        if own_constants not in self._standards:
+            dtypes = (self._case.dtype, torch.float64)
+            yardstick, exact = (self._standard(dtype, own_constants) for dtype in dtypes)
+            self._standards[own_constants] = (yardstick, exact)
+        yardstick, exact = self._standards[own_constants]
         latents, predictions = (
-            judge("model", *values, self._case.dtype) for values in zip(found, yardstick, exact, strict=True)
+            judge("model", *values, self._case.dtype) for values in zip(results, yardstick, exact, strict=True)
         )
         return predictions if latents.ok and not predictions.ok else latents
 
-    def _standard(self, dtype: torch.dtype, own: bool) -> _Found:
-        constants: Mapping[str, float] = diffusers_dit.CONSTANTS if own else {}
+    def _standard(self, dtype: torch.dtype, own_constants: bool) -> _Results:
+        constants: Mapping[str, float] = diffusers_dit.CONSTANTS if own_constants else {}
         model = copy_model(self._model, dtype, **constants)
         start, labels, generators = _inputs(self._case, self._device, self._seed)
         picked = [[values[i] for i in self.images] for values in (labels, generators)]
         # the solver in fp32 for the oracle too: in fp64 an ancestral one would draw other noise
-        return _kept(loop(model, self._case, self._device), start[self.images], *picked)
+        return _with_predictions(loop(model, self._case, self._device), start[self.images], *picked)
 
 
-def _kept(run: Trajectory, *inputs: Any) -> _Found:
-    _Solver.kept = []
+def _with_predictions(run: Trajectory, *inputs: Any) -> _Results:
+    _Solver.predictions = []
     try:
-        return run(*inputs), torch.stack(_Solver.kept, dim=1)
+        return run(*inputs), torch.stack(_Solver.predictions, dim=1)
     finally:
-        _Solver.kept = None
+        _Solver.predictions = None

@@ -62,9 +62,9 @@ class Recorder:
 
     def set_aside(self, keys: Iterable[tuple[object, ...]]) -> None:
         """Makes older rows of those there are of a case that begins again: they were not timed beside its new ones."""
-        found = {key: self._known.pop(key) for key in keys if key in self._known}
-        kept = [item for item in self.results.older if item.row.key not in found]
-        self.results.older = kept + [Older(row, _UNFINISHED) for row in found.values()]
+        rows = {key: self._known.pop(key) for key in keys if key in self._known}
+        others = [item for item in self.results.older if item.row.key not in rows]
+        self.results.older = others + [Older(row, _UNFINISHED) for row in rows.values()]
         self.results.rows = list(self._known.values())
 
     def out_of_time(self) -> bool:
@@ -193,12 +193,12 @@ def begin(suite: Suite, settings: dict[str, Any], path: Path | None, resume: boo
         return Results(suite, collect(), settings)
     results = Results.load(path, suite)
     environment = collect()
-    found = [differences(results.environment, environment)]
+    reasons = [differences(results.environment, environment)]
     for name in _SAME_SETTINGS:
         if results.settings.get(name) != settings.get(name):
-            found.append(f"{name} was {results.settings.get(name)!r} there, is {settings.get(name)!r} here")
-    if any(found):
-        raise ValueError(f"--continue needs the conditions of {path}: {'; '.join(filter(None, found))}")
+            reasons.append(f"{name} was {results.settings.get(name)!r} there, is {settings.get(name)!r} here")
+    if any(reasons):
+        raise ValueError(f"--continue needs the conditions of {path}: {'; '.join(filter(None, reasons))}")
     if changed := renewing(results.environment, environment):
         results.older += [Older(row, changed) for row in results.rows]
         results.rows, results.ceilings = [], None
@@ -222,9 +222,9 @@ def renewing(then: dict[str, Any], now: dict[str, Any]) -> str:
 def _changes(
     names: Sequence[tuple[str, str]], then: dict[str, Any], now: dict[str, Any], unknown: Sequence[Any] = ()
 ) -> str:
-    found = []
+    changes = []
     for group, name in names:
         was, is_now = ((part(where, group) if group else where).get(name) for where in (then, now))
         if was != is_now and was not in unknown and is_now not in unknown:
-            found.append(f"{f'{group} {name}'.strip()} was {was!r} there, is {is_now!r} here")
-    return "; ".join(found)
+            changes.append(f"{f'{group} {name}'.strip()} was {was!r} there, is {is_now!r} here")
+    return "; ".join(changes)

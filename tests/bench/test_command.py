@@ -148,6 +148,7 @@ def test_interruption_before_any_rows_keeps_an_older_file(tmp_path: Path, monkey
 
 
 @pytest.mark.usefixtures("tiny")
+@pytest.mark.quick
 def test_no_parity_shows_no_speedup_and_exits_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def build(work: Workload) -> Variant:
         variant = PROVIDERS["reference"].build(work)

@@ -164,6 +164,7 @@ def test_a_block_of_the_reference():
     assert flops == linears + 4 * batch * tokens**2 * width
 
 
+@pytest.mark.quick
 def test_a_block_of_ditfast():
     """28 units: the fused operator 2 x 4, Linears 16, attention 4."""
     batch, tokens, width = 8, 24, 64
@@ -191,6 +192,7 @@ def test_flops_of_a_whole_model():
     assert train == 3 * (forward - attention) + attention * 7 // 2 - first
 
 
+@pytest.mark.quick
 def test_roofline():
     cost = Cost([Launch("a", 4_000_000, 1_000), Launch("b", 1_000_000, 9_000), Launch("c", 0, 2_000)])
     # 1 TFLOP/s is 1e9 a ms, 1 GB/s 1e6 bytes: a 4 and 1 us, b 1 and 9 us, c 0 and 2 us

@@ -77,7 +77,7 @@ def test_every_suite_passes_and_bench_is_not_on_the_path(tmp_path: Path) -> None
     assert " passed" in result.stdout and "skipped" not in result.stdout
     spied = json.loads((tmp_path / "spy.json").read_text())
     assert spied["interpreter"] is None
-    assert "ditfast.bench.measure.timing" in spied["modules"]
+    assert "ditfast.bench.measure.judging" in spied["modules"]
     assert not [path for path in spied["path"] if Path(path).name == "bench"]
     # a module of bench/ by its bare name would be a second copy of it, or shadow a package of that name
     assert not [name for name in spied["modules"] if not name.startswith(("ditfast.bench.", "bench."))]

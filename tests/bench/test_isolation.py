@@ -80,23 +80,30 @@ register(Provider("hungry", "runs out of memory", hungry))
 NAMES = ("ditfast-right", "ditfast-wrong", "dies", "dies-later", "hungry")
 
 
-@pytest.fixture
-def plugin(tmp_path: Path) -> Iterator[str]:
-    path = tmp_path / "rivals.py"
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The file of the plugin, loaded in this process."""
+    path = tmp_path_factory.mktemp("plugin") / "rivals.py"
     path.write_text(PLUGIN)
+    load_plugins([str(path)])
+    load_plugins([str(path)])  # known already: registering twice would raise
     yield str(path)
     for name in NAMES:
         PROVIDERS.pop(name, None)
 
 
+@pytest.fixture(scope="module")
+def isolating(plugin: str) -> Iterator[Runner]:
+    """A runner whose workers several tests share: starting one takes seconds."""
+    with Runner(CPU, Settings(seconds=0.02, isolate="all", plugins=(plugin,))) as runner:
+        yield runner
+
+
 @pytest.mark.subprocess
-def test_isolated_providers_are_judged_timed_and_may_die(plugin: str) -> None:
-    load_plugins([plugin])
-    load_plugins([plugin])  # known already: registering twice would raise
+def test_isolated_providers_are_judged_timed_and_may_die(isolating: Runner) -> None:
     providers = [PROVIDERS[name] for name in ("reference", *NAMES)]
-    with Runner(CPU, Settings(seconds=0.05, isolate="all", plugins=(plugin,))) as runner:
-        rows = {row.provider: row for row in runner.rows(CASE, providers)}
-        again = {row.provider: row for row in runner.rows(replace(CASE, batch=1), providers[:2])}
+    rows = {row.provider: row for row in isolating.rows(CASE, providers)}
+    again = {row.provider: row for row in isolating.rows(replace(CASE, batch=1), providers[:2])}
     assert all(row.isolated for row in rows.values())
     right, wrong = rows["ditfast-right"], rows["ditfast-wrong"]
     assert (right.status, right.parity, right.rival) == ("ok", True, "reference")
@@ -111,13 +118,37 @@ def test_isolated_providers_are_judged_timed_and_may_die(plugin: str) -> None:
 
 
 @pytest.mark.subprocess
-def test_a_worker_sees_the_same_weights_and_inputs_as_this_process() -> None:
-    with Runner(CPU, Settings(seconds=0.01)) as here, Runner(CPU, Settings(seconds=0.01, isolate="all")) as there:
-        [row] = here.rows(CASE, [PROVIDERS["ditfast"]])
-        [isolated] = there.rows(CASE, [PROVIDERS["ditfast"]])
+def test_a_worker_sees_the_same_weights_and_inputs_as_this_process(isolating: Runner) -> None:
+    with Runner(CPU, Settings(seconds=0.01)) as here:
+        [row] = here.rows(CASE, [PROVIDERS["ditfast-right"]])
+    [isolated] = isolating.rows(CASE, [PROVIDERS["ditfast-right"]])
     assert (row.isolated, isolated.isolated) == (False, True)
     assert row.error == isolated.error and row.yardstick_error == isolated.yardstick_error
     assert row.error is not None and row.error > 0
+
+
+@pytest.mark.subprocess
+def test_first_calls_alone_are_made_by_all_and_a_failure_is_named(isolating: Runner) -> None:
+    reports: list[str] = []
+    providers = [PROVIDERS[name] for name in ("ditfast-right", "dies", "hungry", "reference-tf32")]
+    failures = isolating.warm_up([CASE], providers, reports.append)
+    assert failures == [
+        f"{CASE.label}: dies: its process died: exit code 3",
+        f"{CASE.label}: hungry: OutOfMemoryError: tried to allocate 9 GiB",
+    ]
+    able = ("ditfast-right", "dies", "hungry")  # the last needs a GPU
+    assert reports == [f"{CASE.label}: {name}" for name in able]
+
+
+@pytest.mark.subprocess
+def test_a_run_leaves_no_process_behind(isolating: Runner) -> None:
+    isolating._workers.get("ditfast-right")
+    pids = [worker._process.pid for worker in isolating._workers.running.values()]
+    isolating.__exit__()
+    for pid in pids:
+        assert pid is not None
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 @pytest.mark.subprocess
@@ -265,20 +296,6 @@ def test_sliced_oracle_attention_is_the_same() -> None:
     assert judge("operator", sliced, whole, formula, torch.float64).ok
 
 
-@pytest.mark.subprocess
-def test_first_calls_alone_are_made_by_all_and_a_failure_is_named(plugin: str) -> None:
-    load_plugins([plugin])
-    said: list[str] = []
-    chosen = [PROVIDERS[name] for name in ("ditfast-right", "dies", "hungry", "reference-tf32")]
-    with Runner(CPU, Settings(plugins=(plugin,))) as runner:
-        failures = runner.warm_up([CASE], chosen, said.append)
-    assert failures == [
-        f"{CASE.label}: dies: its process died: exit code 3",
-        f"{CASE.label}: hungry: OutOfMemoryError: tried to allocate 9 GiB",
-    ]
-    assert said == [f"{CASE.label}: {name}" for name in ("ditfast-right", "dies", "hungry")]  # the last needs a GPU
-
-
 @pytest.mark.parametrize("option", [["--seconds", "1"], ["--json", "r.json"], ["--budget", "9m"]])
 def test_first_calls_alone_take_no_option_of_measuring(
     option: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -344,16 +361,3 @@ def test_a_comparison_that_was_cut_at_the_batch_that_fits_is_made_later(
     found = {row.provider: row for row in results.rows if row.batch == 9}
     assert {name: row.status for name, row in found.items()} == {"limited": "ok", "ditfast": "ok"}
     assert found["ditfast"].rival == "limited" and results.complete and results.older == []
-
-
-@pytest.mark.subprocess
-def test_a_run_leaves_no_process_behind(plugin: str) -> None:
-    load_plugins([plugin])
-    runner = Runner(CPU, Settings(seconds=0.01, isolate="all", plugins=(plugin,)))
-    worker = runner._workers.get("ditfast-right")
-    pid = worker._process.pid
-    assert pid is not None
-    with runner:
-        pass
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)

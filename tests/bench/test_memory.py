@@ -30,6 +30,7 @@ def linear_gelu(device: str = "cpu") -> tuple[nn.Linear, Tensor]:
     return nn.Linear(8, 16, device=device), torch.randn(5, 8, device=device)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_saved_bytes_of_a_small_graph_by_hand(device: str) -> None:
     linear, x = linear_gelu(device)
@@ -96,12 +97,13 @@ def test_what_a_compiled_forward_keeps() -> None:
     compiled = torch.compile(lambda x: F.gelu(linear(x)), fullgraph=True)
     compiled(x).sum().backward()
     assert saved_bytes(lambda: compiled(x).sum(), [x]) == 320
-    row = measure(Case(CONFIG, 3, torch.float32, "train"), PROVIDERS["reference-compile"], CPU)
+    case = Case(replace(CONFIG, depth=1), 3, torch.float32, "train")
+    row = measure(case, PROVIDERS["reference-compile"], CPU)
     assert row.status == "ok", row.note
-    eager = measure(Case(CONFIG, 3, torch.float32, "train"), PROVIDERS["reference"], CPU)
+    eager = measure(case, PROVIDERS["reference"], CPU)
     assert row.saved_bytes is not None and eager.saved_bytes is not None
-    # at least qkv, attention's output, the first Linear's, and the residual's two states, of both blocks
-    assert 2 * 11 * 3 * 16 * 72 * 4 < row.saved_bytes <= eager.saved_bytes
+    # at least qkv, attention's output, the first Linear's, and the residual's two states
+    assert 11 * 3 * 16 * 72 * 4 < row.saved_bytes <= eager.saved_bytes
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
@@ -264,11 +266,11 @@ def test_a_worker_counts_and_tries_as_this_process_does(tmp_path: Path) -> None:
     here = measure(case, PROVIDERS["reference"], CPU)
     worker = Worker("reference", CPU, seed=0)
     try:
+        peak = worker.trial_bytes(case)
         worker.prepare(case)
         assert worker.saved_bytes() == here.saved_bytes
     finally:
         worker.close()
-    peak = trial(case, PROVIDERS["reference"], CPU)(2)
     assert here.peak_bytes is not None
     # its one input: of two images two latents, a timestep and a label; and the loss' six tables over 1000 steps
     assert peak == here.peak_bytes + 2 * (2 * 4 * 8 * 8 * 4 + 8 + 8) + 6 * 1000 * 8

@@ -91,6 +91,7 @@ def no_compile(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_compile")
 @pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.quick
 def test_a_wrong_operator_gets_no_tick_and_no_speedup(direction: Direction) -> None:
     right = OPERATORS["gated_residual"]
     wrong = replace(right, fused=lambda residual, branch, gate: residual + branch * gate.unsqueeze(1) * 1.01)

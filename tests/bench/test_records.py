@@ -51,6 +51,7 @@ def test_columns_by_hand() -> None:
         ("fp16", 1, None, None),  # not measured
     ],
 )
+@pytest.mark.quick
 def test_shares_by_hand(precision: str, weight_bytes: int, share: float | None, ceiling: str | None) -> None:
     before = replace(row("a", 6.0), precision=precision, weight_bytes=weight_bytes, tflops=0.5)
     [after] = with_shares([before], CEILINGS)
@@ -98,6 +99,7 @@ def test_of_equal_rivals_the_first_is_named() -> None:
     assert with_speedups([row("a", 8.0), row("b", 8.0), row("ditfast", 8.0)])[2].rival == "a"
 
 
+@pytest.mark.quick
 def test_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     before = results(row("reference"), row("ditfast", 4.0), row("x", None))

@@ -63,6 +63,7 @@ def run_one(
     return {row.provider: row for row in rows}
 
 
+@pytest.mark.quick
 def test_derived_columns_by_hand() -> None:
     clock = FakeTime()
     rows = run_one(
@@ -153,6 +154,7 @@ def test_no_speedup_where_a_faster_rival_ran_alone(alone_ms: float, speedup: flo
     assert rows["ditfast-fake"].speedup == (None if speedup is None else pytest.approx(speedup))
 
 
+@pytest.mark.quick
 def test_wrong_provider_gets_no_tick_and_no_speedup() -> None:
     clock = FakeTime()
     rows = run_one(
@@ -186,6 +188,7 @@ def test_nan_gets_no_tick() -> None:
 
 
 @pytest.mark.parametrize("keep", ["first", "last"])
+@pytest.mark.quick
 def test_stale_inputs_are_found(keep: str) -> None:
     """A graph that forgets to copy its inputs in returns the right output of other inputs."""
 
@@ -204,6 +207,7 @@ def test_stale_inputs_are_found(keep: str) -> None:
     assert rows["ditfast-stale"].parity is False
 
 
+@pytest.mark.quick
 def test_failing_providers_become_rows_and_the_others_go_on() -> None:
     def fail(work: Workload) -> Variant:
         raise RuntimeError("boom\nsecond line")
@@ -282,6 +286,7 @@ def test_every_provider_on_a_gpu(mode: Mode, provider: str) -> None:
         assert row.parity is True, row.note
 
 
+@pytest.mark.quick
 def test_wrong_gradients_get_no_tick() -> None:
     def build(work: Workload) -> Variant:
         variant = PROVIDERS["reference"].build(work)
