@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..config import VAE_FACTOR, DiTConfig
+from ..files import replacing
 from ..model.dit import DiT
 from ..reference.dit import DiT as ReferenceDiT
 from . import diffusers
@@ -209,7 +208,7 @@ def save_checkpoint(
         changes = diffusers.inexact_changes(model.config, _OFFICIAL_CONSTANTS)
         _refuse_inexact(changes, f"{target}: an official state dict")
     state = _own_storage(state)
-    with _written_beside(target) as temporary:
+    with replacing(target) as temporary:
         if format == "official":
             torch.save(state, temporary)
         else:
@@ -344,8 +343,8 @@ def _save_diffusers(
     try:
         # both are complete before either is renamed; the config goes last
         with (
-            _written_beside(folder / diffusers.CONFIG_FILE) as config_file,
-            _written_beside(folder / diffusers.WEIGHTS_FILE) as weights_file,
+            replacing(folder / diffusers.CONFIG_FILE) as config_file,
+            replacing(folder / diffusers.WEIGHTS_FILE) as weights_file,
         ):
             config_file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
             safetensors.torch.save_file(tensors, weights_file, metadata={"format": "pt"})
@@ -367,19 +366,3 @@ def _own_storage(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen.add(tensor.untyped_storage().data_ptr())
         result[name] = tensor
     return result
-
-
-@contextmanager
-def _written_beside(path: Path) -> Iterator[Path]:
-    """A temporary file next to ``path`` that replaces it in the end, or is removed if anything fails."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.touch(exist_ok=False)
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # safetensors makes files that only their owner can read
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..files import remove_parts, written
 from . import output
 from .work import Batch, differences
 
@@ -113,14 +114,14 @@ class RunFolder:
             stored = _read_settings(path)
             if found or stored.keys() != self.settings.keys():  # a run that made nothing binds nobody
                 self._check_equal(stored, self.folder)
-            output.remove_parts(self.folder)
+            remove_parts(self.folder)
             if self.npz is not None:
-                output.remove_parts(self.npz.parent, self.npz.name)
+                remove_parts(self.npz.parent, self.npz.name)
         elif found:
             raise ValueError(f"{self.folder} holds {found[0]} but no {_SETTINGS} of a run: choose another folder")
-        output.remove_parts(self.folder, _SETTINGS)
+        remove_parts(self.folder, _SETTINGS)
         self._check_room()
-        with output.written(path) as file:  # written anew too: that the folder can be written is now known
+        with written(path) as file:  # written anew too: that the folder can be written is now known
             file.write((json.dumps(self.settings, indent=1) + "\n").encode())
 
     def done(self) -> list[Batch]:

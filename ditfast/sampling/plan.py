@@ -15,13 +15,14 @@ import torch
 from .. import __version__
 from ..checkpoint import read as checkpoint_files
 from ..checkpoint.files import load_checkpoint
+from ..environment import package_version
 from ..inference.engine import Engine, NotFinite
 from ..inference.guidance import Guidance
 from ..inference.samplers import Sampler
 from .decode import Decoder, autoencoder_files
 from .folder import Rows, RunFolder
 from .labels import choose, class_names
-from .request import Request, parse_dtype, version_of
+from .request import Request, parse_dtype
 from .work import Batch, cut, digest, label_of, start
 
 _OPTIONS = {  # of what is named otherwise in Python
@@ -123,7 +124,7 @@ class Plan:
         found: dict[str, Any] = {
             "ditfast": __version__,
             "torch": torch.__version__,
-            "diffusers": version_of("diffusers"),
+            "diffusers": package_version("diffusers"),
             "device": torch.cuda.get_device_name(self.device) if on_gpu else "cpu",
             # convolutions on a CPU sum in another order with another number
             "threads": None if on_gpu else torch.get_num_threads(),

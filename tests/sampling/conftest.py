@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 from typer.testing import CliRunner, Result
 
@@ -67,14 +68,23 @@ def sampling_place(folder: Path) -> Iterator[Path]:
     torch.set_num_threads(before)
 
 
-def latent_options(place: Path) -> dict[str, Any]:
-    """For latents; --latents and --out or --npz are added."""
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a tiny random checkpoint and autoencoder, to sample from."""
+    with sampling_place(tmp_path_factory.mktemp("sample")) as folder:
+        yield folder
+
+
+@pytest.fixture
+def latents(place: Path) -> dict[str, Any]:
+    """Options of ``ditfast sample`` for latents; --latents and --out or --npz are added."""
     return {"checkpoint": place / "tiny.safetensors", "steps": STEPS, "batch_size": 3}
 
 
-def image_options(place: Path) -> dict[str, Any]:
-    """For images; --out or --npz is added."""
-    return {**latent_options(place), "vae": place / "vae"}
+@pytest.fixture
+def images(place: Path, latents: dict[str, Any]) -> dict[str, Any]:
+    """Options of ``ditfast sample`` for images; --out or --npz is added."""
+    return {**latents, "vae": place / "vae"}
 
 
 def sample(*arguments: str | Path, **options: Any) -> Result:

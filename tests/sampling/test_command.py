@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import ditfast
+from ditfast.files import PART
 from ditfast.inference.engine import Engine
 from ditfast.inference.guidance import Guidance
 from ditfast.inference.samplers import Sampler
@@ -183,7 +184,7 @@ def test_going_on_makes_the_same_bytes(images: dict[str, Any], tmp_path: Path) -
     for image in (1, 6, 7):
         (part / f"{image:06d}.png").unlink()
     (part / "grid.png").unlink()
-    (part / f".000001.png.01234567{output.PART}").write_bytes(b"half")
+    (part / f".000001.png.01234567{PART}").write_bytes(b"half")
     result = sampled(**images, num=8, out=part)
     assert "5 images in" in result.stderr  # the two batches of three and two that were not whole
     assert files(part) == files(whole)
