@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ...testing.operators import Direction, Unit
+from ...testing.units import Direction, Unit
 
 Status = Literal["ok", "oom", "error", "unavailable"]
 Axis = Literal["tokens", "batch", "width"]

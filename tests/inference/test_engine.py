@@ -115,11 +115,12 @@ def test_low_precision():
 
 @pytest.mark.kernels
 def test_with_the_kernels():
-    fast, slow = models()
+    # guidance makes two rows of one image
+    fast, slow = models(depth=2)
     with ditfast.ops.use_backend("triton"):
-        found = Engine(fast, Sampler("ddim", 2), Guidance(2.0))(noise(2), LABELS[:2])
+        found = Engine(fast, Sampler("ddim", 2), Guidance(2.0))(noise(1), LABELS[:1])
     expected, exact = (
-        plain_loop(model, Sampler("ddim", 2), Guidance(2.0), LABELS[:2], dtype)
+        plain_loop(model, Sampler("ddim", 2), Guidance(2.0), LABELS[:1], dtype)
         for model, dtype in ((slow, torch.float32), (copy.deepcopy(slow).double(), torch.float64))
     )
     assert judge("model", found, expected, exact, torch.float32).ok
