@@ -59,6 +59,7 @@ def moved(model):
     model.to(torch.bfloat16)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "change", [loaded, assigned, written, written_as_data, relabelled, stepped, replaced, swapped, moved]
 )

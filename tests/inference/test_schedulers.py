@@ -16,7 +16,7 @@ from ditfast.inference.pipeline import _SchedulerSteps  # noqa: E402
 from ditfast.inference.schedulers import _REFUSED, TAKEN, check_scheduler, clips  # noqa: E402
 
 # tens of thousands, of diffusers' own numpy
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 STD = 0.5
 SHAPE = (16, 4, 16, 16)
 FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "LTXEulerAncestralRFScheduler")

@@ -49,6 +49,7 @@ def by_hand(place: Path, labels: list[int], first: int, **guidance: Any) -> torc
     return engine(begin.noise, labels, begin.generators)
 
 
+@pytest.mark.quick
 def test_pngs_and_a_grid(place: Path, images: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "new" / "images"
     names = tmp_path / "names.txt"
@@ -91,6 +92,7 @@ def test_imagenets_names(images: dict[str, Any], tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.quick
 def test_npz_for_the_evaluation_suite(place: Path, images: dict[str, Any], tmp_path: Path) -> None:
     npz, out = tmp_path / "samples.npz", tmp_path / "png"
     assert sampled(**images, num=7, npz=npz).stdout == f"{npz}\n"
@@ -177,6 +179,7 @@ def test_bf16_and_training_files(place: Path, latents: dict[str, Any], tmp_path:
     assert not np.array_equal(found["auto"], found["model"])
 
 
+@pytest.mark.quick
 def test_going_on_makes_the_same_bytes(images: dict[str, Any], tmp_path: Path) -> None:
     whole, part = tmp_path / "whole", tmp_path / "part"
     sampled(**images, num=8, out=whole)

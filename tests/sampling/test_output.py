@@ -49,6 +49,7 @@ def test_a_file_is_there_when_it_is_complete(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.quick
 def test_a_full_disk_leaves_nothing_and_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "batch.npy"
     with no_file_beyond(4096), pytest.raises(OSError) as raised:
@@ -64,6 +65,7 @@ def test_parts_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["000000.png"]
 
 
+@pytest.mark.quick
 def test_an_npz_is_what_numpy_would_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output, "_BLOCK", 100)  # of a row's bytes no multiple
     array, labels = images(23), np.arange(23)

@@ -78,6 +78,7 @@ def test_two_processes_beside_one(whole: tuple[dict[str, Any], bytes], tmp_path:
     assert os.listdir(tmp_path) == ["x.npz"]
 
 
+@pytest.mark.quick
 def test_two_processes_say_what_is_wrong_once(place: Path, tmp_path: Path) -> None:
     out, streams = tmp_path / "out", tmp_path / "streams"
     out.mkdir()
@@ -103,6 +104,7 @@ def fails_in_the_second(place: Path, tmp_path: Path) -> dict[str, Any]:
 NOT_FINITE = "error: image 1, class 5: latents are not finite from step 1 of 2 on"
 
 
+@pytest.mark.quick
 def test_a_process_that_fails_says_why(fails_in_the_second: dict[str, Any], tmp_path: Path) -> None:
     batch = tmp_path / "x.npz.parts" / "batch-000000.npy"
     run = ForkedRun(tmp_path, "--latents", **fails_in_the_second, ranks=2)
