@@ -1,4 +1,4 @@
-"""What a measurement was made on: versions, commit, processor and GPU, as plain JSON values; None where absent."""
+"""The environment of a measurement: versions, commit, processor and GPU, as plain JSON values; None where absent."""
 
 from __future__ import annotations
 

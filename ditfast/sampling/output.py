@@ -34,13 +34,13 @@ def load_array(path: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Arra
         ValueError: not of that shape and dtype, or damaged.
     """
     try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is damaged ({error}): remove it, and it is made again") from None
-    if found.shape != shape or found.dtype != dtype:
+    if array.shape != shape or array.dtype != dtype:
         wanted = f"{np.dtype(dtype)} of shape {shape}"
-        raise ValueError(f"{path} must hold {wanted}, got {found.dtype} of shape {found.shape}: remove it")
-    loaded: Array = found
+        raise ValueError(f"{path} must hold {wanted}, got {array.dtype} of shape {array.shape}: remove it")
+    loaded: Array = array
     return loaded
 
 

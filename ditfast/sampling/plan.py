@@ -121,7 +121,7 @@ class Plan:
         """Everything that the bytes depend on, under the options' names."""
         request = self.request
         on_gpu = self.device.type == "cuda"
-        found: dict[str, Any] = {
+        values: dict[str, Any] = {
             "ditfast": __version__,
             "torch": torch.__version__,
             "diffusers": package_version("diffusers"),
@@ -136,13 +136,13 @@ class Plan:
         }
         names = ("sampler", "steps", "cfg_scale", "guided_channels", "guidance_interval", "guidance_rescale")
         others = ("guidance_power", "seed", "batch_size", "weights", "num_heads", "table_mib", "graphs")
-        found |= {name.replace("_", "-"): getattr(request, name) for name in (*names, *others)}
+        values |= {name.replace("_", "-"): getattr(request, name) for name in (*names, *others)}
         if self.decoder is not None and request.vae is not None:
-            found["vae"] = digest(autoencoder_files(request.vae))
-            found |= {
+            values["vae"] = digest(autoencoder_files(request.vae))
+            values |= {
                 name.replace("_", "-"): getattr(request, name) for name in ("vae_dtype", "latent_scaling", "decode_mib")
             }
-        return found
+        return values
 
     def compute(self, batch: Batch, on_step: Callable[[int], None]) -> npt.NDArray[Any]:
         """The batch's images, or latents.
@@ -162,8 +162,8 @@ class Plan:
             ) from None
         except NotFinite as error:
             image = batch.first + error.image
-            said = f"latents are not finite from step {error.step + 1} of {error.steps} on"
-            raise ValueError(f"image {image}, class {self.caption(image)}: {said}") from error
+            reason = f"latents are not finite from step {error.step + 1} of {error.steps} on"
+            raise ValueError(f"image {image}, class {self.caption(image)}: {reason}") from error
         except ValueError as error:
             raise ValueError(f"{_images(batch)}: {_by_option(error)}") from error
 

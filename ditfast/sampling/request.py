@@ -1,4 +1,4 @@
-"""What a sampling run is asked for, and what is wrong in it before anything is loaded."""
+"""The options of a sampling run, checked before anything is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What changed between two calls of an engine is seen by the second; of a call nothing is left but captured steps."""
+"""An engine sees what changed since its last call; between calls it keeps captured steps only."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""``ditfast sample`` in processes of its own: killed and run again, shared by two, and a few words about devices."""
+"""``ditfast sample`` in processes of its own: killed and run again, shared by two; the device of each."""
 
 from __future__ import annotations
 
