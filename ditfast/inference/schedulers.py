@@ -1,8 +1,8 @@
 """The diffusers schedulers that the engine accepts, and why it refuses the others.
 
-An accepted scheduler recovers the standard deviation of Gaussian data from its exact denoiser: the more steps, the better
-(``tests/inference/test_schedulers.py``): a denoiser of noise, data or v as their config says, for the EDM schedulers
-the F of Karras et al. 2022 (arXiv 2206.00364), for the FlowMatch schedulers a velocity.
+An accepted scheduler recovers the standard deviation of Gaussian data from its exact denoiser, more closely with more
+steps (``tests/inference/test_schedulers.py``). The denoiser predicts noise, data or v as the config says, for the EDM
+schedulers the F of Karras et al. 2022 (arXiv 2206.00364), for the FlowMatch schedulers a velocity.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Timesteps and labels of a sampling run are known before it begins, so every block's modulation for every (step, label)
 is computed many steps at a time, and the loop reads no adaLN weight: a third of DiT-XL's weights. The null class has
-one row a step, whatever the batch.
-The table does not notice changed weights, so it is made for one run and freed after it.
+one row a step, whatever the batch. The table does not notice changed weights, so it is made for one run and freed
+after it.
 """
 
 from __future__ import annotations
