@@ -1,4 +1,4 @@
-"""Progress, and SIGTERM as an interruption."""
+"""Tables and progress on a terminal, and SIGTERM as an interruption."""
 
 from __future__ import annotations
 

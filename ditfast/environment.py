@@ -1,4 +1,4 @@
-"""What a measurement was made on: versions, commit, processor and GPU, as plain JSON values; None where absent."""
+"""The environment of a measurement: versions, commit, processor and GPU, as plain JSON values; None where absent."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def collect(device_index: int | None = None) -> dict[str, Any]:
         "packages": {name: package_version(name) for name in _PACKAGES},
         # not the kernel's release, which names a host rather than a condition
         "os": " ".join(part for part in (platform.system(), platform.machine(), *platform.libc_ver()) if part),
-        "cpu": {"model": _cpu_model(), "cores": cpu_cores(), "torch_threads": _torch_threads()},
+        "cpu": {"model": cpu_model(), "cores": cpu_cores(), "torch_threads": _torch_threads()},
         "gpu": _gpu(device_index),
     }
 
@@ -120,7 +120,8 @@ def _source_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def _cpu_model() -> str | None:
+def cpu_model() -> str | None:
+    """The processor's name, or None where the system does not tell it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             key, _, value = line.partition(":")
@@ -145,25 +146,34 @@ def _torch_threads() -> int:
     return torch.get_num_threads()
 
 
+def gpu_properties(index: int) -> dict[str, Any]:
+    """``name``, ``capability``, ``multiprocessors`` and ``memory_bytes`` of a CUDA device that is there."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+    }
+
+
 def _gpu(device_index: int | None) -> dict[str, Any] | None:
     import torch
 
     if not torch.cuda.is_available():
         return None
     index = torch.cuda.current_device() if device_index is None else device_index
-    properties = torch.cuda.get_device_properties(index)
-    gpu: dict[str, Any] = {
-        "name": properties.name,
+    gpu = {
+        **gpu_properties(index),
         "count": torch.cuda.device_count(),
-        "capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory_bytes": properties.total_memory,
-        "l2_bytes": getattr(properties, "L2_cache_size", None),
+        "l2_bytes": getattr(torch.cuda.get_device_properties(index), "L2_cache_size", None),
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
     }
-    uuid = getattr(properties, "uuid", None)
+    uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
     # by uuid, because CUDA_VISIBLE_DEVICES renumbers torch's devices and not nvidia-smi's
     return gpu | _nvidia_smi(f"GPU-{uuid}" if uuid is not None else str(index))
 

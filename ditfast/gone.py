@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 
-def refuse_gone(function: str, given: Mapping[str, object], gone: Mapping[str, str]) -> None:
+def refuse_gone(function: str, arguments: Mapping[str, object], gone: Mapping[str, str]) -> None:
     """Raises where a function was given keyword arguments that it does not take.
 
     Args:
         function: its name.
-        given: what it took as ``**gone``.
+        arguments: what it took as ``**gone``.
         gone: the arguments that it once took, each with what to do instead.
 
     Raises:
-        TypeError: anything was given; in Python's words where it was never taken.
+        TypeError: there is one; in Python's words where it was never taken.
     """
-    for name in given:
+    for name in arguments:
         if name in gone:
             raise TypeError(f"{function} takes no {name} any more: {gone[name]}")
         raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")

@@ -144,28 +144,3 @@ def checkout(source_files: list[Path], tmp_path_factory: pytest.TempPathFactory)
         shutil.copy2(ROOT / name, copy / name, follow_symlinks=False)
     yield copy
     shutil.rmtree(copy)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with a tiny random checkpoint and autoencoder, to sample from."""
-    from tests.sampling.conftest import sampling_place
-
-    with sampling_place(tmp_path_factory.mktemp("sample")) as place:
-        yield place
-
-
-@pytest.fixture
-def latents(place: Path) -> dict[str, Any]:
-    """Options of ``ditfast sample`` for latents."""
-    from tests.sampling.conftest import latent_options
-
-    return latent_options(place)
-
-
-@pytest.fixture
-def images(place: Path) -> dict[str, Any]:
-    """Options of ``ditfast sample`` for images."""
-    from tests.sampling.conftest import image_options
-
-    return image_options(place)

@@ -64,6 +64,7 @@ def test_version() -> None:
     assert (result.exit_code, result.stdout) == (0, f"ditfast {ditfast.__version__}\n")
 
 
+@pytest.mark.quick
 def test_the_module_is_the_command_and_help_waits_for_torch() -> None:
     script = (
         "import runpy, sys; sys.argv = ['ditfast', '--help']\n"
@@ -78,6 +79,7 @@ def test_the_module_is_the_command_and_help_waits_for_torch() -> None:
     assert result.stdout.endswith("heavy: []\n")
 
 
+@pytest.mark.quick
 def test_info_json() -> None:
     result = _ditfast("info", "--json")
     assert result.exit_code == 0, result.output
@@ -130,6 +132,7 @@ def test_info_refuses_what_is_no_shape(shape: str) -> None:
 
 
 
+@pytest.mark.quick
 def test_convert_there_and_back_computes_the_same(model: ditfast.DiT, official: Path, tmp_path: Path) -> None:
     middle, last = tmp_path / "model.safetensors", tmp_path / "back.pt"
     # a model of no named size: the official file does not tell its heads
@@ -168,6 +171,7 @@ def test_convert_takes_the_weights_it_is_asked_for(model: ditfast.DiT, tmp_path:
         assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
 
 
+@pytest.mark.quick
 def test_bad_input_is_one_line_and_exit_code_2(official: Path, tmp_path: Path) -> None:
     target = tmp_path / "out.safetensors"
     absent, text = tmp_path / "absent.pt", tmp_path / "text.pt"

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     import torch
     from rich.console import RenderableType
 
-    from ...testing.operators import Direction, Shape
+    from ...testing.operators import Shape
+    from ...testing.units import Direction
     from ..records.files import Results
     from ..records.rows import OpRow
 

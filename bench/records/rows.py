@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-# as in testing.operators, whose import of torch every --help would wait for
-Direction = Literal["forward", "backward"]
-Unit = Literal["GB/s", "TFLOP/s"]
+from ...testing.units import Direction, Unit
+
 Status = Literal["ok", "oom", "error", "unavailable"]
 Axis = Literal["tokens", "batch", "width"]
 OwnMode = Literal["forward", "train"]

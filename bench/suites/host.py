@@ -26,7 +26,7 @@ from ditfast import ops
 from ditfast.model import blocks
 from ditfast.training import diffusion_loss
 
-from ...testing.operators import Direction
+from ...testing.units import Direction
 from ..cases.case import Case
 from ..cases.workload import Inputs, make_inputs
 from ..measure.timing import Call, Sampler, measure, sampler

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
-from ...testing.operators import OPERATORS, Direction, Operator, Shape, check, draw_inputs, work
+from ...testing.operators import OPERATORS, Operator, Shape, check, draw_inputs, work
+from ...testing.units import Direction
 from ..cases import attention
 from ..cases.case import dtype_name
 from ..cases.transforms import captured, compile_unavailable

@@ -26,7 +26,7 @@ from ..prove import rehearsal, verify
 from ..suites import ops
 
 if TYPE_CHECKING:
-    from ...testing.operators import Direction
+    from ...testing.units import Direction
     from ..tune.family import Target
     from ..tune.measure import Task
 

@@ -1,1 +1,1 @@
-"""Checkpoints: the formats of the field, read safely, told apart, written whole."""
+"""Checkpoints: loads and saves the common formats safely."""

@@ -145,8 +145,8 @@ def config_to_diffusers(config: DiTConfig) -> dict[str, Any]:
             f"frequency_embedding_size={config.frequency_embedding_size}",
         ),
     ]
-    if found := [fault for present, fault in faults if present]:
-        raise CheckpointError(f"diffusers' DiTTransformer2DModel cannot hold this model: {', '.join(found)}")
+    if reasons := [fault for present, fault in faults if present]:
+        raise CheckpointError(f"diffusers' DiTTransformer2DModel cannot hold this model: {', '.join(reasons)}")
     return {
         "_class_name": "DiTTransformer2DModel",
         "activation_fn": "gelu-approximate",
@@ -239,7 +239,7 @@ def read_config(path: Path) -> DiTConfig:
 def inexact_changes(config: DiTConfig, constants: Mapping[str, float]) -> list[str]:
     """What a reader with these constants computes otherwise, and by how much."""
     changes = {name: (getattr(config, name), value) for name, value in constants.items()}
-    found = [
+    texts = [
         f"{name} becomes {new:g} instead of {old:g}" for name, (old, new) in changes.items() if old != new
     ]
     old, new = changes["timestep_freq_shift"]
@@ -253,5 +253,5 @@ def inexact_changes(config: DiTConfig, constants: Mapping[str, float]) -> list[s
         listed = ", ".join(
             f"{error:.2f} at t={step}" for error, step in zip(errors.tolist(), t.tolist(), strict=True)
         )
-        found.append(f"which moves the timestep sinusoid by a relative L2 distance of {listed}")
-    return found
+        texts.append(f"which moves the timestep sinusoid by a relative L2 distance of {listed}")
+    return texts

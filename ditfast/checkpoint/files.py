@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..config import VAE_FACTOR, DiTConfig
+from ..files import replacing
 from ..model.dit import DiT
 from ..reference.dit import DiT as ReferenceDiT
 from . import diffusers
@@ -123,11 +122,11 @@ def load_checkpoint(
     if config is not None and not isinstance(config, DiTConfig):
         raise TypeError(f"config must be a DiTConfig, got {type(config).__name__}")
     latent_hw = _wanted_latent_size(image_size, latent_size)
-    tensors, stored, source, told = _read(Path(path), weights)
+    tensors, stored, source, recorded_classes = _read(Path(path), weights)
 
-    given = config
+    requested = config
     config = (
-        given
+        requested
         or stored
         or infer_config(
             tensors,
@@ -136,12 +135,12 @@ def load_checkpoint(
             num_heads=num_heads,
             latent_size=latent_hw,
             num_classes=num_classes,
-            told_classes=told,
+            recorded_classes=recorded_classes,
         )
     )
-    if stored is not None and given is not None:
+    if stored is not None and requested is not None:
         free = {*_OFFICIAL_CONSTANTS, *_NULL_ROW}
-        _check_equal(asdict(stored), {k: v for k, v in asdict(given).items() if k not in free}, source)
+        _check_equal(asdict(stored), {k: v for k, v in asdict(requested).items() if k not in free}, source)
     wanted = {"num_heads": num_heads, "latent_size": latent_hw}
     _check_equal(asdict(config), {key: value for key, value in wanted.items() if value is not None}, source)
     check_model_name(asdict(config), model, source)
@@ -151,7 +150,7 @@ def load_checkpoint(
     check_grid(tensors["pos_embed"], config, source)
     dtype = dtype or common_dtype(tensors, source)
     if num_classes is not None and num_classes != config.num_classes:
-        if given is None and stored is None and told is None and num_classes == config.num_embeddings:
+        if requested is None and stored is None and recorded_classes is None and num_classes == config.num_embeddings:
             raise CheckpointError(
                 f"{source}: tensor 'y_embedder.embedding_table.weight' has {num_classes} rows: {num_classes} "
                 f"classes, or {num_classes - 1} and the null class; give config= with its class_dropout_prob"
@@ -209,7 +208,7 @@ def save_checkpoint(
         changes = diffusers.inexact_changes(model.config, _OFFICIAL_CONSTANTS)
         _refuse_inexact(changes, f"{target}: an official state dict")
     state = _own_storage(state)
-    with _written_beside(target) as temporary:
+    with replacing(target) as temporary:
         if format == "official":
             torch.save(state, temporary)
         else:
@@ -242,17 +241,17 @@ def convert(
 
 
 def _read(path: Path, weights: str) -> tuple[dict[str, Tensor], DiTConfig | None, str, int | None]:
-    """The weights under official names, the configuration where it is stored, the source, the told class count."""
-    found = files.read(path, weights)
-    tensors, source = found.tensors, found.source
-    if found.config_file is not None:
-        config = diffusers.read_config(found.config_file)
+    """The weights under official names, the configuration where it is stored, the source, the recorded class count."""
+    loaded = files.read(path, weights)
+    tensors, source = loaded.tensors, loaded.source
+    if loaded.config_file is not None:
+        config = diffusers.read_config(loaded.config_file)
         tensors = diffusers.tensors_from_diffusers(tensors, config, _expected(config, tensors, source), source)
         return tensors, config, source, None
-    if _METADATA_KEY not in found.metadata:
-        return tensors, None, source, found.told_classes
+    if _METADATA_KEY not in loaded.metadata:
+        return tensors, None, source, loaded.recorded_classes
     try:
-        return tensors, DiTConfig.from_dict(json.loads(found.metadata[_METADATA_KEY])), source, None
+        return tensors, DiTConfig.from_dict(json.loads(loaded.metadata[_METADATA_KEY])), source, None
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: metadata {_METADATA_KEY!r} is no DiTConfig in JSON: {error}"
@@ -275,8 +274,8 @@ def _wanted_latent_size(image_size: Size | None, latent_size: Size | None) -> tu
     return pair[0] // unit, pair[1] // unit
 
 
-def _check_equal(found: Mapping[str, Any], wanted: Mapping[str, Any], source: str) -> None:
-    wrong = [f"{key}={found[key]} (wanted {value})" for key, value in wanted.items() if found[key] != value]
+def _check_equal(values: Mapping[str, Any], wanted: Mapping[str, Any], source: str) -> None:
+    wrong = [f"{key}={values[key]} (wanted {value})" for key, value in wanted.items() if values[key] != value]
     if wrong:
         raise CheckpointError(f"{source}: the file holds a model of {', '.join(wrong)}")
 
@@ -298,8 +297,8 @@ def _expected(config: DiTConfig, tensors: Mapping[str, Tensor], source: str) -> 
 
 def _resize_label_table(table: Tensor, old: DiTConfig, new: DiTConfig) -> Tensor:
     resized = torch.empty(new.num_embeddings, table.shape[1], dtype=table.dtype).normal_(std=0.02)
-    kept = min(old.num_classes, new.num_classes)
-    resized[:kept] = table[:kept]
+    common = min(old.num_classes, new.num_classes)
+    resized[:common] = table[:common]
     if old.null_class is not None:
         resized[-1] = table[-1]
     return resized
@@ -344,8 +343,8 @@ def _save_diffusers(
     try:
         # both are complete before either is renamed; the config goes last
         with (
-            _written_beside(folder / diffusers.CONFIG_FILE) as config_file,
-            _written_beside(folder / diffusers.WEIGHTS_FILE) as weights_file,
+            replacing(folder / diffusers.CONFIG_FILE) as config_file,
+            replacing(folder / diffusers.WEIGHTS_FILE) as weights_file,
         ):
             config_file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
             safetensors.torch.save_file(tensors, weights_file, metadata={"format": "pt"})
@@ -358,28 +357,12 @@ def _save_diffusers(
 def _own_storage(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors on the CPU, each with its own storage: writers store shared ones whole, or refuse them."""
     result: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    storages: set[int] = set()
     for name, tensor in state.items():
         tensor = tensor.detach().cpu().contiguous()
         storage = tensor.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
+        if storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes:
             tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
+        storages.add(tensor.untyped_storage().data_ptr())
         result[name] = tensor
     return result
-
-
-@contextmanager
-def _written_beside(path: Path) -> Iterator[Path]:
-    """A temporary file next to ``path`` that replaces it in the end, or is removed if anything fails."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.touch(exist_ok=False)
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # safetensors makes files that only their owner can read
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Which model the tensors of a file are, and whether they are all there.
+"""Infers a model's configuration from the tensors of a file, and checks that none is missing.
 
 ``source`` names the file (and the entry in it) in every message.
 """
@@ -63,15 +63,15 @@ def common_dtype(tensors: Mapping[str, Tensor], source: str) -> torch.dtype:
     return next(iter(examples))
 
 
-def check_model_name(found: Mapping[str, Any], model: str | None, source: str) -> None:
+def check_model_name(values: Mapping[str, Any], model: str | None, source: str) -> None:
     """Refuses sizes that are not those of the named model."""
     if model is None:
         return
     wanted = DiTConfig.named(model)
     keys = ("depth", "hidden_size", "patch_size", "mlp_ratio", "num_heads")
-    wrong = [key for key in keys if key in found and found[key] != getattr(wanted, key)]
+    wrong = [key for key in keys if key in values and values[key] != getattr(wanted, key)]
     if wrong:
-        listed = ", ".join(f"{key}={found[key]} (wanted {getattr(wanted, key)})" for key in wrong)
+        listed = ", ".join(f"{key}={values[key]} (wanted {getattr(wanted, key)})" for key in wrong)
         raise CheckpointError(f"{source}: wanted {model}, but the file holds another model: {listed}")
 
 
@@ -83,13 +83,13 @@ def infer_config(
     num_heads: int | None = None,
     latent_size: tuple[int, int] | None = None,
     num_classes: int | None = None,
-    told_classes: int | None = None,
+    recorded_classes: int | None = None,
 ) -> DiTConfig:
     """The configuration of an official state dict, from its names and shapes.
 
     The number of heads is taken from the named models (by depth and width) or from qk-norm's width; the grid
     from the sine-cosine table that ``pos_embed`` is. The label table's last row is taken for the null class, unless
-    ``told_classes``, of the file, says that there is none; ``num_classes``, of the caller, may confirm it.
+    ``recorded_classes``, of the file, says that there is none; ``num_classes``, of the caller, may confirm it.
 
     Warns:
         UserWarning: the label table looks as if it had no row for the null class, and nothing says so.
@@ -130,7 +130,7 @@ def infer_config(
             **sizes,
             num_heads=num_heads,
             in_channels=channels,
-            **_classes(rows, num_classes, told_classes, source),
+            **_classes(rows, num_classes, recorded_classes, source),
             learn_sigma=outputs == 2 * patch**2 * channels,
             latent_size=_latent_size(tensors, patch, latent_size, source),
             conditioning=_conditioning(tensors, width, source),
@@ -211,14 +211,14 @@ def _conditioning(tensors: Mapping[str, Tensor], width: int, source: str) -> Con
     return "adaln_zero" if rows == 6 * width else "adaln"
 
 
-def _classes(rows: int, wanted: int | None, told: int | None, source: str) -> dict[str, Any]:
+def _classes(rows: int, wanted: int | None, recorded: int | None, source: str) -> dict[str, Any]:
     """How many classes a label table of so many rows has, and its label dropout where that is not the usual one."""
-    if told == rows:
+    if recorded == rows:
         return {"num_classes": rows, "class_dropout_prob": 0.0}
     # data sets have a round number of classes, and their tables with the null class one more: 10, 100, 365, 1000
-    suspicious = rows % 10 == 0 or rows == 365 or told is not None
-    if suspicious and rows - 1 not in (told, wanted):
-        says = "nothing says" if told is None else f"its args, with num_classes={told}, do not say"
+    suspicious = rows % 10 == 0 or rows == 365 or recorded is not None
+    if suspicious and rows - 1 not in (recorded, wanted):
+        says = "nothing says" if recorded is None else f"its args, with num_classes={recorded}, do not say"
         warnings.warn(
             f"{source}: the label table has {rows} rows, and {says} whether the last is the null class: taken for "
             f"{rows - 1} classes and the null class. The data's number of classes tells: if it is {rows}, there is "

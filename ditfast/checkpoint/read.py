@@ -1,7 +1,8 @@
-"""Files and folders of the field, read safely: which files hold weights, what is in them, and what cannot be read.
+"""Reads files and folders safely: which files hold weights, what is in them, and what cannot be read.
 
-Read are PyTorch and safetensors files, also in shards with an index, and folders of diffusers and accelerate. Folders
-of torch.distributed.checkpoint and DeepSpeed, whose readers unpickle, are refused with the command that converts them.
+It reads PyTorch and safetensors files, also in shards with an index, and folders of diffusers and accelerate. It
+refuses folders of torch.distributed.checkpoint and DeepSpeed, whose readers unpickle, and names the command that
+converts them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from .diffusers import CLASSES, CONFIG_FILE
 from .infer import CheckpointError, some
-from .select import WeightSet, choose, clean, find_weights, is_average, told_classes, without_names
+from .select import WeightSet, choose, clean, find_weights, is_average, recorded_classes, without_names
 
 _DIFFUSERS_STEM = "diffusion_pytorch_model"
 # stem, variant, kind, and for an index its variant: model.safetensors, diffusion_pytorch_model.fp16.bin,
@@ -39,7 +40,7 @@ class Loaded:
     """Weights by their names in the model, mapped, not read.
 
     ``files`` are those that they come from; ``config_file`` is diffusers', where the names are; ``metadata`` is a
-    safetensors file's own; ``told_classes`` is the number of classes that a training file tells.
+    safetensors file's own; ``recorded_classes`` is the number of classes in the arguments of a training file.
     """
 
     tensors: dict[str, Tensor]
@@ -47,7 +48,7 @@ class Loaded:
     files: list[Path]
     config_file: Path | None
     metadata: Mapping[str, str]
-    told_classes: int | None
+    recorded_classes: int | None
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def read(path: Path, weights: str) -> Loaded:
         CheckpointError: nothing can be read safely, or what is meant is not in it.
     """
     paths = _weight_files(path) if path.is_dir() else {"": path}
-    found: list[tuple[WeightSet, _File, str]] = []
+    candidates: list[tuple[WeightSet, _File, str]] = []
     unnamed = _averages_in_folders(path) if path.is_dir() else []
     for key, each in paths.items():
         try:
@@ -82,11 +83,11 @@ def read(path: Path, weights: str) -> Loaded:
             continue
         sets, others = find_weights(file.content, str(each), (key,) if key else ())
         # within a folder a set is known by its file, within a file by its entry
-        found += [(chosen, file, chosen.label.removeprefix(key).lstrip(".")) for chosen in sets]
+        candidates += [(chosen, file, chosen.label.removeprefix(key).lstrip(".")) for chosen in sets]
         unnamed += others or ([key] if not sets and is_average(key) else [])
-    if found:
-        chosen = choose([entry[0] for entry in found], unnamed, weights, str(path))
-        _, file, entry = next(entry for entry in found if entry[0] is chosen)
+    if candidates:
+        chosen = choose([entry[0] for entry in candidates], unnamed, weights, str(path))
+        _, file, entry = next(entry for entry in candidates if entry[0] is chosen)
         source = f"{file.path}[{entry!r}]" if entry else str(file.path)
     elif path.is_dir() and (refusal := _refusal(path)):
         raise CheckpointError(refusal)
@@ -103,23 +104,23 @@ def read(path: Path, weights: str) -> Loaded:
     # a file of diffusers' name is refused by its config where it holds something else
     if not chosen.is_diffusers and not file.path.name.startswith(_DIFFUSERS_STEM):
         config = []
-    tensors, told = clean(chosen, source), told_classes(file.content)
+    tensors, classes = clean(chosen, source), recorded_classes(file.content)
     files = [*config, file.path, *file.shards]
-    return Loaded(tensors, source, files, config[0] if config else None, file.metadata, told)
+    return Loaded(tensors, source, files, config[0] if config else None, file.metadata, classes)
 
 
 def _weight_files(folder: Path) -> dict[str, Path]:
     """The files of weights in a folder, and in those within it that hold a DiT of diffusers' or an average."""
     if (folder / _SHARDED).is_file():
         raise CheckpointError(_refusal(folder))
-    found = _named_files(folder)
+    paths = _named_files(folder)
     for inner in _folders(folder):
         if inner.name == "transformer" or is_average(inner.name) or _holds_dit(inner):
             for key, path in _named_files(inner).items():
                 variant = key.removeprefix(_DIFFUSERS_STEM).lstrip(".")
-                found[f"{inner.name}.{variant}" if variant else inner.name] = path
-    if found:
-        return found
+                paths[f"{inner.name}.{variant}" if variant else inner.name] = path
+    if paths:
+        return paths
     raise CheckpointError(
         _refusal(folder)
         or f"{folder}: no weights in this folder or in transformer/; wanted diffusers' {CONFIG_FILE} and "

@@ -1,7 +1,7 @@
-"""Which sets of weights a loaded file holds, in whatever containers and under whatever prefixes, and which is meant.
+"""Finds the sets of weights in a loaded file, in any containers and under any prefixes, and chooses one.
 
-A set of weights is known by a DiT's names in it, and an average by the names that lead to it. The label of a set is
-those keys and prefixes between dots: ``ema``, ``state.ema``, ``state_dict.ema_model``.
+A set of weights is recognised by a DiT's names in it, and an average by the names that lead to it.
+The label of a set is those keys and prefixes between dots: ``ema``, ``state.ema``, ``state_dict.ema_model``.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def find_weights(
     Raises:
         CheckpointError: containers are nested too deep to look into.
     """
-    found: list[WeightSet] = []
+    sets: list[WeightSet] = []
     unnamed: dict[str, object] = {}
     try:
-        _walk(content, path, False, found, unnamed, set())
+        _walk(content, path, False, sets, unnamed, set())
     except RecursionError:
         where = _deepest(content)
         raise CheckpointError(
@@ -69,17 +69,17 @@ def find_weights(
         ) from None
     sizes = [
         sum(value.numel() for _, _, value in each.entries if isinstance(value, Tensor))
-        for each in found
+        for each in sets
         if not each.average
     ]
-    return found, [label for label, value in unnamed.items() if not sizes or not _is_log(value, min(sizes))]
+    return sets, [label for label, value in unnamed.items() if not sizes or not _is_log(value, min(sizes))]
 
 
-def choose(found: Sequence[WeightSet], unnamed: Sequence[str], weights: str, source: str) -> WeightSet:
+def choose(sets: Sequence[WeightSet], unnamed: Sequence[str], weights: str, source: str) -> WeightSet:
     """The set that is meant.
 
     Args:
-        found, unnamed: of :func:`find_weights`.
+        sets, unnamed: of :func:`find_weights`.
         weights: "ema", the average; "model", what is no average; "auto", the average before the other; or a label,
             or a part of one.
         source: names the file in messages.
@@ -87,17 +87,17 @@ def choose(found: Sequence[WeightSet], unnamed: Sequence[str], weights: str, sou
     Raises:
         CheckpointError: there is no such set, or several, or for "auto" none but the raw weights beside an average.
     """
-    averages, raw = [each for each in found if each.average], [each for each in found if not each.average]
+    averages, raw = [each for each in sets if each.average], [each for each in sets if not each.average]
     if weights == "auto" and unnamed and not averages:
         raise CheckpointError(
             f"{source}: holds an average that cannot be taken, because it has no names of a DiT's tensors or reading "
             f"it could run code: {some(unnamed)}; weights='model' (--weights model) takes the raw weights"
         )
-    if weights == "model" and [each.label for each in found] == [""]:
+    if weights == "model" and [each.label for each in sets] == [""]:
         raw = []  # bare, it does not say what it is
     pool = {"auto": averages or raw, "ema": averages, "model": raw}.get(weights)
-    named = [each for each in found if each.label == weights] or [
-        each for each in found if f".{weights}." in f".{each.label}."
+    named = [each for each in sets if each.label == weights] or [
+        each for each in sets if f".{weights}." in f".{each.label}."
     ]
     if pool is None:
         pool = named
@@ -105,7 +105,7 @@ def choose(found: Sequence[WeightSet], unnamed: Sequence[str], weights: str, sou
         pool = [each for each in named if each in pool] or _outermost(pool)
     if len(pool) == 1:
         return pool[0]
-    listed = [each for each in pool or found if each.label]
+    listed = [each for each in pool or sets if each.label]
     labels = [repr(each.label) for each in listed]
     if pool:
         # an optimiser's moments have a model's names too
@@ -158,8 +158,8 @@ def without_names(content: object, source: str) -> tuple[WeightSet, str]:
     return WeightSet("", [(name, name, value) for name, value in content.items()], False), source
 
 
-def told_classes(content: object) -> int | None:
-    """The ``num_classes`` that a training file's ``args`` tell."""
+def recorded_classes(content: object) -> int | None:
+    """The ``num_classes`` in a training file's ``args``."""
     args = content.get("args") if isinstance(content, Mapping) else None
     values = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, Mapping) else {}
     number = values.get("num_classes")
@@ -191,9 +191,9 @@ def _walk(
     value: object,
     path: tuple[str, ...],
     averaged: bool,
-    found: list[WeightSet],
+    sets: list[WeightSet],
     unnamed: dict[str, object],
-    seen: set[int],
+    visited: set[int],
 ) -> None:
     """Collects what lies in ``value``, which ``averaged`` says to be an average's; ``unnamed`` by label."""
     here: list[WeightSet] = []
@@ -201,7 +201,7 @@ def _walk(
     lightning = False
     if isinstance(value, Mapping):
         here = list(_sets_of(value, path, averaged))
-        found += here
+        sets += here
         # under "state" lies what an optimiser knows of each parameter
         skipped = "state" if "param_groups" in value else None
         items = [(key, item) for key, item in value.items() if not (isinstance(key, str) and key == skipped)]
@@ -211,21 +211,21 @@ def _walk(
             unnamed[label] = value
     elif isinstance(value, (list, tuple)):
         items = enumerate(value)
-    if id(value) in seen:  # a pickle can hold itself
+    if id(value) in visited:  # a pickle can hold itself
         return
-    seen.add(id(value))
+    visited.add(id(value))
     for key, item in items:
         parts = key if isinstance(key, tuple) else (key,)
         label = ".".join(map(str, parts))
         known = any(_DECAY.fullmatch(str(part)) for part in parts)
         if lightning and isinstance(key, str):
             known = known or key == "state_dict"
-        before = len(found), len(unnamed)
+        before = len(sets), len(unnamed)
         if isinstance(item, (Mapping, list, tuple)):
-            _walk(item, (*path, label), averaged or known, found, unnamed, seen)
+            _walk(item, (*path, label), averaged or known, sets, unnamed, visited)
         elif here or (isinstance(key, str) and "." in key and not known):
             continue
-        if (len(found), len(unnamed)) != before or not is_average(label, known):
+        if (len(sets), len(unnamed)) != before or not is_average(label, known):
             continue
         if any(tensor.numel() > 1 for tensor in _tensors(item)):
             unnamed[".".join((*path, label))] = item

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Sequence
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..environment import cpu_model, gpu_properties, package_version
 
 # distributions whose version changes what runs or how fast; the first four are always wanted
 _DISTRIBUTIONS = ("torch", "triton", "numpy", "safetensors", "diffusers", "flash-attn", "flash-attn-3", "flash-attn-4")
@@ -41,7 +40,11 @@ def collect(shapes: Sequence[str] = SHAPES, dtype: str = "bf16") -> dict[str, An
     from .. import ops
 
     return {
-        "versions": _versions(),
+        "versions": {
+            "ditfast": __version__,
+            "python": platform.python_version(),
+            **{name: package_version(name) for name in _DISTRIBUTIONS},
+        },
         "platform": platform.platform(),
         "devices": [_cpu(), *_gpus()],
         "no_gpu": _no_gpu(),
@@ -106,35 +109,15 @@ def _attention(shape: str, dtype: str) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"ditfast": __version__, "python": platform.python_version()}
-    for name in _DISTRIBUTIONS:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
-
-
 def _cpu() -> dict[str, Any]:
     import torch
 
     return {
         "type": "cpu",
-        "name": _cpu_name(),
+        "name": cpu_model() or platform.machine(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
     }
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def _gpus() -> list[dict[str, Any]]:
@@ -142,20 +125,12 @@ def _gpus() -> list[dict[str, Any]]:
 
     if not torch.cuda.is_available():
         return []
+    runtime = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
     gpus = []
     for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        gpus.append(
-            {
-                "type": "cuda",
-                "index": index,
-                "name": properties.name,
-                "capability": f"{properties.major}.{properties.minor}",
-                "memory_gib": round(properties.total_memory / 2**30, 1),
-                "multiprocessors": properties.multi_processor_count,
-                "runtime": f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}",
-            }
-        )
+        properties = gpu_properties(index)
+        memory = round(properties.pop("memory_bytes") / 2**30, 1)
+        gpus.append({"type": "cuda", "index": index, **properties, "memory_gib": memory, "runtime": runtime})
     return gpus
 
 

@@ -183,14 +183,16 @@ def _read_reference(
             raise ValueError(f"reference must be given for {', '.join(needy)}")
         return {}, 0
     source = Npz(Path(reference), "reference")
-    stored = {name: found for name, keys in _STORED.items() if name in wanted and (found := source.statistics(*keys))}
+    stored = {
+        name: moments for name, keys in _STORED.items() if name in wanted and (moments := source.statistics(*keys))
+    }
     if IMAGES not in source.names():
         if not any(key in source.names() for keys in _STORED.values() for key in keys):
             raise ValueError(f"reference must hold images under {IMAGES!r} or statistics under 'mu', 'sigma'")
         return stored, 0
-    count, *its = source.image_shape()
-    if its != list(size):
-        raise ValueError(f"reference must hold images of the samples' size, {_times(size)}, got {_times(its)}")
+    count, *image_size = source.image_shape()
+    if image_size != list(size):
+        raise ValueError(f"reference must hold images of the samples' size, {_times(size)}, got {_times(image_size)}")
     if count < 2:
         raise ValueError(f"reference must hold at least 2 images, got {count}")
     return stored, count

@@ -48,9 +48,9 @@ class AdmInception(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, H, W), uint8 -> the features asked for, each (B, D), fp32."""
-        found = self.network.convert_features_tuple_to_dict(self.network(images))
-        found[SPATIAL], self._spatial = self._spatial, None
-        return tuple(found[name] for name in self.features)
+        by_name = self.network.convert_features_tuple_to_dict(self.network(images))
+        by_name[SPATIAL], self._spatial = self._spatial, None
+        return tuple(by_name[name] for name in self.features)
 
 
 def load(features: Sequence[str], weights: str | os.PathLike[str] | None = None) -> tuple[AdmInception, list[str]]:
@@ -74,11 +74,11 @@ def load(features: Sequence[str], weights: str | os.PathLike[str] | None = None)
         )
     data = path.read_bytes()
     # it stops after the last one asked for; "768" is the first behind the spatial ones
-    own = [feature for feature in features if feature != SPATIAL] or ["768"]
+    layers = [feature for feature in features if feature != SPATIAL] or ["768"]
     try:
         torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         # torch-fidelity loads without that limit: the same bytes, which have just been found to be tensors alone
-        network = source.FeatureExtractorInceptionV3(name, own, feature_extractor_weights_path=io.BytesIO(data))
+        network = source.FeatureExtractorInceptionV3(name, layers, feature_extractor_weights_path=io.BytesIO(data))
     except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"weights: {path} is damaged or not torch-fidelity's Inception: {reason}") from error

@@ -44,10 +44,10 @@ def extract(
     # TF32 would cost three digits
     with torch.inference_mode(), torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False):
         for images in batches:
-            found = network(images.to(device))
-            if not isinstance(found, tuple) or len(found) != len(names):
+            outputs = network(images.to(device))
+            if not isinstance(outputs, tuple) or len(outputs) != len(names):
                 raise ValueError(f"extractor must return a tuple of its {len(names)} features ({', '.join(names)})")
-            for layer, values in zip(names, found, strict=True):
+            for layer, values in zip(names, outputs, strict=True):
                 if layer in parts:
                     _check(layer, values, len(images), widths.get(layer))
                     parts[layer].append(values.cpu())
@@ -71,8 +71,8 @@ def statistics(features: Tensor) -> Statistics:
     """Mean and covariance of (N, D)."""
     from torch_fidelity.metric_fid import fid_features_to_statistics
 
-    found: Statistics = fid_features_to_statistics(features.double())
-    return found
+    moments: Statistics = fid_features_to_statistics(features.double())
+    return moments
 
 
 def frechet(ours: Statistics, theirs: Statistics) -> float:
@@ -95,8 +95,8 @@ def precision_recall(ours: Tensor, theirs: Tensor) -> dict[str, float]:
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
     options = {"prc_neighborhood": NEIGHBOURS, "prc_batch_size": _ROWS, "save_cpu_ram": True, "verbose": False}
-    found = prc_features_to_metric(ours.double(), theirs.double(), **options)
-    return {"precision": found[KEY_METRIC_PRECISION], "recall": found[KEY_METRIC_RECALL]}
+    values = prc_features_to_metric(ours.double(), theirs.double(), **options)
+    return {"precision": values[KEY_METRIC_PRECISION], "recall": values[KEY_METRIC_RECALL]}
 
 
 def rank_notes(metric: str, ours: Tensor, theirs: Tensor | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""The sampling loop: one model evaluation after another with everything known in advance computed in advance.
+"""The sampling loop: what is known before the first step is computed before it.
 
 For ditfast's adaLN models the loop runs on a schedule table (:mod:`.table`) and, on a GPU, as a captured CUDA graph
 (:mod:`.graphs`); any other model is called plainly. The results are the plain loop's within rounding. A table lives
@@ -133,14 +133,14 @@ class Engine:
             plans = {each: self._plan(labels, each, table, noise.device) for each in guided}
             factor = noise.new_ones(1)  # where a captured step reads it
             x = self.sampler.start(noise)
-            broken = torch.full((len(labels),), -1, device=x.device)
+            failed_at = torch.full((len(labels),), -1, device=x.device)
             for i, scale in enumerate(scales):
-                given = self.sampler.model_input(x, i)
-                output = self._evaluate(plans[scale != 1], given, i, timesteps, factor.fill_(scale))
+                model_input = self.sampler.model_input(x, i)
+                output = self._evaluate(plans[scale != 1], model_input, i, timesteps, factor.fill_(scale))
                 x = self.sampler.step(x, output.to(x.dtype), i, generators)
-                broken = torch.where((broken < 0) & ~x.isfinite().flatten(1).all(1), i, broken)
+                failed_at = torch.where((failed_at < 0) & ~x.isfinite().flatten(1).all(1), i, failed_at)
                 if (i + 1) % _LOOK == 0 or i + 1 == len(scales):
-                    _stop_at_first(broken, len(scales))
+                    _stop_at_first(failed_at, len(scales))
                 if on_step is not None:
                     on_step(i + 1)
         return x
@@ -158,10 +158,10 @@ class Engine:
         self, labels: Sequence[int], guided: bool, table: ScheduleTable | None, device: torch.device
     ) -> _Plan:
         null = [] if self.null_class is None or not guided else [self.null_class] * len(labels)
-        given = [*labels, *null]
+        batch_labels = [*labels, *null]
         graphs = self.graphs if self.graphs is not None and self.graphs.look() else None
-        rows = None if table is None else table.rows(given)
-        return _Plan(torch.tensor(given, device=device), rows, table, graphs)
+        rows = None if table is None else table.rows(batch_labels)
+        return _Plan(torch.tensor(batch_labels, device=device), rows, table, graphs)
 
     @contextmanager
     def _table(self, labels: Sequence[int], guided: bool) -> Iterator[ScheduleTable | None]:
@@ -182,26 +182,27 @@ class Engine:
         """The model's output (N, C or 2C, h, w) at evaluation i, after guidance."""
         guided = len(plan.labels) > len(x)
         if plan.table is not None and plan.rows is not None:
-            given: tuple[Tensor, ...] = (plan.table.at(i, plan.rows),)
+            conditions: tuple[Tensor, ...] = (plan.table.at(i, plan.rows),)
         else:
-            given = (timesteps[i].expand(len(plan.labels)), plan.labels)
+            conditions = (timesteps[i].expand(len(plan.labels)), plan.labels)
 
-        def step(x: Tensor, factor: Tensor, *given: Tensor) -> Tensor:
-            both = torch.cat([x, x]) if guided else x
+        def step(x: Tensor, factor: Tensor, *conditions: Tensor) -> Tensor:
+            batch = torch.cat([x, x]) if guided else x
             model: Any = self.model
-            output: Tensor = model.forward_modulated(both, *given) if len(given) == 1 else model(both, *given)
+            forward = model.forward_modulated if len(conditions) == 1 else model
+            output: Tensor = forward(batch, *conditions)
             return self.guidance.apply(output, factor, x.shape[1]) if guided and self.guidance is not None else output
 
         if plan.graphs is None:
-            return step(x, factor, *given)
+            return step(x, factor, *conditions)
         # the scale is an input: what else of guidance a captured step holds is part of its key
-        how = (self.guidance.channels, self.guidance.rescale) if guided and self.guidance is not None else None
-        return plan.graphs.run((guided, how), step, x, factor, *given)
+        guidance_key = (self.guidance.channels, self.guidance.rescale) if guided and self.guidance is not None else None
+        return plan.graphs.run((guided, guidance_key), step, x, factor, *conditions)
 
 
-def _stop_at_first(broken: Tensor, steps: int) -> None:
+def _stop_at_first(failed_at: Tensor, steps: int) -> None:
     """Raises where a latent was found not to be finite."""
-    found = broken.tolist()
-    if max(found, default=-1) >= 0:
-        step, image = min((step, image) for image, step in enumerate(found) if step >= 0)
+    steps_failed = failed_at.tolist()
+    if max(steps_failed, default=-1) >= 0:
+        step, image = min((step, image) for image, step in enumerate(steps_failed) if step >= 0)
         raise NotFinite(step, steps, image)

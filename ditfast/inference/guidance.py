@@ -108,12 +108,12 @@ class Guidance:
         if not isinstance(scale, Tensor) and scale == 1:
             return conditional
         count = self.guided_channels(in_channels)
-        kept, pull = conditional[:, :count], unconditional[:, :count]
-        guided = pull + scale * (kept - pull)
+        selected, pull = conditional[:, :count], unconditional[:, :count]
+        guided = pull + scale * (selected - pull)
         if self.rescale:
             # a zero prediction has no deviation to divide by: it stays zero
             deviation = _deviation(guided).clamp_min(torch.finfo(guided.dtype).tiny)
-            guided = guided * (self.rescale * (_deviation(kept) / deviation) + (1 - self.rescale))
+            guided = guided * (self.rescale * (_deviation(selected) / deviation) + (1 - self.rescale))
         return torch.cat([guided, conditional[:, count:]], dim=1)
 
     def guided_channels(self, in_channels: int) -> int:

@@ -1,8 +1,8 @@
-"""Which of diffusers' schedulers step a model of class and time from noise to data: told by numbers.
+"""The diffusers schedulers that the engine accepts, and why it refuses the others.
 
-Those taken give data of a Gaussian its standard deviation back from its exact denoiser, the better the more steps
-(``tests/inference/test_schedulers.py``): a denoiser of noise, data or v as their config says, for the EDM schedulers
-the F of Karras et al. 2022 (arXiv 2206.00364), for the FlowMatch schedulers a velocity.
+An accepted scheduler recovers the standard deviation of Gaussian data from its exact denoiser, more closely with more
+steps (``tests/inference/test_schedulers.py``). The denoiser predicts noise, data or v as the config says, for the EDM
+schedulers the F of Karras et al. 2022 (arXiv 2206.00364), for the FlowMatch schedulers a velocity.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def clips(scheduler: Any) -> bool:
     base = _base(scheduler)
     if base is None or base.__name__ == "CogVideoXDDIMScheduler":  # that has clip_sample, and makes no use of it
         return False
-    own = _own_config(scheduler)
-    return bool(own.get("clip_sample") or own.get("thresholding"))
+    config = _own_config(scheduler)
+    return bool(config.get("clip_sample") or config.get("thresholding"))
 
 
 def _base(scheduler: Any) -> type | None:
@@ -98,8 +98,8 @@ def _base(scheduler: Any) -> type | None:
 def _own_config(scheduler: Any) -> dict[str, Any]:
     """Its config without what from_config keeps of another class's: all but defaults that were never saved."""
     made_by = [vars(base)["__init__"] for base in type(scheduler).__mro__ if "__init__" in vars(base)]
-    own = {key for each in made_by for key in inspect.signature(each).parameters}
-    return {key: value for key, value in scheduler.config.items() if key in own}
+    accepted = {key for each in made_by for key in inspect.signature(each).parameters}
+    return {key: value for key, value in scheduler.config.items() if key in accepted}
 
 
 def _reason(scheduler: Any) -> str | None:
@@ -123,28 +123,28 @@ def _reason_of_step(scheduler: Any) -> str | None:
 
 
 def _reason_of_config(scheduler: Any, base: type) -> str | None:
-    own = _own_config(scheduler)
-    if own.get("stochastic_sampling"):
+    config = _own_config(scheduler)
+    if config.get("stochastic_sampling"):
         return "with stochastic_sampling=True samples come out too narrow"
-    if own.get("invert_sigmas"):
+    if config.get("invert_sigmas"):
         return "with invert_sigmas=True it goes from data to noise"
-    if own.get("interpolation_type") == "log_linear":
+    if config.get("interpolation_type") == "log_linear":
         return "with interpolation_type='log_linear' samples come out too narrow"
-    prediction, flow = own.get("prediction_type"), bool(own.get("use_flow_sigmas"))
+    prediction, flow = config.get("prediction_type"), bool(config.get("use_flow_sigmas"))
     if prediction == "flow_prediction" and not flow:
         return "prediction_type='flow_prediction' needs use_flow_sigmas=True, its noise is that of betas"
     if flow and prediction != "flow_prediction":
         return f"use_flow_sigmas=True needs prediction_type='flow_prediction', got {prediction!r}"
-    return _reason_of_another_kind(scheduler, base, own, flow)
+    return _reason_of_another_kind(scheduler, base, config, flow)
 
 
-def _reason_of_another_kind(scheduler: Any, base: type, own: dict[str, Any], flow: bool) -> str | None:
-    kind = "flow matching" if flow or base.__name__ in _FLOWS else "EDM" if "sigma_data" in own else "betas"
-    unused = scheduler.config.keys() - own.keys()
+def _reason_of_another_kind(scheduler: Any, base: type, own_config: dict[str, Any], flow: bool) -> str | None:
+    kind = "flow matching" if flow or base.__name__ in _FLOWS else "EDM" if "sigma_data" in own_config else "betas"
+    unused = scheduler.config.keys() - own_config.keys()
     for other, keys in _KEYS.items():
         if other != kind and unused & keys:
             return (
                 f"its config is that of a model trained on {other} ({', '.join(sorted(unused & keys))}), which it has "
-                "no use for: for a model of its own kind make it without from_config"
+                "no use for: for a model of its own_config kind make it without from_config"
             )
     return None

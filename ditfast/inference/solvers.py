@@ -1,4 +1,4 @@
-"""What each family of samplers asks of diffusers' schedulers, and the tables it gives them in fp64."""
+"""The solvers: each family of samplers around diffusers' schedulers, with tables in fp64."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def respace(steps: int) -> list[int]:
 
     Source: ``space_timesteps(1000, [steps])`` of improved-diffusion, which the official release samples with.
     """
-    kept, position = [], 0.0
+    respaced, position = [], 0.0
     for _ in range(steps):
-        kept.append(round(position))
+        respaced.append(round(position))
         position += (TRAIN_STEPS - 1) / (steps - 1)  # a sum, as there: a product rounds ties to other timesteps
-    return kept
+    return respaced
 
 
 def alphas_bar() -> Tensor:

@@ -1,8 +1,9 @@
-"""The schedule table: what the blocks are told at every step of a known schedule, for every label, ahead of the loop.
+"""The schedule table: the modulations of every step and label, computed before the loop.
 
 Timesteps and labels of a sampling run are known before it begins, so every block's modulation for every (step, label)
 is computed many steps at a time, and the loop reads no adaLN weight: a third of DiT-XL's weights. The null class has
-one row a step, whatever the batch. Nothing in it notices that weights change: it is made for one run, and freed after.
+one row a step, whatever the batch. The table does not notice changed weights, so it is made for one run and freed
+after it.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class ScheduleTable:
             self._made = None  # freed before the next chunk is made
             self._first = step // self.chunk * self.chunk
             t = self._timesteps[self._first : self._first + self.chunk]
-            made = self._model.modulation(t.repeat_interleave(len(self._labels)), self._labels.repeat(len(t)))
-            self._made = made.view(len(t), len(self._labels), -1)
+            modulations = self._model.modulation(t.repeat_interleave(len(self._labels)), self._labels.repeat(len(t)))
+            self._made = modulations.view(len(t), len(self._labels), -1)
         return self._made[step - self._first].index_select(0, rows)
 
     def free(self) -> None:
@@ -78,12 +79,12 @@ def takes_table(model: DiT) -> bool:
     """
     if not model.fused:
         return False
-    own = [layer.adaLN_modulation for layer in (*model.blocks, model.final_layer)]
+    modulations = [layer.adaLN_modulation for layer in (*model.blocks, model.final_layer)]
     return all(
         isinstance(modulation, nn.Sequential)
         and isinstance(getattr(modulation[-1], "out_features", None), int)
         and isinstance(getattr(modulation[-1], "weight", None), Tensor)
-        for modulation in own
+        for modulation in modulations
     )
 
 

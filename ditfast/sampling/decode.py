@@ -97,7 +97,7 @@ class Decoder:
         Raises:
             ValueError: an image that is not finite, naming its place in the batch.
         """
-        found = []
+        images = []
         size = self.slice_size((latents.shape[2], latents.shape[3]))
         for begin in range(0, len(latents), size):
             part = (latents[begin : begin + size].float() / self.scaling + self.shift).to(self.dtype)
@@ -109,20 +109,22 @@ class Decoder:
                     f"the autoencoder's image is not finite for image {image} of the batch; try --vae-dtype fp32"
                 )
             cut = (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8)
-            found.append(cut.permute(0, 2, 3, 1).cpu().numpy())
-        return np.ascontiguousarray(np.concatenate(found))
+            images.append(cut.permute(0, 2, 3, 1).cpu().numpy())
+        return np.ascontiguousarray(np.concatenate(images))
 
 
 def _check_fit(config: dict[str, Any], channels: int, scaling: float, folder: Path) -> None:
-    found = config.get("latent_channels", 4)
-    if found != channels:
+    vae_channels = config.get("latent_channels", 4)
+    if vae_channels != channels:
         raise ValueError(
-            f"--vae must decode the checkpoint's {channels} latent channels, got an autoencoder of {found}: {folder}"
+            f"--vae must decode the checkpoint's {channels} latent channels, got an autoencoder of "
+            f"{vae_channels}: {folder}"
         )
-    own = config.get("scaling_factor", SCALING)
-    if own is None or abs(own - scaling) > 1e-6 * abs(scaling):
+    vae_scaling = config.get("scaling_factor", SCALING)
+    if vae_scaling is None or abs(vae_scaling - scaling) > 1e-6 * abs(scaling):
         raise ValueError(
-            f"--vae must scale as the checkpoint's latents are, {scaling:g}, got scaling_factor {own}: {folder}; "
+            f"--vae must scale as the checkpoint's latents are, {scaling:g}, "
+            f"got scaling_factor {vae_scaling}: {folder}; "
             "a checkpoint of that scaling needs --latent-scaling"
         )
 

@@ -1,4 +1,4 @@
-"""Where a run's batches lie until it is complete, and what it is complete as: PNGs with a grid, or one npz."""
+"""The folder of a run: its batches until the run is complete, then PNGs with a grid, or one npz."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..files import remove_parts, written
 from . import output
 from .work import Batch, differences
 
@@ -108,19 +109,19 @@ class RunFolder:
 
     def _make_ours(self) -> None:
         path = self.folder / _SETTINGS
-        found = sorted(path.name for path in self.folder.iterdir() if _OURS.fullmatch(path.name))
+        results = sorted(path.name for path in self.folder.iterdir() if _OURS.fullmatch(path.name))
         if path.exists():
             stored = _read_settings(path)
-            if found or stored.keys() != self.settings.keys():  # a run that made nothing binds nobody
+            if results or stored.keys() != self.settings.keys():  # a run that made nothing binds nobody
                 self._check_equal(stored, self.folder)
-            output.remove_parts(self.folder)
+            remove_parts(self.folder)
             if self.npz is not None:
-                output.remove_parts(self.npz.parent, self.npz.name)
-        elif found:
-            raise ValueError(f"{self.folder} holds {found[0]} but no {_SETTINGS} of a run: choose another folder")
-        output.remove_parts(self.folder, _SETTINGS)
+                remove_parts(self.npz.parent, self.npz.name)
+        elif results:
+            raise ValueError(f"{self.folder} holds {results[0]} but no {_SETTINGS} of a run: choose another folder")
+        remove_parts(self.folder, _SETTINGS)
         self._check_room()
-        with output.written(path) as file:  # written anew too: that the folder can be written is now known
+        with written(path) as file:  # written anew too: that the folder can be written is now known
             file.write((json.dumps(self.settings, indent=1) + "\n").encode())
 
     def done(self) -> list[Batch]:
@@ -185,9 +186,9 @@ class RunFolder:
         return [f"{image:06d}.png" for image in range(batch.first, batch.first + batch.count)]
 
     def _check_equal(self, stored: dict[str, Any], what: Path) -> None:
-        if found := differences(stored, self.settings):
+        if changes := differences(stored, self.settings):
             raise ValueError(
-                f"{what} was made with other settings: {', '.join(found)}; give those to go on, or choose another"
+                f"{what} was made with other settings: {', '.join(changes)}; give those to go on, or choose another"
             )
 
     def _take_lock(self) -> None:

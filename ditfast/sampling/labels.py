@@ -1,4 +1,4 @@
-"""Class names: which label a name stands for, from ImageNet's, a diffusers folder's or a file's."""
+"""Class names and their labels: those of ImageNet, of a diffusers folder, or of a file."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class ClassNames:
         Raises:
             ValueError: unknown, with the nearest names; or the name of several labels, with them.
         """
-        found = self._labels.get(_plain(name), [])
-        if len(found) == 1:
-            return found[0]
-        if found:
-            listed = " and ".join(f"{label} ({self.lines[label]})" for label in found)
+        matches = self._labels.get(_plain(name), [])
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            listed = " and ".join(f"{label} ({self.lines[label]})" for label in matches)
             raise ValueError(f"class name {name!r} is ambiguous in {self.source}: {listed}; choose by --classes")
         close = difflib.get_close_matches(_plain(name), self._labels, n=_SUGGESTED)
         words = [other for other in self._labels if _plain(name) in other.split()][:_SUGGESTED]
@@ -72,8 +72,8 @@ def class_names(num_classes: int, checkpoint: Path, class_file: Path | None = No
             raise ValueError(f"--class-file must have {num_classes} lines, one name a class, got {len(lines)}")
         return ClassNames(lines, str(class_file))
     index = next((path for path in _indices(checkpoint) if path.is_file()), None)
-    if index is not None and (found := _id2label(index, num_classes)):
-        return ClassNames(found, str(index))
+    if index is not None and (names := _id2label(index, num_classes)):
+        return ClassNames(names, str(index))
     if num_classes == 1000:
         text = _IMAGENET.read_text(encoding="utf-8")
         return ClassNames([line for line in text.splitlines() if not line.startswith("#")], "ImageNet")
@@ -90,15 +90,15 @@ def choose(
     """
     if labels is None and not names:
         return None
-    found = [_label(part, num_classes) for part in labels.split(",")] if labels is not None else []
+    chosen = [_label(part, num_classes) for part in labels.split(",")] if labels is not None else []
     for name in names or ():
         if known is None:
             raise ValueError(
                 f"--class-names needs the names of the {num_classes} classes: give --class-file with one a line, "
                 "or labels by --classes"
             )
-        found += _labels_of(name, known)
-    return found
+        chosen += _labels_of(name, known)
+    return chosen
 
 
 def _labels_of(text: str, known: ClassNames) -> list[int]:

@@ -2,54 +2,23 @@
 
 from __future__ import annotations
 
-import glob
 import math
-import os
-import secrets
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..files import written
+
 Array = npt.NDArray[Any]
 
 GRID_LIMIT = 64  # images; more make no picture that anybody looks at
-PART = ".part"  # how a temporary file's name ends
 _CELL, _CAPTION, _GAP = 96, 14, 4  # of the grid, in pixels
 _FIRST_DATE = (1980, 1, 1, 0, 0, 0)  # of an entry of a zip, so that equal samples are equal files
 _BLOCK = 1 << 24
-
-
-@contextmanager
-def written(path: Path) -> Iterator[IO[bytes]]:
-    """A file beside ``path`` that takes its place when it is complete and on the disk, or is removed.
-
-    Raises:
-        OSError: it cannot be written (a full disk, for one), always naming ``path``.
-    """
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
-    try:
-        with open(beside, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        with _synced(path.parent):
-            os.replace(beside, path)
-    except OSError as error:
-        # an error of the file itself comes without its name
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def remove_parts(folder: Path, name: str = "") -> None:
-    """Temporary files that a killed process left behind; of the file ``name``, or of all."""
-    for path in folder.glob(f".{glob.escape(name)}{'.' if name else ''}*{PART}"):
-        path.unlink(missing_ok=True)
 
 
 def save_array(array: Array, path: Path) -> None:
@@ -65,13 +34,13 @@ def load_array(path: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Arra
         ValueError: not of that shape and dtype, or damaged.
     """
     try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is damaged ({error}): remove it, and it is made again") from None
-    if found.shape != shape or found.dtype != dtype:
+    if array.shape != shape or array.dtype != dtype:
         wanted = f"{np.dtype(dtype)} of shape {shape}"
-        raise ValueError(f"{path} must hold {wanted}, got {found.dtype} of shape {found.shape}: remove it")
-    loaded: Array = found
+        raise ValueError(f"{path} must hold {wanted}, got {array.dtype} of shape {array.shape}: remove it")
+    loaded: Array = array
     return loaded
 
 
@@ -165,18 +134,3 @@ def _write_rows(write: Callable[[Any], Any], block: Array, shape: tuple[int, ...
     for begin in range(0, flat.size, _BLOCK):
         write(flat[begin : begin + _BLOCK].data)
     return len(block)
-
-
-@contextmanager
-def _synced(folder: Path) -> Iterator[None]:
-    """Has a rename within survive a loss of power, where the system can."""
-    if not hasattr(os, "O_DIRECTORY"):
-        yield
-        return
-    # opened first: whoever waits for the file may then remove the folder
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield
-        os.fsync(handle)
-    finally:
-        os.close(handle)

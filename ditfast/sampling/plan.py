@@ -15,13 +15,14 @@ import torch
 from .. import __version__
 from ..checkpoint import read as checkpoint_files
 from ..checkpoint.files import load_checkpoint
+from ..environment import package_version
 from ..inference.engine import Engine, NotFinite
 from ..inference.guidance import Guidance
 from ..inference.samplers import Sampler
 from .decode import Decoder, autoencoder_files
 from .folder import Rows, RunFolder
 from .labels import choose, class_names
-from .request import Request, parse_dtype, version_of
+from .request import Request, parse_dtype
 from .work import Batch, cut, digest, label_of, start
 
 _OPTIONS = {  # of what is named otherwise in Python
@@ -120,10 +121,10 @@ class Plan:
         """Everything that the bytes depend on, under the options' names."""
         request = self.request
         on_gpu = self.device.type == "cuda"
-        found: dict[str, Any] = {
+        values: dict[str, Any] = {
             "ditfast": __version__,
             "torch": torch.__version__,
-            "diffusers": version_of("diffusers"),
+            "diffusers": package_version("diffusers"),
             "device": torch.cuda.get_device_name(self.device) if on_gpu else "cpu",
             # convolutions on a CPU sum in another order with another number
             "threads": None if on_gpu else torch.get_num_threads(),
@@ -135,13 +136,13 @@ class Plan:
         }
         names = ("sampler", "steps", "cfg_scale", "guided_channels", "guidance_interval", "guidance_rescale")
         others = ("guidance_power", "seed", "batch_size", "weights", "num_heads", "table_mib", "graphs")
-        found |= {name.replace("_", "-"): getattr(request, name) for name in (*names, *others)}
+        values |= {name.replace("_", "-"): getattr(request, name) for name in (*names, *others)}
         if self.decoder is not None and request.vae is not None:
-            found["vae"] = digest(autoencoder_files(request.vae))
-            found |= {
+            values["vae"] = digest(autoencoder_files(request.vae))
+            values |= {
                 name.replace("_", "-"): getattr(request, name) for name in ("vae_dtype", "latent_scaling", "decode_mib")
             }
-        return found
+        return values
 
     def compute(self, batch: Batch, on_step: Callable[[int], None]) -> npt.NDArray[Any]:
         """The batch's images, or latents.
@@ -161,8 +162,8 @@ class Plan:
             ) from None
         except NotFinite as error:
             image = batch.first + error.image
-            said = f"latents are not finite from step {error.step + 1} of {error.steps} on"
-            raise ValueError(f"image {image}, class {self.caption(image)}: {said}") from error
+            reason = f"latents are not finite from step {error.step + 1} of {error.steps} on"
+            raise ValueError(f"image {image}, class {self.caption(image)}: {reason}") from error
         except ValueError as error:
             raise ValueError(f"{_images(batch)}: {_by_option(error)}") from error
 

@@ -1,4 +1,4 @@
-"""The processes that share a run: what torchrun says of them, and the few times when they speak to each other."""
+"""The processes that share a run: their ranks under torchrun, and the few messages between them."""
 
 from __future__ import annotations
 
@@ -60,19 +60,19 @@ class Processes:
         """
         if self.size == 1:
             return function()
-        said: list[Any] = [None, False]
+        outcome: list[Any] = [None, False]
         error: BaseException | None = None
         if self.is_first:
             try:
-                said = [function(), True]
+                outcome = [function(), True]
             except Exception as raised:  # whatever it is, the others must not wait for an answer
                 error = raised
-        dist.broadcast_object_list(said, src=0)
+        dist.broadcast_object_list(outcome, src=0)
         if error is not None:
             raise error
-        if not said[1]:
+        if not outcome[1]:
             raise OtherFailed
-        result: T = said[0]
+        result: T = outcome[0]
         return result
 
     def device(self, name: str | None) -> torch.device:

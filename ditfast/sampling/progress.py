@@ -1,4 +1,4 @@
-"""How far a run is: a bar with images/s and the time left on a terminal, plain lines elsewhere, on stderr."""
+"""The progress of a run: a bar with images/s and the time left on a terminal, plain lines elsewhere, on stderr."""
 
 from __future__ import annotations
 

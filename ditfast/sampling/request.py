@@ -1,16 +1,16 @@
-"""What a sampling run is asked for, and what is wrong in it before anything is loaded."""
+"""The options of a sampling run, checked before anything is loaded."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from ..environment import package_version
 from .decode import SCALING, autoencoder_files
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,7 +73,7 @@ class Request:
             raise ValueError(f"--checkpoint: no such file or folder: {self.checkpoint}")
         if self.vae is not None:
             autoencoder_files(self.vae)
-            if self.npz is None and not version_of("pillow"):
+            if self.npz is None and not package_version("pillow"):
                 raise ValueError("PNGs need the package pillow (pip install pillow); --npz FILE needs none")
 
 
@@ -82,11 +82,3 @@ def parse_dtype(name: str, option: str) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"{option} must be one of {', '.join(DTYPES)}, got {name!r}")
     return DTYPES[name]
-
-
-def version_of(package: str) -> str | None:
-    """The installed version of a package, or None."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

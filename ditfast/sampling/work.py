@@ -1,4 +1,4 @@
-"""What a sampling run is made of: its fixed batches, each image's own random stream, and the settings it stands for.
+"""The parts of a sampling run: its fixed batches, the random stream of each image, and its settings.
 
 Nothing here knows how many processes share the work: batches are cut from the number of images alone, and an image's
 stream comes from the seed and its number. That is why the bytes are the same for one process or many, interrupted or
@@ -102,12 +102,12 @@ def share(batches: Sequence[Batch], rank: int, size: int) -> list[Batch]:
 
 def digest(paths: Sequence[Path]) -> dict[str, Any]:
     """What identifies files: their size and a hash of their contents, wherever they lie."""
-    found, size = hashlib.sha256(), 0
+    checksum, size = hashlib.sha256(), 0
     for path in paths:
         for chunk in _chunks(path):
-            found.update(chunk)
+            checksum.update(chunk)
             size += len(chunk)
-    return {"bytes": size, "sha256": found.hexdigest()}
+    return {"bytes": size, "sha256": checksum.hexdigest()}
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ditfast.ops.modulations import split
 from ditfast.reference import ops as formulas
 
 from ..parity import Verdict, judge
+from .units import Direction, Unit
 
 Inputs = dict[str, Tensor]
 
@@ -423,7 +424,3 @@ def work(operator: str, direction: Direction, shape: Shape, itemsize: int) -> Wo
     }
     flops, elements = table[operator.removesuffix("+bias")][backward]
     return Work(flops, elements * itemsize, "TFLOP/s")
-
-
-Direction = Literal["forward", "backward"]
-Unit = Literal["GB/s", "TFLOP/s"]

@@ -23,7 +23,8 @@ from ditfast.bench.suites import ops as ops_bench
 from ditfast.bench.suites.ops import blank_row, run_operator, with_op_shares
 from ditfast.cli.command import app
 from ditfast.ops import attention_implementations as backends
-from ditfast.testing.operators import OPERATORS, Direction, Operator, Shape, Work, draw_inputs, work
+from ditfast.testing.operators import OPERATORS, Operator, Shape, Work, draw_inputs, work
+from ditfast.testing.units import Direction
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("quick_limits")

@@ -62,6 +62,7 @@ def _legacy(content: Any, path: Path) -> None:
     torch.save(content, path, _use_new_zipfile_serialization=False)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("write", [torch.save, _legacy, _bare_pickle])
 @pytest.mark.parametrize("place", ["entry", "args", "whole"])
 def test_code_in_a_pickle_is_not_run(tmp_path: Path, write: Callable[[Any, Path], None], place: str) -> None:
@@ -204,6 +205,7 @@ def test_one_wrong_entry(tmp_path: Path, name: str, value: Any, message: str) ->
     assert message in _message(_write(tmp_path / "a.pt", {**_state(), name: value}))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_missing_and_unexpected_are_counted_and_five_named(tmp_path: Path, suffix: str) -> None:
     state = {

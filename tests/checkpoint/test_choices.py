@@ -200,6 +200,7 @@ def test_an_average_without_names_is_named(tmp_path: Path, content: Any, named: 
     assert _taken(tmp_path / "a.pt", content, weights="model") == RAW
 
 
+@pytest.mark.quick
 def test_several_that_could_be_meant_are_listed(tmp_path: Path) -> None:
     path, content = tmp_path / "a.pt", {"model": raw, "ema_0.999": other, "ema_0.9999": ema}
     listed = (

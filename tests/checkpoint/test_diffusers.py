@@ -112,6 +112,7 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("overrides", VARIANTS, ids=str)
 def test_from_diffusers_computes_the_same(tmp_path: Path, overrides: dict[str, Any]) -> None:
     theirs = _theirs(**overrides)
@@ -164,6 +165,7 @@ def test_the_comparison_sees_every_constant(tmp_path: Path, change: dict[str, An
     assert not _agree(_run(theirs, _batch()), _run(ours, _batch()), single)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_round_trips_keep_every_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     theirs = _theirs().to(dtype)

@@ -79,6 +79,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return save
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("shard", [{}, {"max_shard_size": "40KB"}], ids=["whole", "sharded"])
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
 @pytest.mark.parametrize("variant", [None, "fp16"])

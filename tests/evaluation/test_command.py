@@ -158,6 +158,7 @@ def make():
 """
 
 
+@pytest.mark.quick
 def test_the_command(pair: Any, tmp_path: Path) -> None:
     network = tmp_path / "network.py"
     network.write_text(_NETWORK)
@@ -173,6 +174,7 @@ def test_the_command(pair: Any, tmp_path: Path) -> None:
     assert "samples: 50 of 50" in result.stderr and "images/s" in result.stderr and "reference: 40" in result.stderr
 
 
+@pytest.mark.quick
 def test_the_command_says_what_it_cannot_give(pair: Any, tmp_path: Path) -> None:
     network = tmp_path / "network.py"
     network.write_text(_NETWORK)

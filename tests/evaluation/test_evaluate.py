@@ -43,6 +43,7 @@ def neighbourhoods(ours, theirs, k=3):
     return within(ours, theirs), within(theirs, ours)
 
 
+@pytest.mark.quick
 def test_the_frechet_distance_of_two_gaussians() -> None:
     rng = np.random.default_rng(1)
     a, b = rng.standard_normal((2, 8, 8))
@@ -60,6 +61,7 @@ def pair(tmp_path: Path) -> Any:
     return two_files(tmp_path)
 
 
+@pytest.mark.quick
 def test_all_five_against_brute_force(pair: Any) -> None:
     npz, reference, ours, theirs = pair
     result = evaluate(npz, reference, extractor=Corner(), batch_size=7)
@@ -77,6 +79,7 @@ def test_all_five_against_brute_force(pair: Any) -> None:
     assert (result.samples, result.reference_images, result.by_statistics) == (50, 40, [])
 
 
+@pytest.mark.quick
 def test_statistics_give_what_their_images_give(pair: Any, tmp_path: Path) -> None:
     npz, reference, _, theirs = pair
     (mu, sigma), (mu_s, sigma_s) = moments(theirs[:, 0, 0]), moments(theirs[..., 0])
@@ -122,6 +125,7 @@ def test_precision_and_recall_of_points_on_a_line(swapped: bool) -> None:
     assert precision_recall(ours, theirs) == wanted
 
 
+@pytest.mark.quick
 def test_precision_and_recall_against_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = torch.randn(60, 5, dtype=torch.float64), torch.randn(45, 5, dtype=torch.float64) * 1.3
     wanted = tuple(map(np.float32, neighbourhoods(ours.numpy(), theirs.numpy())))

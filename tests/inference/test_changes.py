@@ -1,4 +1,4 @@
-"""What changed between two calls of an engine is seen by the second; of a call nothing is left but captured steps."""
+"""An engine sees what changed since its last call; between calls it keeps captured steps only."""
 
 import pytest
 import torch
@@ -59,6 +59,7 @@ def moved(model):
     model.to(torch.bfloat16)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "change", [loaded, assigned, written, written_as_data, relabelled, stepped, replaced, swapped, moved]
 )

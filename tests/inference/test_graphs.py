@@ -45,6 +45,7 @@ def captures(monkeypatch):
     return made
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("design", ["adaln_zero", "in_context"])
 def test_a_step_is_captured_once(design, captures):
     fast, slow = models(conditioning=design)

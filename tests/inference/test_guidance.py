@@ -15,6 +15,7 @@ from ditfast.testing.inputs import random_batch, randomize_
 from tests.model.conftest import TINY
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("change", [{}, {"learn_sigma": False}, {"in_channels": 2}], ids=str)
 def test_plain_guidance_is_forward_with_cfg(change):
     config = dataclasses.replace(TINY, **change)

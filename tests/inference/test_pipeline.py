@@ -152,6 +152,7 @@ def test_names_outputs_and_dtype(folder):
     assert tensor.min() >= 0 and tensor.max() <= 1
 
 
+@pytest.mark.quick
 def test_saved_and_read_by_both(folder, tmp_path, monkeypatch):
     pipe = ditfast.DiTPipeline.from_pretrained(folder)
     pipe.save_pretrained(tmp_path / "copy")

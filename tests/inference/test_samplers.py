@@ -84,6 +84,7 @@ def test_ddpm_is_the_official_ancestral_sampler(steps, model):
         assert relative_error(x, expected) < 1e-11
 
 
+@pytest.mark.quick
 def test_ddpm_in_fp32_by_the_rule():
     noise = torch.randn(BATCH, *SHAPE)
     ours = run(Sampler("ddpm", 50), noise, generators=generators(1, 2, 3))
@@ -219,6 +220,7 @@ def test_the_steps_of_flows(steps):
             assert relative_error(ours, expected) < 1e-14
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["dpm++", "euler"])
 def test_the_steps_are_those_of_diffusers(name):
     """Its own loop, whose samples and tables are fp32, within fp32 of ours."""

@@ -15,6 +15,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: E402
 from ditfast.inference.pipeline import _SchedulerSteps  # noqa: E402
 from ditfast.inference.schedulers import _REFUSED, TAKEN, check_scheduler, clips  # noqa: E402
 
+# tens of thousands, of diffusers' own numpy
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 STD = 0.5
 SHAPE = (16, 4, 16, 16)
 FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "LTXEulerAncestralRFScheduler")
@@ -68,7 +70,8 @@ def std(scheduler, steps):
 def assert_comes_back(name, **config):
     """The first order of the steps' error taken out; three deviations of what this many draws give."""
     order = getattr(diffusers, name).order  # as many times the model is called in a step
-    few, many = (std(made(name, **config), steps // order) for steps in (50, 200))
+    steps = 50 if "DDPM" in name or "Ancestral" in name else 32  # where noise is drawn the error falls later
+    few, many = (std(made(name, **config), count // order) for count in (steps, 4 * steps))
     assert abs(few - STD) < 0.15 * STD
     assert abs((4 * many - few) / 3 - STD) < 0.015 * STD + 3 * STD / math.sqrt(2 * math.prod(SHAPE)), (few, many)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,11 +15,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 from typer.testing import CliRunner, Result
 
 import ditfast
-from ditfast.cli.command import app
+from ditfast.cli.command import app, main
 from ditfast.testing.inputs import randomize_
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,14 +70,23 @@ def sampling_place(folder: Path) -> Iterator[Path]:
     torch.set_num_threads(before)
 
 
-def latent_options(place: Path) -> dict[str, Any]:
-    """For latents; --latents and --out or --npz are added."""
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a tiny random checkpoint and autoencoder, to sample from."""
+    with sampling_place(tmp_path_factory.mktemp("sample")) as folder:
+        yield folder
+
+
+@pytest.fixture
+def latents(place: Path) -> dict[str, Any]:
+    """Options of ``ditfast sample`` for latents; --latents and --out or --npz are added."""
     return {"checkpoint": place / "tiny.safetensors", "steps": STEPS, "batch_size": 3}
 
 
-def image_options(place: Path) -> dict[str, Any]:
-    """For images; --out or --npz is added."""
-    return {**latent_options(place), "vae": place / "vae"}
+@pytest.fixture
+def images(place: Path, latents: dict[str, Any]) -> dict[str, Any]:
+    """Options of ``ditfast sample`` for images; --out or --npz is added."""
+    return {**latents, "vae": place / "vae"}
 
 
 def sample(*arguments: str | Path, **options: Any) -> Result:
@@ -109,6 +121,51 @@ def start_process(*arguments: str | Path, ranks: int = 1, **options: Any) -> sub
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+class ForkedRun:
+    """``ditfast sample`` in forks of this process, which import nothing anew: in one, or in several that share a run.
+
+    Unlike torchrun it ends none of them where another fails.
+    """
+
+    def __init__(self, folder: Path, *arguments: str | Path, ranks: int = 1, **options: Any) -> None:
+        self._folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        command = ["ditfast", "sample", *_texts(arguments, options)]
+        self.processes = []
+        for rank in range(ranks):
+            place = {name: str(rank) for name in ("RANK", "LOCAL_RANK")}
+            place |= {name: str(ranks) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+            variables = {**address, **place} if ranks > 1 else {}
+            fork = multiprocessing.get_context("fork").Process
+            process = fork(target=_run_in_fork, args=(command, variables, *self._streams(rank)), daemon=True)
+            process.start()
+            self.processes.append(process)
+
+    def _streams(self, rank: int) -> tuple[Path, Path]:
+        return self._folder / f"{rank}.out", self._folder / f"{rank}.err"
+
+    def end(self, patience: float) -> list[tuple[int | None, str, str]]:
+        """Exit code (None of one that had to be killed), stdout and stderr of every process."""
+        ended = []
+        for rank, process in enumerate(self.processes):
+            process.join(patience)
+            code = process.exitcode
+            process.kill()
+            process.join()
+            out, err = self._streams(rank)
+            ended.append((code, out.read_text(), err.read_text()))
+        return ended
+
+
+def _run_in_fork(command: list[str], variables: dict[str, str], out: Path, err: Path) -> None:
+    os.environ.update(variables)
+    sys.argv = command
+    with open(out, "w") as sys.stdout, open(err, "w") as sys.stderr:
+        main()
 
 
 def arrays(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:

@@ -212,7 +212,7 @@ def test_without_diffusers(latents: dict[str, Any], tmp_path: Path, monkeypatch:
 
 
 def test_without_pillow(images: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_module, "version_of", lambda package: None)
+    monkeypatch.setattr(request_module, "package_version", lambda package: None)
     line = refused(**images, num=2, out=tmp_path / "out")
     assert "PNGs need the package pillow (pip install pillow); --npz FILE needs none" in line
 

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import ditfast
+from ditfast.files import PART
 from ditfast.inference.engine import Engine
 from ditfast.inference.guidance import Guidance
 from ditfast.inference.samplers import Sampler
@@ -48,6 +49,7 @@ def by_hand(place: Path, labels: list[int], first: int, **guidance: Any) -> torc
     return engine(begin.noise, labels, begin.generators)
 
 
+@pytest.mark.quick
 def test_pngs_and_a_grid(place: Path, images: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "new" / "images"
     names = tmp_path / "names.txt"
@@ -90,6 +92,7 @@ def test_imagenets_names(images: dict[str, Any], tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.quick
 def test_npz_for_the_evaluation_suite(place: Path, images: dict[str, Any], tmp_path: Path) -> None:
     npz, out = tmp_path / "samples.npz", tmp_path / "png"
     assert sampled(**images, num=7, npz=npz).stdout == f"{npz}\n"
@@ -176,6 +179,7 @@ def test_bf16_and_training_files(place: Path, latents: dict[str, Any], tmp_path:
     assert not np.array_equal(found["auto"], found["model"])
 
 
+@pytest.mark.quick
 def test_going_on_makes_the_same_bytes(images: dict[str, Any], tmp_path: Path) -> None:
     whole, part = tmp_path / "whole", tmp_path / "part"
     sampled(**images, num=8, out=whole)
@@ -183,7 +187,7 @@ def test_going_on_makes_the_same_bytes(images: dict[str, Any], tmp_path: Path) -
     for image in (1, 6, 7):
         (part / f"{image:06d}.png").unlink()
     (part / "grid.png").unlink()
-    (part / f".000001.png.01234567{output.PART}").write_bytes(b"half")
+    (part / f".000001.png.01234567{PART}").write_bytes(b"half")
     result = sampled(**images, num=8, out=part)
     assert "5 images in" in result.stderr  # the two batches of three and two that were not whole
     assert files(part) == files(whole)

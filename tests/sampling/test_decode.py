@@ -29,6 +29,7 @@ def decoder(folder: Path) -> Decoder:
     return Decoder(folder, 4)
 
 
+@pytest.mark.quick
 def test_pixels_are_the_official_rule_of_the_decoded(decoder: Decoder) -> None:
     latents = torch.randn(LATENTS) * 3
     images = decoder(latents)

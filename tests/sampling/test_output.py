@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ditfast import files
 from ditfast.sampling import output
 from ditfast.sampling.folder import Rows, RunFolder
 from ditfast.sampling.work import Batch
@@ -37,17 +38,18 @@ def images(count: int, height: int = 8, width: int = 6) -> np.ndarray:
 def test_a_file_is_there_when_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with output.written(path) as file:
+    with files.written(path) as file:
         file.write(b"new")
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new"
-    with pytest.raises(RuntimeError), output.written(path) as file:
+    with pytest.raises(RuntimeError), files.written(path) as file:
         file.write(b"half")
         raise RuntimeError
     assert path.read_bytes() == b"new"
     assert os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.quick
 def test_a_full_disk_leaves_nothing_and_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "batch.npy"
     with no_file_beyond(4096), pytest.raises(OSError) as raised:
@@ -57,12 +59,13 @@ def test_a_full_disk_leaves_nothing_and_names_the_file(tmp_path: Path) -> None:
 
 
 def test_parts_of_a_killed_process_are_removed(tmp_path: Path) -> None:
-    (tmp_path / f".000001.png.0123abcd{output.PART}").write_bytes(b"half")
+    (tmp_path / f".000001.png.0123abcd{files.PART}").write_bytes(b"half")
     (tmp_path / "000000.png").write_bytes(b"whole")
-    output.remove_parts(tmp_path)
+    files.remove_parts(tmp_path)
     assert os.listdir(tmp_path) == ["000000.png"]
 
 
+@pytest.mark.quick
 def test_an_npz_is_what_numpy_would_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output, "_BLOCK", 100)  # of a row's bytes no multiple
     array, labels = images(23), np.arange(23)

@@ -1,4 +1,4 @@
-"""``ditfast sample`` in processes of its own: killed and run again, shared by two, and a few words about devices."""
+"""``ditfast sample`` in processes of its own: killed and run again, shared by two; the device of each."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+import ditfast
 from ditfast.sampling.processes import Processes
-from tests.sampling.conftest import IMAGE, arrays, sampled, start_process
+from tests.sampling.conftest import IMAGE, ForkedRun, arrays, sampled, start_process
 
 pytest.importorskip("diffusers", reason="needs the package diffusers")
 
@@ -30,9 +32,9 @@ def finished(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def wait_for(what: Any) -> None:
+def wait_for(condition: Callable[[], object]) -> None:
     end = time.monotonic() + _PATIENCE
-    while not what():
+    while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
 
@@ -46,18 +48,19 @@ def whole(place: Path) -> tuple[dict[str, Any], bytes]:
     return options, (place / "whole.npz").read_bytes()
 
 
-@subprocesses
 def test_a_run_that_was_killed_goes_on_with_the_same_bytes(whole: tuple[dict[str, Any], bytes], tmp_path: Path) -> None:
     npz, parts = tmp_path / "x.npz", tmp_path / "x.npz.parts"
-    process = start_process(**whole[0], npz=npz)
-    wait_for(lambda: process.poll() is not None or len(list(parts.glob("batch-*.npy"))) >= 2)
+    (tmp_path / "streams").mkdir()
+    run = ForkedRun(tmp_path / "streams", **whole[0], npz=npz)
+    (process,) = run.processes
+    wait_for(lambda: process.exitcode is not None or len(list(parts.glob("batch-*.npy"))) >= 2)
     process.kill()
-    code, out, _ = finished(process)
+    ((code, out, _),) = run.end(_PATIENCE)
     done = len(list(parts.glob("batch-*.npy")))
     assert code == -signal.SIGKILL and 2 <= done < 8 and out == "" and not npz.exists()
     assert f"{16 - 2 * done} images in" in sampled(**whole[0], npz=npz).stderr
     assert npz.read_bytes() == whole[1]
-    assert os.listdir(tmp_path) == ["x.npz"]
+    assert {*os.listdir(tmp_path)} == {"x.npz", "streams"}
 
 
 @subprocesses
@@ -75,30 +78,56 @@ def test_two_processes_beside_one(whole: tuple[dict[str, Any], bytes], tmp_path:
     assert os.listdir(tmp_path) == ["x.npz"]
 
 
-@subprocesses
+@pytest.mark.quick
 def test_two_processes_say_what_is_wrong_once(place: Path, tmp_path: Path) -> None:
-    process = start_process("--latents", checkpoint=place / "tiny.safetensors", classes=10, out=tmp_path, ranks=2)
-    code, out, err = finished(process)
-    assert code != 0 and out == ""
-    assert err.count("error: --classes must be in 0..9 for this checkpoint, got 10") == 1
-    assert "Traceback" not in err.split("ChildFailedError")[0].partition("error: ")[0]
-    assert os.listdir(tmp_path) == []
+    out, streams = tmp_path / "out", tmp_path / "streams"
+    out.mkdir()
+    streams.mkdir()
+    options = {"checkpoint": place / "tiny.safetensors", "classes": 10, "out": out}
+    first, second = ForkedRun(streams, "--latents", **options, ranks=2).end(_PATIENCE)
+    assert first == (2, "", "error: --classes must be in 0..9 for this checkpoint, got 10\n")
+    assert second == (2, "", "")
+    assert os.listdir(out) == []
 
 
-@subprocesses
-def test_a_process_that_fails_ends_the_others(place: Path, tmp_path: Path) -> None:
-    """The second's first batch holds the class whose row is NaN; the first would wait for it for ever."""
-    import ditfast
-
+@pytest.fixture
+def fails_in_the_second(place: Path, tmp_path: Path) -> dict[str, Any]:
+    """The second process's first batch holds the class whose row is NaN; the first would wait for it for ever."""
     model = ditfast.load_checkpoint(place / "tiny.safetensors")
     with torch.no_grad():
         model.y_embedder.embedding_table.weight[5] = float("nan")
     ditfast.save_checkpoint(model, tmp_path / "broken.safetensors")
     options = {"checkpoint": tmp_path / "broken.safetensors", "classes": "1,5", "batch_size": 1, "steps": 2}
-    npz = tmp_path / "x.npz"
-    code, _, err = finished(start_process("--latents", **options, npz=npz, ranks=2))
-    assert code != 0 and not npz.exists()
-    assert err.count("error: image 1, class 5: latents are not finite from step 1 of 2 on") == 1
+    return {**options, "npz": tmp_path / "x.npz"}
+
+
+NOT_FINITE = "error: image 1, class 5: latents are not finite from step 1 of 2 on"
+
+
+@pytest.mark.quick
+def test_a_process_that_fails_says_why(fails_in_the_second: dict[str, Any], tmp_path: Path) -> None:
+    batch = tmp_path / "x.npz.parts" / "batch-000000.npy"
+    run = ForkedRun(tmp_path, "--latents", **fails_in_the_second, ranks=2)
+    first, second = run.processes
+    second.join(_PATIENCE)
+    wait_for(batch.exists)
+    assert first.exitcode is None  # torchrun ends it
+    first.kill()
+    (_, out, err), ended = run.end(_PATIENCE)
+    assert out == "" and "error" not in err
+    assert ended == (2, "", f"{NOT_FINITE}\n")
+    assert not (tmp_path / "x.npz").exists()
+    assert np.isfinite(np.load(batch)).all()
+
+
+@subprocesses
+@pytest.mark.long
+def test_a_process_that_fails_ends_the_others(fails_in_the_second: dict[str, Any], tmp_path: Path) -> None:
+    process = start_process("--latents", **fails_in_the_second, ranks=2)
+    code, _, err = finished(process)
+    assert code != 0 and not (tmp_path / "x.npz").exists()
+    assert err.count(NOT_FINITE) == 1
+    assert "Traceback" not in err.split("ChildFailedError")[0].partition("error: ")[0]
     assert np.isfinite(np.load(tmp_path / "x.npz.parts" / "batch-000000.npy")).all()
 
 

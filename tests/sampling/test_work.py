@@ -35,6 +35,7 @@ def test_every_batch_that_is_left_is_somebodys_once(ranks: int) -> None:
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("classes", [None, [7, 3, 1]])
 def test_an_image_starts_from_the_same_noise_in_any_batch(classes: list[int] | None) -> None:
     whole = start(Batch(0, 0, 11), 5, classes, 10, SHAPE)
