@@ -60,8 +60,8 @@ def gpu(index: int) -> Gpu:
 
 @lru_cache(maxsize=64)
 def _cuda_gpu(index: int) -> Gpu:
-    found = torch.cuda.get_device_properties(index)
-    return Gpu(found.name, (found.major, found.minor), found.multi_processor_count)
+    properties = torch.cuda.get_device_properties(index)
+    return Gpu(properties.name, (properties.major, properties.minor), properties.multi_processor_count)
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:

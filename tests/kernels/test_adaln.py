@@ -18,7 +18,7 @@ SHAPES = [
     Shape(0, 7, 72),
     Shape(3, 0, 72),
     Shape(1, 1, 72),
-    Shape(3, 7, 72),
+    pytest.param(Shape(3, 7, 72), marks=pytest.mark.quick),
     Shape(1, 64, 200),
     Shape(3, 1, 384),
     Shape(2, 17, 384),

@@ -201,6 +201,7 @@ CASE = KernelCase("k", "D=1", "bf16", None, {}, {}, frozenset(), 4, Budget(64, 4
 WITHIN = Report(CASE, "sm_90", 64, 0, 4096, 16, 0.5, {"LDG.E.128": 1})
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("change", "message"),
     [

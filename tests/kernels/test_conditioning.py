@@ -69,6 +69,7 @@ def test_a_label_outside_the_table_gives_nan():
     assert out.isnan().all(dim=1).tolist() == [True, False, True]
 
 
+@pytest.mark.quick
 def test_gradients_come_from_the_formula():
     t_emb = torch.randn(3, 72, dtype=torch.float64, requires_grad=True)
     table = torch.randn(11, 72, dtype=torch.float64, requires_grad=True)

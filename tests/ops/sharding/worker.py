@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from ditfast import ops
 from ditfast.parity import judge
 from ditfast.testing.operators import OPERATORS, Shape, draw_inputs, run
+from tests.conftest import prepare_interpreter
 from tests.ops.sharding import modules as sharding_modules
 from tests.ops.sharding import rules as sharding_rules
 from tests.ops.sharding.layouts import LAYOUTS, OTHERS, PLACEMENTS
@@ -114,6 +115,7 @@ def work(rank, cases, folder):
 
 
 if __name__ == "__main__":
+    prepare_interpreter()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(work, (sys.argv[1:], folder), RANKS, start_method="fork")
