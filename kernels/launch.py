@@ -1,7 +1,6 @@
 """Where kernels run: which GPU a tensor is on, what that GPU is, and launches that go there.
 
-What kernels and operators know of a GPU they ask here, so that a rehearsal (rehearsal/) can answer in torch.cuda's
-place.
+Kernels and operators learn about a GPU only here, so that a rehearsal (rehearsal/) can replace torch.cuda's answers.
 Importing this needs no triton.
 
 Triton compiles a kernel once more where an integer argument becomes 1, or a multiple of 16. Those that change with the

@@ -1,4 +1,4 @@
-"""All adaLN Linears of a model in one launch, their weights read where they lie: nothing of them is kept."""
+"""All adaLN Linears of a model in one launch, which reads their weights in place and keeps no copy."""
 
 from __future__ import annotations
 

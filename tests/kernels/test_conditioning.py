@@ -6,8 +6,8 @@ import torch
 from ditfast import ops
 from ditfast.parity import judge, relative_error
 from ditfast.reference import ops as formulas
+from tests.kernels.conftest import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 pytestmark = pytest.mark.kernels
 
 

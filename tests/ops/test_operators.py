@@ -9,6 +9,7 @@ import torch
 from ditfast import ops
 from ditfast.reference import ops as formulas
 from ditfast.testing.operators import OPERATORS, Shape, check, draw_inputs, run
+from tests.kernels.conftest import DTYPES, failures
 
 SHAPES = [
     Shape(0, 7, 72),
@@ -18,7 +19,6 @@ SHAPES = [
     Shape(2, 16, 1024, num_heads=16, mean=1000.0),
     Shape(1, 65, 1152, num_heads=16),
 ]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 every_operator = pytest.mark.parametrize("name", OPERATORS)
 
 
@@ -27,7 +27,7 @@ every_operator = pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_operator(name, shape, dtype):
     verdicts = check(OPERATORS[name], shape, DTYPES[dtype])
-    assert not {key: verdict for key, verdict in verdicts.items() if not verdict.ok}
+    assert not failures(verdicts)
 
 
 @pytest.mark.parametrize("name", [name for name, operator in OPERATORS.items() if operator.mixed])
@@ -35,7 +35,7 @@ def test_operator(name, shape, dtype):
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_fp32_stream(name, shape, dtype):
     verdicts = check(OPERATORS[name], shape, DTYPES[dtype], mixed=True)
-    assert not {key: verdict for key, verdict in verdicts.items() if not verdict.ok}
+    assert not failures(verdicts)
 
 
 @every_operator
@@ -46,7 +46,7 @@ def test_any_subset_of_gradients(name):
     for wanted in [(), *((name,) for name in inputs), inputs[::2], inputs[1:]]:
         verdicts = check(operator, shape, torch.float32, wanted=wanted)
         assert {key for key in verdicts if key.startswith("d_")} == {f"d_{name}" for name in wanted}
-        assert not {key: verdict for key, verdict in verdicts.items() if not verdict.ok}
+        assert not failures(verdicts)
 
 
 @every_operator
@@ -82,7 +82,7 @@ def test_fullgraph_compile(name):
     # Dynamo and AOTAutograd are in question here, not Inductor
     compiled = torch.compile(OPERATORS[name].fused, fullgraph=True, backend="aot_eager")
     verdicts = check(replace(OPERATORS[name], fused=compiled), Shape(2, 5, 72), torch.float32)
-    assert not {key: verdict for key, verdict in verdicts.items() if not verdict.ok}
+    assert not failures(verdicts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
