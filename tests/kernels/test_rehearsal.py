@@ -61,8 +61,9 @@ def model_and_inputs(how, batch=3, config=SMALL):
     return model, random_batch(config, batch, dtype=dtype)
 
 
-@pytest.mark.parametrize("how", LEFT_TO_INDUCTOR)
-@pytest.mark.parametrize("design", ["adaln_zero", "adaln"])
+@pytest.mark.parametrize(
+    ("design", "how"), [*(("adaln_zero", how) for how in LEFT_TO_INDUCTOR), ("adaln", "training")]
+)
 def test_models_compile_along_a_gpus_path(design, how, hopper):
     """fullgraph, forward and backward: the compiled model launches what the eager one does."""
     model, arguments = model_and_inputs(how, config=replace(SMALL, conditioning=design))
