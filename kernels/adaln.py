@@ -286,8 +286,8 @@ def adaln_bwd(
     config = config or row_config("adaln_bwd", width, tokens, batch, r)
     slabs = triton.cdiv(tokens, config.rows)
     vectors = want_gate + 2 * want_modulation
-    own = r.new_empty(((vectors + want_bias) * batch, slabs, width), dtype=torch.float32)
-    parts = list(own.view(-1, batch, slabs, width).unbind(0)) if r.numel() else []
+    buffer = r.new_empty(((vectors + want_bias) * batch, slabs, width), dtype=torch.float32)
+    parts = list(buffer.view(-1, batch, slabs, width).unbind(0)) if r.numel() else []
     sum_gate = parts.pop(0) if want_gate and parts else None
     sum_shift, sum_scale = (parts.pop(0), parts.pop(0)) if want_modulation and parts else (None, None)
     sum_bias = parts.pop(0) if parts else None
@@ -306,8 +306,8 @@ def adaln_bwd(
                 WANT_BIAS=want_bias, WANT_OUT=want_out,
                 num_warps=config.num_warps, maxnreg=MAX_REGISTERS,
             )  # fmt: skip
-    bias_sums = own[vectors * batch :].view(int(want_bias), batch * slabs, width)
-    d_vectors, d_bias, *sums = sum_partials([own[: vectors * batch], bias_sums, *partials], like.dtype)
+    bias_sums = buffer[vectors * batch :].view(int(want_bias), batch * slabs, width)
+    d_vectors, d_bias, *sums = sum_partials([buffer[: vectors * batch], bias_sums, *partials], like.dtype)
     return d_x, d_branch, out, d_vectors.view(vectors, batch, width), d_bias.view(-1), sums
 
 

@@ -1,7 +1,6 @@
 """Where kernels run: which GPU a tensor is on, what that GPU is, and launches that go there.
 
-What kernels and operators know of a GPU they ask here, so that a rehearsal (rehearsal/) can answer in torch.cuda's
-place.
+Kernels and operators learn about a GPU only here, so that a rehearsal (rehearsal/) can replace torch.cuda's answers.
 Importing this needs no triton.
 
 Triton compiles a kernel once more where an integer argument becomes 1, or a multiple of 16. Those that change with the
@@ -60,8 +59,8 @@ def gpu(index: int) -> Gpu:
 
 @lru_cache(maxsize=64)
 def _cuda_gpu(index: int) -> Gpu:
-    found = torch.cuda.get_device_properties(index)
-    return Gpu(found.name, (found.major, found.minor), found.multi_processor_count)
+    properties = torch.cuda.get_device_properties(index)
+    return Gpu(properties.name, (properties.major, properties.minor), properties.multi_processor_count)
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:

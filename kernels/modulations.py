@@ -107,12 +107,13 @@ def _launches(widths: tuple[int, ...], block_n: int, most: int, most_tiles: int)
             tiles = 0
         groups[-1].append(index)
         tiles += count
-    found = []
+    launches = []
     for group in groups:
         part = slice(group[0], group[-1] + 1)
-        own = widths[part]
-        found.append(_Launch(part, sum(own), sum(triton.cdiv(width, block_n) for width in own), packed(own)))
-    return found
+        columns = widths[part]
+        blocks = sum(triton.cdiv(width, block_n) for width in columns)
+        launches.append(_Launch(part, sum(columns), blocks, packed(columns)))
+    return launches
 
 
 def modulations(

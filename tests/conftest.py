@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sysconfig
+import types
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,19 +56,31 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU and real kernels: run `pytest -m gpu` on a machine that has one")
     if item.get_closest_marker("kernels"):
-        _round_to_bf16()
+        prepare_interpreter()
     if item.get_closest_marker("compiler") and (reason := _compiler_missing()):
         pytest.skip(reason)
 
 
 @functools.cache
-def _round_to_bf16() -> None:
-    """Has Triton's interpreter round to bf16 as a GPU does: it truncates, which biases sums by many ulps."""
+def prepare_interpreter() -> None:
+    """Has Triton's interpreter round to bf16 as a GPU does (it truncates, which biases sums by many ulps), and replace
+    the builtins of its language once a launch (not at every call of a device function, half of its time)."""
     try:
         import triton.language as tl
         from triton.runtime import interpreter
     except ImportError:
         return
+
+    patch = interpreter._patch_lang
+
+    def patch_once(function: Any) -> Any:
+        languages = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+        if any(tl.core.is_builtin(language.load) for language in languages):
+            return patch(function)
+        return types.SimpleNamespace(restore=lambda: None)
+
+    interpreter._patch_lang = patch_once
+
     convert = interpreter._convert_float
 
     def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:

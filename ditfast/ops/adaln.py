@@ -1,4 +1,4 @@
-"""adaLN: the modulated norm, the gated residual, and both at once."""
+"""adaLN (the modulated norm, the gated residual, both at once): public functions, torch.library operators, autograd."""
 
 from __future__ import annotations
 

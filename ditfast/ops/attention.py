@@ -1,4 +1,4 @@
-"""Self-attention on the packed qkv projection."""
+"""Self-attention on the packed qkv projection: public functions, torch.library operators, autograd."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from .backend import (
     takes_triton,
     transform_reason,
     triton_reason,
+    wants_gradient,
 )
 from .linear import working_dtype
 
@@ -130,14 +131,10 @@ def attention_backend(
         if reason is not None:
             raise RuntimeError(f"ditfast.ops.self_attention cannot run its Triton kernel: {reason}")
         return "triton"
-    training = _wants_gradient(like, bias) if training is None else training
+    training = wants_gradient(like, bias) if training is None else training
     case = Case(tokens, head_dim, like.dtype, bias is not None, training)
     chosen = choose(case, gpu_index(like) if gpu_exists() else None)
     return "sdpa" if chosen == "triton" and reason is not None else chosen
-
-
-def _wants_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def attention_backends(qkv: Tensor, num_heads: int, bias: Tensor | None = None) -> dict[str, str | None]:
@@ -168,7 +165,7 @@ def _unavailable(backend: AttentionBackend, qkv: Tensor, num_heads: int, bias: T
         reason = NOT_TWICE if in_second_order((qkv, bias)) else transform_reason()
         if reason is not None:
             return f'{reason}; backend "sdpa" has'
-    return library_reason(backend, qkv, num_heads, bias, _wants_gradient(qkv, bias))
+    return library_reason(backend, qkv, num_heads, bias, wants_gradient(qkv, bias))
 
 
 def _checked_bias(bias: Tensor, qkv: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
@@ -286,6 +283,6 @@ class _Attention(Kernel):
 
 def attention(qkv: Tensor, bias: Tensor | None, num_heads: int, scale: float) -> Tensor:
     """(B, T, D) by the kernels, differentiable; bias None or of four axes that broadcast to (B, H, T, T)."""
-    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (qkv, bias))):
+    if not wants_gradient(qkv, bias):
         return cast(Tensor, torch.ops.ditfast.attention_forward.default(qkv, num_heads, scale, bias, False)[0])
     return cast(Tensor, apply("_Attention", qkv, bias, num_heads, scale)[0])

@@ -1,4 +1,4 @@
-"""The libraries' implementations of self_attention: what each one needs, and how it is called."""
+"""The implementations of self_attention: what each library needs, how it is called, and which one "auto" takes."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ..reference.transforms import refuse_second_order
 AttentionBackend = Literal[
     "triton", "sdpa", "cudnn", "flash", "efficient", "flash_attn", "flash_attn_3", "flash_attn_4"
 ]
+MAX_HEAD_DIM = 128  # of this project's kernels: a head's accumulators stay in registers
 
 
 def _can_use_cudnn(parameters: Any, debug: bool) -> bool:
@@ -154,13 +155,13 @@ def library_reason(
         reason = case_reason(backend, head_dim, qkv.dtype, bias is not None, training, major)
     if reason is not None or backend not in _SDPA or torch.compiler.is_compiling():
         return reason
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if _sdpa_runs(backend, qkv, num_heads, bias, debug=True):
             return None
     if backend == "cudnn" and _cudnn_is_wrong_at(qkv.shape[1]):
         return "cuDNN before 9.15.1 is wrong where the tokens are no multiple of 128"
-    return "; ".join(" ".join(str(warning.message).split()) for warning in said) or "torch refuses these tensors"
+    return "; ".join(" ".join(str(warning.message).split()) for warning in caught) or "torch refuses these tensors"
 
 
 def _sdpa_runs(backend: str, qkv: Tensor, num_heads: int, bias: Tensor | None, debug: bool = False) -> bool:
@@ -219,9 +220,6 @@ def _flash_attention(
         "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)",
     )  # fmt: skip
     return cast(Tensor, out).reshape(batch, tokens, width // 3)
-
-
-MAX_HEAD_DIM = 128  # of this project's kernels: a head's accumulators stay in registers
 
 
 class Case(NamedTuple):

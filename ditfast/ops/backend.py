@@ -1,4 +1,4 @@
-"""Which implementation an operator runs: the one switch, and the choice behind it."""
+"""Which implementation an operator runs (the switch, the reasons), and how kernels join torch.library and autograd."""
 
 from __future__ import annotations
 
@@ -71,6 +71,11 @@ def current_backend() -> Backend:
 # Dynamo cannot trace ContextVar.get; torch.compiler.assume_constant_result sets this mark too, but imports
 # Dynamo and Triton first
 current_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records here and any of the tensors wants a gradient."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -258,6 +263,9 @@ def _of_legacy_batches(name: str, *args: Any) -> Any:
     return tree_map(lambda x: torch._add_batch_dim(x, 0, level), _each(name, count, plain, dims))
 
 
+_KERNELS: dict[str, type[Kernel]] = {}
+
+
 class Kernel(Function):
     """Base of the Functions: a subclass has ``forward``, ``setup_context`` and ``gradients`` in backward's place.
 
@@ -295,13 +303,10 @@ def _backward(gradients: Callable[..., Sequence[Tensor | None]], operator: str) 
         if not torch.is_grad_enabled():
             return tuple(gradients(ctx, saved, *incoming))
         with torch.no_grad():
-            found = gradients(ctx, saved, *incoming)
-        return refuse_derivatives(message, found, (*saved, *incoming))
+            results = gradients(ctx, saved, *incoming)
+        return refuse_derivatives(message, results, (*saved, *incoming))
 
     return backward
-
-
-_KERNELS: dict[str, type[Kernel]] = {}
 
 
 def apply(name: str, *inputs: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Linears with an epilogue: tanh GELU, gated residual, and the MLP of both.
+"""Linears with an epilogue (tanh GELU, gated residual, the MLP of both): public functions, then their autograd.
 
-The fused operators take widths that are multiples of 8 (16-byte rows of 16-bit elements); others run the formula.
+The fused GEMMs (gemm.py) take widths that are multiples of 8 (16-byte rows of 16-bit elements); others run the formula.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..reference import ops as formulas
 from . import check
 from .adaln import gated_residual
-from .backend import Kernel, apply, autocast_dtype, current_backend, sharded, takes_triton
+from .backend import Kernel, apply, autocast_dtype, current_backend, sharded, takes_triton, wants_gradient
 from .gemm import summed
 
 
@@ -38,7 +38,12 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not takes_gemm("linear_gelu", x, weight.shape, (weight, bias)):
         return formulas.linear_gelu(x, weight, bias)
     x, weight, bias = autocast(x, weight, bias)
-    out = _fused_linear_gelu(x.reshape(-1, x.shape[-1]), weight, bias, _demanded())
+    rows = x.reshape(-1, x.shape[-1])
+    out: Tensor
+    if wants_gradient(x, weight, bias):
+        out, _ = apply("_LinearGelu", rows, weight, bias, _demanded())
+    else:
+        out, _ = torch.ops.ditfast.linear_gelu.default(rows, weight, bias, False, _demanded())
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -62,7 +67,13 @@ def gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | 
     if not takes_gemm("gelu_mlp", x, (*w1.shape, w2.shape[0]), (w1, b1, w2, b2)):
         return formulas.gelu_mlp(x, w1, b1, w2, b2)
     x, w1, b1, w2, b2 = autocast(x, w1, b1, w2, b2)
-    out = _fused_gelu_mlp(x.reshape(-1, x.shape[-1]), w1, b1, w2, b2, _demanded())
+    rows = x.reshape(-1, x.shape[-1])
+    out: Tensor
+    if wants_gradient(x, w1, b1, w2, b2):
+        out, _ = apply("_GeluMlp", rows, w1, b1, w2, b2, _demanded())
+    else:
+        act, _ = torch.ops.ditfast.linear_gelu.default(rows, w1, b1, False, _demanded())
+        out = F.linear(act, w2, b2)
     return out.view(*x.shape[:-1], w2.shape[0])
 
 
@@ -103,8 +114,13 @@ def linear_gated_residual(
         return formulas.linear_gated_residual(x, weight, bias, gate, residual)  # autocast promotes as it goes
     if sharded(x):  # what a row-parallel Linear gives is a partial sum, and reduced before the gate
         return gated_residual(residual, F.linear(x, weight, bias), gate)
-    rows = x.reshape(-1, x.shape[-1])
-    return _fused_linear_gated_residual(rows, weight, bias, gate, residual, _demanded())
+    inputs = (x.reshape(-1, x.shape[-1]), weight, bias, gate, residual)
+    out: Tensor
+    if wants_gradient(*inputs):
+        out, _ = apply("_LinearGatedResidual", *inputs, _demanded(), gate.requires_grad)
+    else:
+        out, _ = torch.ops.ditfast.linear_gated_residual.default(*inputs, False, _demanded())
+    return out
 
 
 def _check_input(name: str, x: Tensor) -> None:
@@ -267,33 +283,3 @@ class _LinearGatedResidual(Kernel):
             d_weight = weight_gradient(d_branch, x, want_weight)
             d_gate = d_vectors[0] if want_gate else None
         return d_x, d_weight, d_bias if want_bias else None, d_gate, d_r if want_residual else None, None, None
-
-
-def _fused_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, demanded: bool) -> Tensor:
-    """gelu_tanh(x W^T + b) by the operators above, (M, N); nothing is stored where nothing wants a gradient."""
-    if not _wants_gradient(x, weight, bias):
-        return cast(Tensor, torch.ops.ditfast.linear_gelu.default(x, weight, bias, False, demanded)[0])
-    return cast(Tensor, apply("_LinearGelu", x, weight, bias, demanded)[0])
-
-
-def _fused_gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, demanded: bool) -> Tensor:
-    """The MLP by the operators above, (M, D_out)."""
-    if not _wants_gradient(x, w1, b1, w2, b2):
-        act = torch.ops.ditfast.linear_gelu.default(x, w1, b1, False, demanded)[0]
-        return F.linear(act, w2, b2)
-    return cast(Tensor, apply("_GeluMlp", x, w1, b1, w2, b2, demanded)[0])
-
-
-def _fused_linear_gated_residual(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, residual: Tensor, demanded: bool
-) -> Tensor:
-    """residual + gate * (x W^T + b) by the operators above, in residual's shape."""
-    if not _wants_gradient(x, weight, bias, gate, residual):
-        arguments = (x, weight, bias, gate, residual, False, demanded)
-        return cast(Tensor, torch.ops.ditfast.linear_gated_residual.default(*arguments)[0])
-    inputs = (x, weight, bias, gate, residual, demanded, gate.requires_grad)
-    return cast(Tensor, apply("_LinearGatedResidual", *inputs)[0])
-
-
-def _wants_gradient(*inputs: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)

@@ -1,4 +1,4 @@
-"""All adaLN Linears of a model in one launch, their weights read where they lie: nothing of them is kept."""
+"""All adaLN Linears of a model in one launch, which reads their weights in place and keeps no copy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..reference import ops as formulas
 from . import check
-from .backend import Kernel, apply, autocast_dtype, current_backend, library, register
+from .backend import Kernel, apply, autocast_dtype, current_backend, library, register, wants_gradient
 from .linear import Gradients, autocast, takes_gemm, weight_gradient, working_dtype
 
 if TYPE_CHECKING:
@@ -52,13 +52,13 @@ def modulations(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | 
         check.linear(c, (f"weights[{i}]", f"biases[{i}]"), weight, bias, c.shape[1], "c")
     if not takes_modulations(c, weights, biases):
         return formulas.modulations(c, weights, biases)
-    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (c, *weights, *biases))):
+    if not wants_gradient(c, *weights, *biases):
         return modulations_of(c, weights, biases)
     count = len(weights)
     c, *parameters = autocast(c, *weights, *biases)
-    given = modulations_of(c, parameters[:count], parameters[count:])
+    packed = modulations_of(c, parameters[:count], parameters[count:])
     parts = []
-    for weight, bias, part in zip(parameters[:count], parameters[count:], split(given, weights), strict=True):
+    for weight, bias, part in zip(parameters[:count], parameters[count:], split(packed, weights), strict=True):
         part, c = attached(c, weight, bias, part)
         parts.append(part)
     return torch.cat(parts, dim=1)

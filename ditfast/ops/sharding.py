@@ -123,8 +123,8 @@ def _rows(*matrices: Any) -> list[Placement]:
 
     The rows of (B, T, D) that is sharded along T lie with strides once it is flattened.
     """
-    found: list[Any] = [placement for matrix in matrices for placement in matrix.placements]
-    strided = [p for p in found if type(p).__name__ == "_StridedShard" and p.dim == 0]
+    every: list[Any] = [placement for matrix in matrices for placement in matrix.placements]
+    strided = [p for p in every if type(p).__name__ == "_StridedShard" and p.dim == 0]
     return list(dict.fromkeys([ROWS, *strided]))
 
 
@@ -147,8 +147,8 @@ def _strategy(rule: Rule, op_schema: OpSchema) -> OpStrategy:
     """What torch asks for: an operator's strategies on the whole mesh."""
     op, arguments = op_schema.op, op_schema.args_schema
     takes = [torch.TensorType.get().isSubtypeOf(argument.type) for argument in op._schema.arguments]
-    given = [isinstance(argument, OpStrategy) for argument, tensor in zip(arguments, takes, strict=True) if tensor]
-    layouts: list[Layout] = [(outs, list(compress(ins, given))) for outs, ins in rule(*map(_spec, arguments))]
+    present = [isinstance(argument, OpStrategy) for argument, tensor in zip(arguments, takes, strict=True) if tensor]
+    layouts: list[Layout] = [(outs, list(compress(ins, present))) for outs, ins in rule(*map(_spec, arguments))]
     strategy = _expanded(layouts, op_schema)
     if len(layouts[0][0]) < len(op._schema.returns):  # the empty list of adaln_backward: torch has None for no list
         for spec in strategy.strategies:

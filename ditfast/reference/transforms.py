@@ -82,14 +82,14 @@ _vmaps_and_gradients._dynamo_marked_constant = True  # type: ignore[attr-defined
 
 def _levels(tensor: Tensor) -> list[int]:
     """At which levels of torch.func.grad, 0 for plain autograd, a tensor wants a gradient."""
-    found = []
+    levels = []
     while True:
         level = functorch.maybe_get_level(tensor)
         inner = functorch.is_functorch_wrapped_tensor(tensor)
         if tensor.requires_grad:
-            found.append(level if inner else 0)
+            levels.append(level if inner else 0)
         if not inner:
-            return found
+            return levels
         tensor = functorch.get_unwrapped(tensor)
 
 
@@ -134,9 +134,9 @@ def refuse_derivatives(
     message: str, gradients: Sequence[Tensor | None], of: Iterable[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
     """The gradients, whose own derivative raises the message: functions ``of`` these tensors, computed without."""
-    given = [gradient for gradient in gradients if gradient is not None]
+    present = [gradient for gradient in gradients if gradient is not None]
     sources = [tensor for tensor in of if tensor is not None and tensor.requires_grad]
-    if not given or not sources:
+    if not present or not sources:
         return tuple(gradients)
-    refused = iter(_Refused.apply(message, len(given), *given, *sources))  # type: ignore[no-untyped-call]
+    refused = iter(_Refused.apply(message, len(present), *present, *sources))  # type: ignore[no-untyped-call]
     return tuple(None if gradient is None else next(refused) for gradient in gradients)

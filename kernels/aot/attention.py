@@ -11,9 +11,8 @@ from torch import Tensor
 from ..attention import _attention_fwd_kernel, fwd_launch
 from ..attention_bwd import OPERATORS, bwd_launches
 from ..configs.attention import attention_config
-from .compile import Budget, KernelCase
+from .compile import TYPE_NAMES, Budget, KernelCase
 
-_TRITON = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _BATCH, _HEADS = 8, 16
 _LIMIT = 255  # registers of a thread: the accumulators of a tile take most of them
 
@@ -91,7 +90,7 @@ def _case(name: str, arch: str, kernel: Any, arguments: dict[str, Any]) -> Kerne
         elif value is None:
             types[argument] = None
         elif isinstance(value, Tensor):
-            types[argument] = f"*{_TRITON[value.dtype]}"
+            types[argument] = f"*{TYPE_NAMES[value.dtype]}"
         elif isinstance(value, float):
             types[argument] = "fp32"
         else:
@@ -103,7 +102,7 @@ def _case(name: str, arch: str, kernel: Any, arguments: dict[str, Any]) -> Kerne
     return KernelCase(
         name=name,
         shape=f"D={arguments['D']}, T={arguments['tokens']}{bias}",
-        dtype=_TRITON[dtype],
+        dtype=TYPE_NAMES[dtype],
         kernel=kernel,
         types=types,
         constants=constants,

@@ -11,10 +11,9 @@ import torch
 from .. import adaln, conditioning, sums
 from ..configs.rows import row_config
 from . import attention, gemm
-from .compile import ARCHITECTURES, Budget, KernelCase
+from .compile import ARCHITECTURES, TYPE_NAMES, Budget, KernelCase
 
 WIDTHS = (384, 768, 1024, 1152)
-_TRITON = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _TOKENS, _BATCH = 256, 64
 
 # Memory-bound: what counts are wide accesses and enough warps to keep loads in flight. 16 warps, each with four
@@ -98,7 +97,7 @@ def _case(
     stream = present.get("x", present.get("d_x", present.get("d_r")))
     rest = present.get("out", present.get("d_out", present.get("branch")))
     config = row_config(operator, width, _TOKENS, _BATCH, torch.empty(0, dtype=stream, device="meta"))
-    pointers = {f"{argument}_ptr": f"*{_TRITON[dtype]}" for argument, dtype in present.items()}
+    pointers = {f"{argument}_ptr": f"*{TYPE_NAMES[dtype]}" for argument, dtype in present.items()}
     types: dict[str, str | None] = {}
     for argument in kernel.arg_names:
         if argument.endswith("_ptr"):
@@ -110,7 +109,7 @@ def _case(
     return KernelCase(
         name=name,
         shape=f"D={width}",
-        dtype=_TRITON[rest] if stream == rest else f"{_TRITON[rest]}, {_TRITON[stream]} stream",
+        dtype=TYPE_NAMES[rest] if stream == rest else f"{TYPE_NAMES[rest]}, {TYPE_NAMES[stream]} stream",
         kernel=kernel,
         types=types,
         constants={"D": width, "BLOCK": config.block, "TAIL": config.tail, **constants},

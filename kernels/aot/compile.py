@@ -17,10 +17,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # Triton's
 Types = str | tuple[str, ...] | None
 
 # architecture -> (shared memory of a multiprocessor, of one block at the most), bytes
@@ -148,22 +150,22 @@ def violations(report: Report) -> list[str]:
     """Each way in which a report is past its budget, in words; none where it is within."""
     budget = report.case.budget
     spilled = sum(count for name, count in report.instructions.items() if name.startswith(("LDL", "STL")))
-    found = []
+    reasons = []
     if report.spill_bytes or spilled:
-        found.append(f"spills {report.spill_bytes} bytes ({spilled} local loads and stores), none allowed")
+        reasons.append(f"spills {report.spill_bytes} bytes ({spilled} local loads and stores), none allowed")
     for name in ("registers", "shared"):
         if getattr(report, name) > getattr(budget, name):
-            found.append(f"{name} {getattr(report, name)}, at most {getattr(budget, name)} allowed")
+            reasons.append(f"{name} {getattr(report, name)}, at most {getattr(budget, name)} allowed")
     if report.shared > _SHARED[report.arch][1]:
-        found.append(f"shared {report.shared} bytes, {report.arch} has {_SHARED[report.arch][1]} a block")
+        reasons.append(f"shared {report.shared} bytes, {report.arch} has {_SHARED[report.arch][1]} a block")
     if report.resident_warps < budget.resident_warps:
-        found.append(f"resident warps {report.resident_warps}, at least {budget.resident_warps} wanted")
+        reasons.append(f"resident warps {report.resident_warps}, at least {budget.resident_warps} wanted")
     if report.wide < budget.wide:
-        found.append(f"{report.wide:.0%} of global bytes in 128-bit accesses, at least {budget.wide:.0%} wanted")
+        reasons.append(f"{report.wide:.0%} of global bytes in 128-bit accesses, at least {budget.wide:.0%} wanted")
     for wanted in budget.instructions:
         if not any(name.startswith(wanted) for name in report.instructions):
-            found.append(f"no {wanted} instruction")
-    return found
+            reasons.append(f"no {wanted} instruction")
+    return reasons
 
 
 def resident_warps(arch: str, num_warps: int, registers: int, shared: int) -> int:

@@ -8,9 +8,8 @@ import torch
 
 from .. import gemm, linear, modulations
 from ..configs.gemm import GemmConfig, for_results, heuristic, modulations_heuristic, sum_rows
-from .compile import Budget, KernelCase, Types
+from .compile import TYPE_NAMES, Budget, KernelCase, Types
 
-_TRITON = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _TOKENS, _BATCHES = 256, (1, 64)
 _MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132}
 _MODULATION_ROWS = (1, 32, 64, 256)  # one for each tile of the heuristic
@@ -71,10 +70,10 @@ def _gemm(
     config = heuristic(operator, rows, columns, inner, dtype, major, _MULTIPROCESSORS[arch], demanded=True, tf32=tf32)
     config = for_results(config, stream)
     kernel = gemm._gemm_tma_kernel if config.tma else gemm._gemm_kernel
-    suffix, kind = ("desc" if config.tma else "ptr"), _TRITON[dtype]
+    suffix, kind = ("desc" if config.tma else "ptr"), TYPE_NAMES[dtype]
 
     def matrix(down: int, across: int, dtype: torch.dtype = dtype) -> str:
-        return f"tensordesc<{_TRITON[dtype]}[{down},{across}]>" if config.tma else f"*{_TRITON[dtype]}"
+        return f"tensordesc<{TYPE_NAMES[dtype]}[{down},{across}]>" if config.tma else f"*{TYPE_NAMES[dtype]}"
 
     part = (config.block_m, config.block_n // config.parts)
     transposed = epilogue != "gelu_grad"
@@ -148,7 +147,7 @@ def _budget(config: GemmConfig, arch: str, tensor_cores: bool) -> Budget:
 
 
 def _gelu_gradient(width: int, dtype: torch.dtype) -> KernelCase:
-    kind = _TRITON[dtype]
+    kind = TYPE_NAMES[dtype]
     pointers = dict.fromkeys(("d_act_ptr", "pre_ptr", "d_pre_ptr", "act_ptr"), f"*{kind}")
     return KernelCase(
         name="gelu_backward",
@@ -176,20 +175,20 @@ def _modulations(
     """Of blocks of six vectors and a final layer of two; under autocast c and the weights are fp32."""
     major = int(arch.removeprefix("sm_")) // 10
     config = modulations_heuristic(rows, dtype, stored, major, demanded=True, tf32=tf32)
-    kind, count = f"*{_TRITON[stored]}", _LAYERS + 1
+    kind, count = f"*{TYPE_NAMES[stored]}", _LAYERS + 1
     tensor_cores = dtype != torch.float32 or tf32
     # weights that are converted go through registers
     wanted = (_TENSOR_CORES[arch] if rows >= 64 else "HMMA", "LDGSTS.E.BYPASS.128") if tensor_cores else ("LDGSTS",)
     return KernelCase(
         name="modulations",
         shape=f"M={rows} N={(6 * _LAYERS + 2) * width} K={width}",
-        dtype="tf32" if tf32 else _TRITON[dtype] + ("" if stored == dtype else f", {_TRITON[stored]} weights"),
+        dtype="tf32" if tf32 else TYPE_NAMES[dtype] + ("" if stored == dtype else f", {TYPE_NAMES[stored]} weights"),
         kernel=modulations._modulations_kernel,
         types={
             "c_ptr": kind,
             "weights": (kind,) * count,
             "biases": (kind,) * count,
-            "out_ptr": f"*{_TRITON[dtype]}",
+            "out_ptr": f"*{TYPE_NAMES[dtype]}",
             **dict.fromkeys(("M", "K", "stride_c", "stride_out"), "i32"),
         },
         constants={

@@ -76,7 +76,7 @@ def sum_slots(tokens: int, head_dim: int, dtype: torch.dtype, biased: bool) -> i
 
 
 # operator -> ((lanes of a head up to which, configuration), ...). What decides: no spills with either triton (compiled
-# ahead of time, see attention_cases.py), then two warps or more for each scheduler, then tall tiles, which read k and v
+# ahead of time, see aot/attention.py), then two warps or more for each scheduler, then tall tiles, which read k and v
 # (q and d_out for dkv) fewer times. Ampere: within the 99 KB of shared memory of its smaller kinds.
 _AMPERE = {
     "attention_fwd": ((80, (128, 32, 4, 3)), (128, (128, 64, 8, 3))),

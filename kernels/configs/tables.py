@@ -1,4 +1,4 @@
-"""Tuned tables: what was measured on a GPU, as data, in the place of a heuristic's choice.
+"""Tuned tables: choices measured on a GPU, which override the heuristics.
 
 A table is ``configs/<gpu>.json``: {"schema": "ditfast.configs/1", "gpu": the name its driver gives, "environment":
 {...}, "entries": {key: {field: value}}, "measured": {key: {...}}}. A key is "operator/dtype/size/...": the sizes that

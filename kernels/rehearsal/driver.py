@@ -1,4 +1,4 @@
-"""A GPU that is not there: everything up to the launch happens as on a real one, and nothing is computed.
+"""Rehearsals on a GPU that is not there: everything up to the launch happens, and nothing is computed.
 
 Triton's just-in-time compiler specialises and compiles each kernel for the architecture, its launchers are built and
 called, and a stub of libcuda.so.1 (stub.c) checks grids, shared memory and tensor maps as the driver would. CPU tensors

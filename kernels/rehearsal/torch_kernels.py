@@ -47,7 +47,7 @@ def nothing_computed() -> Iterator[Callable[[], int]]:
         raise RuntimeError(f"torch's kernels cannot be replaced: {reason}")
     stub, pointers = stub_library(), _pointers()
     replacement = ctypes.cast(stub.rehearsal_torch_kernel, ctypes.c_void_p).value
-    kept = [pointer.value for pointer in pointers]
+    addresses = [pointer.value for pointer in pointers]
     onednn = torch.backends.mkldnn.set_flags(False)[0]  # type: ignore[no-untyped-call]
     for pointer in pointers:
         pointer.value = replacement
@@ -56,7 +56,7 @@ def nothing_computed() -> Iterator[Callable[[], int]]:
         before = stub.rehearsal_replaced_calls()
         yield lambda: int(stub.rehearsal_replaced_calls() - before)
     finally:
-        for pointer, address in zip(pointers, kept, strict=True):
+        for pointer, address in zip(pointers, addresses, strict=True):
             pointer.value = address
         torch.backends.mkldnn.set_flags(onednn)  # type: ignore[no-untyped-call]
 
@@ -64,14 +64,14 @@ def nothing_computed() -> Iterator[Callable[[], int]]:
 def _pointers() -> list[ctypes.c_void_p]:
     """Where torch looks for kernels before it chooses among its own by the CPU's instructions."""
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-    found = []
+    symbols = []
     for kernel in KERNELS:
         parts = ["at", "native", *kernel.split("::")]
         try:
-            found.append(ctypes.c_void_p.in_dll(library, f"_ZN{''.join(f'{len(part)}{part}' for part in parts)}E"))
+            symbols.append(ctypes.c_void_p.in_dll(library, f"_ZN{''.join(f'{len(part)}{part}' for part in parts)}E"))
         except ValueError:
             raise _elsewhere(f"it has no at::native::{kernel}") from None
-    return found
+    return symbols
 
 
 def _check(calls: Callable[[], int]) -> None:

@@ -12,9 +12,6 @@ from ditfast.testing.inputs import randomize_
 from ditfast.testing.operators import OPERATORS, Shape, draw_inputs, run
 from tests.kernels.conftest import failures, triton_operator
 
-pytest.importorskip("triton")
-from ditfast.kernels.configs import gemm  # noqa: E402
-
 DEVICE = torch.device("cuda")
 CYCLES = 20_000_000  # about 10 ms: whoever does not wait is early
 FAR = 1 << 31  # elements, past which an int32 offset is negative
@@ -135,6 +132,9 @@ def in_threads(functions):
 
 def usable(config):
     """A GEMM's configuration, where the GPU has what it takes."""
+    # a conftest.py of a folder named on the command line is read before triton may be: see tests/conftest.py
+    from ditfast.kernels.configs import gemm
+
     if config.tma and torch.cuda.get_device_capability()[0] not in gemm.PERSISTENT:
         pytest.skip("needs TMA and the shared memory of a Hopper or a datacenter Blackwell")
     return config

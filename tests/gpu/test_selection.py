@@ -31,6 +31,7 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 """
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("expression", "session"),
     [

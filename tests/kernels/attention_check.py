@@ -42,8 +42,8 @@ def kernels(qkv, d_out, bias=None, scale=None, want_bias=True):
     out, stats = attention_fwd(qkv, scale, bias)
     want_bias = want_bias and bias is not None
     d_qkv, d_bias, sums = backward(d_out, qkv, out, stats, scale, bias, want_bias, True)
-    found = {"out": out, "d_qkv": d_qkv, "sums": sums.sum(0)}
-    return found | ({"d_bias": d_bias} if want_bias else {})
+    results = {"out": out, "d_qkv": d_qkv, "sums": sums.sum(0)}
+    return results | ({"d_bias": d_bias} if want_bias else {})
 
 
 def formula(qkv, d_out, bias, scale, dtype):
@@ -51,8 +51,8 @@ def formula(qkv, d_out, bias, scale, dtype):
     leaves = [leaf] if bias is None else [leaf, bias.detach().to(dtype).requires_grad_()]
     out = formulas.self_attention(leaf.flatten(2), qkv.shape[3], scale, *leaves[1:])
     gradients = torch.autograd.grad(out, leaves, d_out.to(dtype))
-    found = {"out": out.detach(), "d_qkv": gradients[0], "sums": gradients[0].sum((0, 1)).flatten()}
-    return found | ({} if bias is None else {"d_bias": gradients[1]})
+    results = {"out": out.detach(), "d_qkv": gradients[0], "sums": gradients[0].sum((0, 1)).flatten()}
+    return results | ({} if bias is None else {"d_bias": gradients[1]})
 
 
 def check(qkv, d_out, bias=None, scale=None, actual=None):

@@ -29,11 +29,11 @@ def failures(verdicts):
 def alone_and_together(operator, inputs, row, options=None, shared=()):
     """Pairs of a sample's outputs and gradients, alone and in its batch; inputs that are ``shared`` have none."""
     options = (options or {}) | {name: inputs[name] for name in shared}
-    own = [name for name in inputs if name not in shared]
+    batched = [name for name in inputs if name not in shared]
     incoming = []
 
     def results(rows):
-        leaves = {name: inputs[name][rows].detach().requires_grad_() for name in own}
+        leaves = {name: inputs[name][rows].detach().requires_grad_() for name in batched}
         out = operator.fused(**leaves, **options)
         out = out if isinstance(out, tuple) else (out,)
         incoming.extend(torch.randn_like(value) for value in out[len(incoming) :])

@@ -31,23 +31,35 @@ def tiles(monkeypatch, block_m, block_n, **others):
     monkeypatch.setattr(configs, "_launch_config", configs._launch_config.__wrapped__)
 
 
-@every_dtype
-@pytest.mark.parametrize("head_dim", [8, 32, 48, 64, 72, 80, 96, 120, 128])
-def test_head_dims(head_dim, dtype):
-    assert not check(*draw(1, 40, 2, head_dim, dtype))
-    assert not check(*draw_saturated(1, 40, 2, head_dim, dtype))
+@pytest.mark.parametrize(
+    ("head_dim", "plain", "saturated"),
+    [
+        (8, "fp32", "fp16"),
+        (32, "bf16", "fp32"),
+        (48, "fp16", "bf16"),
+        (64, "bf16", "fp16"),
+        pytest.param(72, "fp32", "bf16", marks=pytest.mark.quick),
+        (80, "fp16", "fp32"),
+        (96, "fp32", "fp16"),
+        (120, "bf16", "fp32"),
+        (128, "fp16", "bf16"),
+    ],
+)
+def test_head_dims(head_dim, plain, saturated):
+    assert not check(*draw(1, 40, 2, head_dim, DTYPES[plain]))
+    assert not check(*draw_saturated(1, 40, 2, head_dim, DTYPES[saturated]))
 
 
 @every_dtype
 @pytest.mark.parametrize(("tokens", "head_dim"), [(2, 72), (5, 8), (16, 64), (100, 16)])
-@pytest.mark.parametrize("bias", [None, "BHTT"])
-def test_saturated_rows(tokens, head_dim, bias, dtype):
+def test_saturated_rows(tokens, head_dim, dtype):
     """As right as an unfused softmax, in one tile of keys, two and more."""
-    assert not check(*draw_saturated(max(48 // tokens, 1), tokens, 2, head_dim, dtype, bias))
+    bias = "BHTT" if (tokens in (2, 100)) == (dtype == torch.bfloat16) else None
+    assert not check(*draw_saturated(max(32 // tokens, 1), tokens, 2, head_dim, dtype, bias))
 
 
 @every_dtype
-@pytest.mark.parametrize("tokens", [129, 257])
+@pytest.mark.parametrize("tokens", [129, pytest.param(257, marks=pytest.mark.long)])
 def test_saturated_long_rows_are_as_right_as_a_flash_kernels(tokens, dtype):
     for deviation in (50.0, 200.0):
         given = draw_saturated(1, tokens, 2, 32, dtype, deviation=deviation)
@@ -63,7 +75,7 @@ def test_each_launch_may_sum_in_an_order_of_its_own(monkeypatch):
     assert not check(*draw_saturated(2, 50, 2, 72, bias="1HTT", deviation=200.0))
 
 
-@pytest.mark.parametrize(("batch", "tokens"), [(3, 1), (3, 7), (3, 16), (2, 64), (1, 256), (1, 257)])
+@pytest.mark.parametrize(("batch", "tokens"), [(3, 1), (3, 7), (3, 16), (2, 64), (1, 128), (1, 129)])
 @pytest.mark.parametrize("bias", [None, "1HTT"])
 def test_tokens(batch, tokens, bias):
     assert not check(*draw(batch, tokens, 2, 24, bias=bias))
@@ -71,10 +83,13 @@ def test_tokens(batch, tokens, bias):
         assert not check(*draw_saturated(batch, tokens, 2, 72, torch.float16, bias))
 
 
-def test_many_tokens(monkeypatch):
+@pytest.mark.parametrize(
+    ("tokens", "head_dim", "dtype"),
+    [(1030, 24, torch.float32), pytest.param(4096, 16, torch.float16, marks=pytest.mark.long)],
+)
+def test_many_tokens(tokens, head_dim, dtype, monkeypatch):
     tiles(monkeypatch, 256, 256)
-    assert not check(*draw(1, 1030, 1, 24))
-    assert not check(*draw(1, 4096, 1, 16, torch.float16))
+    assert not check(*draw(1, tokens, 1, head_dim, dtype))
 
 
 @pytest.mark.parametrize("arch", [(8, 0), (9, 0)])
@@ -83,7 +98,7 @@ def test_the_tiles_of_each_architecture(arch, head_dim, monkeypatch):
     tiles = configs.attention_config
     monkeypatch.setattr(configs, "attention_config", lambda *args: tiles(*args[:4], arch, args[5]))
     monkeypatch.setattr(configs, "_launch_config", configs._launch_config.__wrapped__)
-    assert not check(*draw(1, 193, 1, head_dim, torch.float16, "11TT"))
+    assert not check(*draw(1, 161, 1, head_dim, torch.float16, "11TT"))
     assert not check(*draw(1, 256, 1, head_dim, torch.float16))
 
 
@@ -98,7 +113,7 @@ def test_each_kernel_has_its_own_tiles(blocks, monkeypatch):
 
 @pytest.mark.parametrize("shape", ["1HTT", "BHTT", "B1TT", "11TT", "B11T", "111T", "BH1T", "1HT1", "1111"])
 def test_biases(shape):
-    qkv, d_out, bias = draw(3, 35, 2, 16, bias=shape)
+    qkv, d_out, bias = draw(2, 35, 2, 16, bias=shape)
     assert not check(qkv, d_out, bias)
     assert not check(*draw_saturated(2, 16, 2, 16, torch.float16, shape))
     if shape.endswith("1"):  # a constant on every key of a row leaves the softmax as it is
@@ -260,7 +275,7 @@ def test_two_runs_are_bit_equal():
 @pytest.mark.parametrize("shape", [None, "BHTT", "1HTT"])
 def test_a_sample_does_not_depend_on_its_neighbours(shape):
     """Bit-equal alone and in a batch, the share of the sums included."""
-    qkv, d_out, bias = draw(3, 40, 2, 72, bias=shape)
+    qkv, d_out, bias = draw(3, 40, 1, 24, bias=shape)
     scale = 0.2
 
     def results(rows):
@@ -275,6 +290,7 @@ def test_a_sample_does_not_depend_on_its_neighbours(shape):
         assert torch.equal(alone, together[1:2])
 
 
+@pytest.mark.quick
 def test_every_element_is_written(monkeypatch):
     poison(monkeypatch)
     for tokens, bias in itertools.product((1, 33), (None, "1HTT", "BH1T", "B1T1")):

@@ -6,8 +6,8 @@ import torch
 from ditfast import ops
 from ditfast.parity import judge, relative_error
 from ditfast.reference import ops as formulas
+from tests.kernels.conftest import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 pytestmark = pytest.mark.kernels
 
 
@@ -69,6 +69,7 @@ def test_a_label_outside_the_table_gives_nan():
     assert out.isnan().all(dim=1).tolist() == [True, False, True]
 
 
+@pytest.mark.quick
 def test_gradients_come_from_the_formula():
     t_emb = torch.randn(3, 72, dtype=torch.float64, requires_grad=True)
     table = torch.randn(11, 72, dtype=torch.float64, requires_grad=True)

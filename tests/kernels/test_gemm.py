@@ -25,7 +25,8 @@ POINTERS = GemmConfig("triton", 32, 64, 16, 2, 2, 4, 2, 0, 0)
 CONFIGS = {"pointers": POINTERS, "tma": GemmConfig("triton", 32, 64, 16, 2, 2, 4, 2, 0, 1)}
 # batch, tokens, N, K: tiles that divide nothing, straddle samples, hold several, or just fit
 # (eight sums of eight products are too few to judge by: the yardstick's errors may all happen to be small)
-SHAPES = [(1, 1, 8, 72), (3, 7, 72, 200), (2, 33, 144, 72), (3, 32, 64, 64), (1, 70, 200, 8), (5, 3, 96, 40)]
+QUICK = pytest.param((3, 7, 72, 200), marks=pytest.mark.quick)
+SHAPES = [(1, 1, 8, 72), QUICK, (2, 33, 144, 72), (3, 32, 64, 64), (1, 70, 200, 8), (5, 3, 96, 40)]
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))

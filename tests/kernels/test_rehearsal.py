@@ -61,8 +61,9 @@ def model_and_inputs(how, batch=3, config=SMALL):
     return model, random_batch(config, batch, dtype=dtype)
 
 
-@pytest.mark.parametrize("how", LEFT_TO_INDUCTOR)
-@pytest.mark.parametrize("design", ["adaln_zero", "adaln"])
+@pytest.mark.parametrize(
+    ("design", "how"), [*(("adaln_zero", how) for how in LEFT_TO_INDUCTOR), ("adaln", "training")]
+)
 def test_models_compile_along_a_gpus_path(design, how, hopper):
     """fullgraph, forward and backward: the compiled model launches what the eager one does."""
     model, arguments = model_and_inputs(how, config=replace(SMALL, conditioning=design))
@@ -77,10 +78,10 @@ def test_guided_and_for_any_batch(hopper):
     model, arguments = model_and_inputs("inference")
     doubled = [torch.cat([x, x]) for x in arguments]
     compiled = torch.compile(model.forward_with_cfg, fullgraph=True, backend="aot_eager", dynamic=True)
-    found = []
+    counts = []
     for rows in (6, 4):
-        found.append(launches(hopper, lambda *given: compiled(*given, 4.0), [x[:rows] for x in doubled], "inference"))
-    assert found[0] == found[1] == launches(hopper, model, arguments, "inference") - 2
+        counts.append(launches(hopper, lambda *batch: compiled(*batch, 4.0), [x[:rows] for x in doubled], "inference"))
+    assert counts[0] == counts[1] == launches(hopper, model, arguments, "inference") - 2
 
 
 @pytest.mark.parametrize("how", ["inference", "training"])
@@ -143,7 +144,7 @@ def test_another_batch_or_token_count_compiles_nothing():
             rehearsal.train(xl, batch, torch.bfloat16)
         at_256_tokens = len(seen.compilations)
         for patch, latent in ((4, 32), (8, 32), (2, 64)):
-            for batch in (4, 1, 2, 3, 7, 16, 64, 256):
+            for batch in (4, 1, 3, 64, 256):
                 config = replace(xl, patch_size=patch, latent_size=latent)
                 rehearsal.infer(config, batch, torch.bfloat16)
                 rehearsal.train(config, batch, torch.bfloat16)

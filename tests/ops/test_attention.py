@@ -36,6 +36,7 @@ def test_outputs_and_every_gradient(name, shape, dtype):
         assert not failures(check(triton_operator(name), shape, DTYPES[dtype], wanted=wanted))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("wanted", [("qkv",), ("bias",), ("qkv", "bias")], ids="+".join)
 def test_subsets_of_gradients(wanted):
     verdicts = check(triton_operator("self_attention+bias"), Shape(2, 5, 72), torch.float32, wanted=wanted)

@@ -21,6 +21,7 @@ from ditfast.ops.attention_implementations import PACKAGES, AttentionBackend, Ca
 from ditfast.parity import judge
 from ditfast.reference import ops as formulas
 from ditfast.testing.operators import OPERATORS, Shape, check
+from tests.kernels.conftest import failures
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what is refused on a machine without a GPU")
 
@@ -371,4 +372,4 @@ def test_every_backend_on_a_gpu(backend, head_dim):
         if backend in ("triton", "efficient"):
             raise
         pytest.skip(str(error))
-    assert not {name: verdict for name, verdict in verdicts.items() if not verdict.ok}
+    assert not failures(verdicts)

@@ -9,6 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ditfast.training import GaussianDiffusion, diffusion_loss
 from ditfast.training.loss import _kept
 
+pytestmark = pytest.mark.quick
+
 
 def constants():
     betas = [1e-4 + (2e-2 - 1e-4) * i / 999 for i in range(1000)]

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from ditfast import ops
 from ditfast.parity import judge
 from ditfast.testing.operators import OPERATORS, Shape, draw_inputs, run
+from tests.conftest import prepare_interpreter
 from tests.ops.sharding import modules as sharding_modules
 from tests.ops.sharding import rules as sharding_rules
 from tests.ops.sharding.layouts import LAYOUTS, OTHERS, PLACEMENTS
@@ -42,43 +43,43 @@ def letters(words):
 def examined(
     name, layout, mesh, backend="triton", shape=SHAPE, dtype=torch.float32, mixed=False, wanted=None, function=None
 ):
-    """What is wrong with an operator's results, their layouts and those of the gradients: "inputs > results"."""
+    """The violations by an operator's results, their layouts and those of the gradients, or None."""
     operator = OPERATORS[name]
     inputs, options = draw_inputs(operator, shape, dtype, "cpu", mixed), operator.options(shape)
     wanted = operator.differentiable(inputs) if wanted is None else wanted
     oracle = run(operator.formula, inputs, options, wanted, torch.float64)
     yardstick = run(operator.formula, inputs, options, wanted)
-    given, _, expected = layout.partition(" > ")
-    found = {}
+    arguments_layout, _, results_layout = layout.partition(" > ")
+    placements = {}
 
     def fused(**arguments):
-        for argument, letter in letters(given).items():
+        for argument, letter in letters(arguments_layout).items():
             arguments[argument] = laid(arguments[argument], mesh, letter)
             if arguments[argument].requires_grad:
                 arguments[argument].register_hook(
-                    lambda gradient, argument=argument: found.update({f"d_{argument}": gradient.placements[0]})
+                    lambda gradient, argument=argument: placements.update({f"d_{argument}": gradient.placements[0]})
                 )
         with ops.use_backend(backend):
             outputs = (function or operator.fused)(**arguments)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        found.update({f"output{index}": output.placements[0] for index, output in enumerate(outputs)})
+        placements.update({f"output{index}": output.placements[0] for index, output in enumerate(outputs)})
         return tuple(output.full_tensor() for output in outputs)
 
     actual = run(fused, inputs, options, wanted)
-    wrong = {}
+    violations = {}
     for key, exact in oracle.items():
         verdict = judge("operator", actual[key], yardstick[key], exact, dtype)
         if actual[key].dtype != yardstick[key].dtype or not verdict.ok:
-            wrong[key] = verdict
-    for key, letter in letters(expected).items():
-        if (key in wanted or not key.startswith("d_")) and found[key] != PLACEMENTS[letter]:
-            wrong[f"layout of {key}"] = found[key]
-    return f"{backend}, {name}, {given}, {shape}, {wanted}: {wrong}" if wrong else None
+            violations[key] = verdict
+    for key, letter in letters(results_layout).items():
+        if (key in wanted or not key.startswith("d_")) and placements[key] != PLACEMENTS[letter]:
+            violations[f"layout of {key}"] = placements[key]
+    return f"{backend}, {name}, {arguments_layout}, {shape}, {wanted}: {violations}" if violations else None
 
 
 def operators(mesh, backend):
     """Each layout: on the kernels results and gradients lie where they should, so nothing was gathered for them."""
-    cases = [(name, layout, {}) for name, several in LAYOUTS.items() for layout in several] + OTHERS
+    cases = [(name, layout, {}) for name, layouts in LAYOUTS.items() for layout in layouts] + OTHERS
     if backend == "auto":  # the formulas, which torch shards as it likes
         cases = [(name, layout.partition(" > ")[0], case) for name, layout, case in cases]
     return [examined(name, layout, mesh, backend, **case) for name, layout, case in cases]
@@ -87,10 +88,10 @@ def operators(mesh, backend):
 def compiled(mesh):
     """The first call that torch sees is a compiled one, which must find the rules."""
     failures = []
-    for name, several in LAYOUTS.items():
+    for name, layouts in LAYOUTS.items():
         torch._dynamo.reset()
         function = torch.compile(OPERATORS[name].fused, fullgraph=True, backend="aot_eager")
-        failures.append(examined(name, several[-1], mesh, function=function))
+        failures.append(examined(name, layouts[-1], mesh, function=function))
     return failures
 
 
@@ -114,6 +115,7 @@ def work(rank, cases, folder):
 
 
 if __name__ == "__main__":
+    prepare_interpreter()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(work, (sys.argv[1:], folder), RANKS, start_method="fork")
