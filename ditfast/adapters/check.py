@@ -8,7 +8,6 @@ in the module's dtype, and err(new) <= 2 * err(old) + eps / 2 over each output, 
 from __future__ import annotations
 
 import copy
-import math
 import random
 import sys
 from collections import Counter, OrderedDict
@@ -23,8 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .. import parity
 from ..ops import use_backend
-from .adapter import Adapter, has_hooks, may_be_silent
+from ..parity import judge
+from ..plain import has_hooks, is_identity
+from .adapter import Adapter
 from .fakes import INTERNAL, is_plain_object
 from .inputs import drawn, enlarged, moved
 from .outside import Outside, state_of
@@ -64,7 +66,7 @@ def fingerprint(module: nn.Module) -> tuple[Any, ...]:
             parts.append((name, "hooks"))
         runs = _Object(0) if "forward" in child.__dict__ else getattr(type(child), "forward", None)
         settings = _settings(child)
-        if may_be_silent(child):  # a dropout's rate: the module's own forward runs whatever it is, unless it is 0
+        if is_identity(child):  # a dropout's rate: the module's own forward runs whatever it is, unless it is 0
             settings = {key: (float, not x[1]) if x[0] is float else x for key, x in settings.items()}
         parts.append((name, type(child), runs, tuple(sorted(settings.items()))))
     tensors = [*module.named_parameters(), *module.named_buffers()]
@@ -193,10 +195,9 @@ def _disagreement_of_numbers(
             shapes = f"{tuple(actual.shape)} {actual.dtype} against {tuple(yardstick.shape)} {yardstick.dtype}"
             return f"the fused forward gives {shapes}{' under autocast' if autocast else ''}"
         # a stream that stays in fp32 under autocast is judged as fp32
-        eps = torch.finfo(yardstick.dtype if autocast else dtype).eps
-        found, bound = _error([actual], [exact]), 2 * _error([yardstick], [exact]) + eps / 2
-        if not found <= bound:
-            return f"its forward is another function {mode}: {_off(found, bound)}"
+        judged = judge("operator", actual, yardstick, exact, yardstick.dtype if autocast else dtype)
+        if not judged.ok:
+            return f"its forward is another function {mode}: {_off(judged)}"
     return None
 
 
@@ -233,11 +234,9 @@ def _disagreement_elsewhere(
         except Exception as error:
             return f"the fused forward raised {where}: {said(error)}", notes
         # large inputs magnify rounding, which then is a matter of chance
-        slack = 2 if scale == 1 else 10
-        found = _error([actual], [exact])
-        bound = slack * _error([yardstick], [exact]) + torch.finfo(dtype).eps / 2
-        if not found <= bound:
-            return f"its forward is another function {where}: {_off(found, bound)}", notes
+        judged = judge("operator", actual, yardstick, exact, dtype, slack=1 if scale == 1 else 5)
+        if not judged.ok:
+            return f"its forward is another function {where}: {_off(judged)}", notes
     return None, notes
 
 
@@ -264,8 +263,8 @@ def _disagreement_of_gradients(
             actual, _ = _gradients(new, [moved(value, device, dtype) for value in given], device)
     except Exception as error:
         return f"the fused forward's backward raised: {said(error)}"
-    found, bound = _error(actual, exact), 2 * _error(yardstick, exact) + torch.finfo(dtype).eps / 2
-    return None if found <= bound else f"its gradients are another function's: {_off(found, bound)}"
+    judged = judge("operator", actual, yardstick, exact, dtype)
+    return None if judged.ok else f"its gradients are another function's: {_off(judged)}"
 
 
 def _gradients(
@@ -336,16 +335,8 @@ def _changes(module: nn.Module, before: dict[str, tuple[Any, ...]]) -> set[str]:
     return {key for key, value in _settings(module).items() if before.get(key) != value}
 
 
-def _error(values: Sequence[Tensor], oracles: Sequence[Tensor]) -> float:
-    """||values - oracles|| / ||oracles|| over all of them; infinite where any is not finite."""
-    pairs = [(value.double(), oracle.double()) for value, oracle in zip(values, oracles, strict=True)]
-    norm = sum(float(oracle.square().sum()) for _, oracle in pairs) ** 0.5
-    error = sum(float((value - oracle).square().sum()) for value, oracle in pairs) ** 0.5
-    return error / max(norm, torch.finfo(torch.double).tiny) if math.isfinite(error) else math.inf
-
-
-def _off(found: float, bound: float) -> str:
-    return f"the fused one is off by {found:.1e}, allowed {bound:.1e}"
+def _off(judged: parity.Verdict) -> str:
+    return f"the fused one is off by {judged.error:.1e}, allowed {judged.bound:.1e}"
 
 
 @contextmanager

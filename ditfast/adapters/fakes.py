@@ -17,7 +17,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 
 from ..ops import use_backend
-from .adapter import may_be_silent
+from ..plain import is_identity
 from .inputs import varying_axes
 from .operations import Operations, autocast_watched, sizes_watched
 
@@ -217,7 +217,7 @@ def _numbers_of(model: nn.Module) -> dict[str, tuple[dict[Any, Any], Any, float,
     """
     found: dict[str, tuple[dict[Any, Any], Any, float, bool]] = {}
     for path, child in model.named_modules():
-        if may_be_silent(child):
+        if is_identity(child):
             continue
         own_numbers = not type(child).__module__.startswith("torch.")
         for kind in type(child).__mro__:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..model.blocks import AdaLNForward, Pending, add_and_norm, promoted
-from .adapter import Adapter, is_plain_norm, is_quiet, plain_norm, tokens, unknown_parts
+from ..plain import is_plain_norm, norm_reason, others_are_identities, unknown_part
+from .adapter import Adapter, tokens
 from .shared import SharesModulations
 
 _BLOCK = ("norm1", "attn", "norm2", "mlp", "adaLN_modulation")
@@ -38,7 +39,7 @@ class FastBlock(SharesModulations, AdaLNForward):
         return ops.gated_residual(*promoted(x, branch, gate))
 
     def _applies(self) -> bool:
-        return is_plain_norm(self.norm1) and is_plain_norm(self.norm2) and is_quiet(self, *_BLOCK)
+        return is_plain_norm(self.norm1) and is_plain_norm(self.norm2) and others_are_identities(self, *_BLOCK)
 
 
 class OfficialBlock(Adapter):
@@ -51,8 +52,8 @@ class OfficialBlock(Adapter):
         return all(isinstance(module._modules.get(name), nn.Module) for name in _BLOCK)
 
     def refuses(self, module: nn.Module) -> str | None:
-        reason = plain_norm("norm1", module.norm1) or plain_norm("norm2", module.norm2)
-        return reason or modulation_reason(module, _width(module.norm1), 6) or unknown_parts(module, *_BLOCK)
+        reason = norm_reason("norm1", module.norm1) or norm_reason("norm2", module.norm2)
+        return reason or modulation_reason(module, _width(module.norm1), 6) or unknown_part(module, *_BLOCK)
 
     def inputs(self, module: nn.Module, generator: torch.Generator) -> tuple[Any, ...]:
         x = tokens(_width(module.norm1), generator)
@@ -69,7 +70,7 @@ class FastFinalLayer(SharesModulations):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         given = _tokens_and_condition(self._ditfast_takes, args, kwargs)
-        if given is None or not (is_plain_norm(self.norm_final) and is_quiet(self, *_FINAL)):
+        if given is None or not (is_plain_norm(self.norm_final) and others_are_identities(self, *_FINAL)):
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
         x, c = given
         shared = self.shared_modulation(c)
@@ -89,8 +90,8 @@ class OfficialFinalLayer(Adapter):
         return all(isinstance(module._modules.get(name), nn.Module) for name in _FINAL)
 
     def refuses(self, module: nn.Module) -> str | None:
-        reason = plain_norm("norm_final", module.norm_final)
-        return reason or modulation_reason(module, _width(module.norm_final), 2) or unknown_parts(module, *_FINAL)
+        reason = norm_reason("norm_final", module.norm_final)
+        return reason or modulation_reason(module, _width(module.norm_final), 2) or unknown_part(module, *_FINAL)
 
     def inputs(self, module: nn.Module, generator: torch.Generator) -> tuple[Any, ...]:
         x = tokens(_width(module.norm_final), generator)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.blocks import all_modulations, is_plain, is_plain_modulation
+from ..model.blocks import all_modulations
 from ..ops.backend import autocast_dtype
+from ..plain import is_plain, is_plain_modulation
 from ..reference.transforms import in_trace
 
 # of the model that is being called: its layers; the first condition, its state, and the layers' modulations of it

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.blocks import GeluMlp, PackedAttention, is_plain
-from .adapter import Adapter, has_hooks, is_quiet, may_be_silent, tokens, unknown_parts
+from ..model.blocks import GeluMlp, PackedAttention
+from ..plain import has_hooks, is_identity, is_plain, others_are_identities, unknown_part
+from .adapter import Adapter, tokens
 
 _ATTENTION = ("qkv", "proj")
 _MLP = ("fc1", "act", "fc2")
@@ -32,7 +33,7 @@ class FastAttention(PackedAttention):
         return self.fused(x)
 
     def fuses(self) -> bool:
-        return is_quiet(self, *_ATTENTION)
+        return others_are_identities(self, *_ATTENTION)
 
     def softmax_scale(self) -> float | None:
         scale = getattr(self, "scale", None)
@@ -59,7 +60,7 @@ class TimmAttention(Adapter):
             norm = module._modules.get(name)
             if norm is not None and has_hooks(norm):
                 return f"{name} has hooks, which the fused forward would skip"
-            if norm is not None and not may_be_silent(norm):
+            if norm is not None and not is_identity(norm):
                 return f"{name} is {type(norm).__name__}: normalised queries and keys are no longer packed"
         packed, width = _features(module.qkv, "out"), _features(module.qkv, "in")
         if packed is None or width is None:
@@ -69,7 +70,7 @@ class TimmAttention(Adapter):
         for name in inspect.signature(type(module).forward).parameters:
             if any(rotation in name for rotation in _ROTATIONS):
                 return f"its forward takes {name}: rotated queries and keys are no longer packed"
-        return unknown_parts(module, *_ATTENTION)
+        return unknown_part(module, *_ATTENTION)
 
     def inputs(self, module: nn.Module, generator: torch.Generator) -> tuple[Any, ...]:
         return (tokens(_features(module.qkv, "in") or 0, generator),)
@@ -88,7 +89,7 @@ class FastMlp(GeluMlp):
 
     def fuses(self) -> bool:
         heard = not is_plain(self.act, type(self.act))
-        return is_quiet(self, *_MLP) and is_tanh_gelu(self.act) and not heard and super().fuses()
+        return others_are_identities(self, *_MLP) and is_tanh_gelu(self.act) and not heard and super().fuses()
 
 
 class TimmMlp(Adapter):
@@ -114,7 +115,7 @@ class TimmMlp(Adapter):
         given, taken = _features(module.fc1, "out"), _features(module.fc2, "in")
         if given != taken:
             return f"fc1 gives {given} features and fc2 takes {taken}, as in a gated MLP"
-        return unknown_parts(module, *_MLP)
+        return unknown_part(module, *_MLP)
 
     def inputs(self, module: nn.Module, generator: torch.Generator) -> tuple[Any, ...]:
         return (tokens(_features(module.fc1, "in") or 0, generator),)

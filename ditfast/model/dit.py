@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..config import DiTConfig
 from ..ops.backend import autocast_dtype
+from ..plain import is_plain, is_plain_modulation
 from ..reference import dit as reference
 from ..reference.ops import unpatchify
 from .blocks import (
@@ -25,8 +26,6 @@ from .blocks import (
     FusedTimestepEmbedder,
     Pending,
     all_modulations,
-    is_plain,
-    is_plain_modulation,
     records_gradients,
 )
 

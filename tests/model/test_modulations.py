@@ -10,8 +10,8 @@ from torch import nn
 import ditfast
 from ditfast import ops, reference
 from ditfast.kernels import modulations as kernels
-from ditfast.model.blocks import reads
 from ditfast.parity import judge, relative_error
+from ditfast.plain import are_readable
 from ditfast.testing.inputs import random_batch, randomize_
 from tests.model import conftest as models
 
@@ -201,9 +201,9 @@ def test_where_a_layer_is_another_each_runs_its_own(change, launches):
 
 def test_sparse_weights_are_not_read():
     linear = nn.Linear(24, 8)
-    assert reads(linear)
+    assert are_readable(linear)
     linear.weight = nn.Parameter(linear.weight.detach().to_sparse(), requires_grad=False)
-    assert not reads(linear)
+    assert not are_readable(linear)
 
 
 def written_by_a_hook(block, _):
