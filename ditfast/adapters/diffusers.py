@@ -82,8 +82,8 @@ def feed_forward_reason(module: nn.Module, live: bool = False) -> str | None:
     activation = net[0]
     approximate = getattr(activation, "approximate", None)
     if type(activation).__name__ != "GELU" or approximate != "tanh":
-        found = f"{type(activation).__name__}(approximate={approximate!r})"
-        return f"its activation is {found}, the fused one GELU(approximate='tanh')"
+        actual = f"{type(activation).__name__}(approximate={approximate!r})"
+        return f"its activation is {actual}, the fused one GELU(approximate='tanh')"
     for name, linear in (("net.0.proj", activation.proj), ("net.2", net[2])):
         if type(linear) is not nn.Linear:
             return f"{name} is {type(linear).__name__}, the fused forward reads a Linear's weight"
@@ -123,8 +123,8 @@ class FastTransformerBlock(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         unknown = (attention_mask, encoder_hidden_states, encoder_attention_mask, added_cond_kwargs)
-        given = args or kwargs or cross_attention_kwargs or any(value is not None for value in unknown)
-        if given or hidden_states.ndim != 3 or not self._applies():
+        further = args or kwargs or cross_attention_kwargs or any(value is not None for value in unknown)
+        if further or hidden_states.ndim != 3 or not self._applies():
             known = (*unknown[:3], timestep, cross_attention_kwargs, class_labels, added_cond_kwargs)
             return super().forward(hidden_states, *known, *args, **kwargs)  # type: ignore[no-any-return]
         norm1, norm3 = self.norm1, self.norm3
@@ -152,18 +152,18 @@ class DiffusersBlock(Adapter):
         return roles and getattr(module, "norm_type", None) == "ada_norm_zero"
 
     def refuses(self, module: nn.Module) -> str | None:
-        takes = tuple(inspect.signature(type(module).forward).parameters)[1 : len(_ARGUMENTS) + 1]
-        if takes != _ARGUMENTS:
-            return f"its forward takes ({', '.join(takes)}), not ({', '.join(_ARGUMENTS)})"
+        parameters = tuple(inspect.signature(type(module).forward).parameters)[1 : len(_ARGUMENTS) + 1]
+        if parameters != _ARGUMENTS:
+            return f"its forward takes ({', '.join(parameters)}), not ({', '.join(_ARGUMENTS)})"
         norm1: Any = module.norm1
         norm3: Any = module.norm3
         reason = norm1_reason(norm1) or norm_reason("norm3", norm3) or unknown_part(module, *_BLOCK)
         if reason is not None:
             return reason
         width = norm3.normalized_shape[0]
-        found = (norm1.norm.normalized_shape[0], getattr(norm1.linear, "out_features", None))
-        if found != (width, 6 * width):
-            return f"norm1 must have {width} features and give 6 x {width}, got {found[0]} and {found[1]}"
+        features = (norm1.norm.normalized_shape[0], getattr(norm1.linear, "out_features", None))
+        if features != (width, 6 * width):
+            return f"norm1 must have {width} features and give 6 x {width}, got {features[0]} and {features[1]}"
         if not hasattr(module, "_chunk_size"):
             return "it has no _chunk_size, which the fused forward looks at"
         return None
@@ -177,7 +177,7 @@ class DiffusersBlock(Adapter):
 
 
 def norm1_reason(norm1: Any) -> str | None:
-    """Why a block's first norm is not diffusers' AdaLayerNormZero that nobody listens to, or None."""
+    """Why a block's first norm is not diffusers' AdaLayerNormZero without hooks, or None."""
     if type(norm1).__name__ != "AdaLayerNormZero" or "forward" in norm1.__dict__:
         return f"norm1 is {type(norm1).__name__}, not diffusers' AdaLayerNormZero"
     for name in _NORM1:

@@ -25,8 +25,8 @@ class FastAttention(PackedAttention):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         # timm's blocks hand is_causal=False on; the module's own names of the rest may be others
-        named = [value for name, value in kwargs.items() if name != "is_causal" or value is not False]
-        x, *others = (*args, *named, None)
+        values = [value for name, value in kwargs.items() if name != "is_causal" or value is not False]
+        x, *others = (*args, *values, None)
         unknown = any(value is not None for value in others)
         if unknown or not isinstance(x, Tensor) or x.ndim != 3 or not self.fuses():
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
@@ -82,14 +82,14 @@ class FastMlp(GeluMlp):
     act: nn.Module
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        given = (*args, *kwargs.values())
-        if len(given) != 1 or not self.fuses():
+        arguments = (*args, *kwargs.values())
+        if len(arguments) != 1 or not self.fuses():
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
-        return self.fused(given[0])
+        return self.fused(arguments[0])
 
     def fuses(self) -> bool:
-        heard = not is_plain(self.act, type(self.act))
-        return others_are_identities(self, *_MLP) and is_tanh_gelu(self.act) and not heard and super().fuses()
+        activation = is_tanh_gelu(self.act) and is_plain(self.act, type(self.act))
+        return activation and others_are_identities(self, *_MLP) and super().fuses()
 
 
 class TimmMlp(Adapter):
@@ -106,15 +106,15 @@ class TimmMlp(Adapter):
         if activation is not None and has_hooks(activation):
             return "act has hooks, which the fused forward would skip"
         if not is_tanh_gelu(activation):
-            found = "none" if activation is None else " ".join(repr(activation).split())
-            return f"its activation is {found}, the fused one GELU(approximate='tanh')"
+            actual = "none" if activation is None else " ".join(repr(activation).split())
+            return f"its activation is {actual}, the fused one GELU(approximate='tanh')"
         for name in ("fc1", "fc2"):
             if type(module._modules[name]) is not nn.Linear:
                 kind = type(module._modules[name])
                 return f"{name} is {kind.__module__}.{kind.__name__}, the fused forward reads an nn.Linear's weight"
-        given, taken = _features(module.fc1, "out"), _features(module.fc2, "in")
-        if given != taken:
-            return f"fc1 gives {given} features and fc2 takes {taken}, as in a gated MLP"
+        outgoing, incoming = _features(module.fc1, "out"), _features(module.fc2, "in")
+        if outgoing != incoming:
+            return f"fc1 gives {outgoing} features and fc2 takes {incoming}, as in a gated MLP"
         return unknown_part(module, *_MLP)
 
     def inputs(self, module: nn.Module, generator: torch.Generator) -> tuple[Any, ...]:
@@ -122,7 +122,7 @@ class TimmMlp(Adapter):
 
 
 def is_tanh_gelu(module: Any) -> bool:
-    """Whether it is one (torch's or timm's ``GELUTanh``, not a subclass that may do more), and nobody listens."""
+    """Whether it is torch's tanh GELU or timm's ``GELUTanh``, not a subclass that may do more, and has no hooks."""
     kind = type(module)
     if kind is not nn.GELU:
         return kind.__name__ == "GELUTanh" and kind.__module__.startswith("timm.") and not has_hooks(module)

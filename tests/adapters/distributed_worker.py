@@ -1,7 +1,7 @@
-"""Two processes of one test of test_distributed.py: ``python distributed_worker.py CASE``.
+"""Two processes of test_distributed.py: ``python distributed_worker.py CASE...``.
 
-Forked from one interpreter, so that torch is imported once. Every process exits with an error where a check of its
-case fails.
+Forked from one interpreter, so that torch is imported once. A process prints each case that it has passed, and exits with
+an error where a check of one fails.
 """
 
 import copy
@@ -61,7 +61,7 @@ def compared(wrap, rank, dtype, backend="auto", steps=3):
     slow = randomised(Model(dim=96))
     oracle = copy.deepcopy(slow).double()
     fast = copy.deepcopy(slow)
-    assert len(ditfast.accelerate(fast).accelerated) == 7
+    assert len(ditfast.accelerate(fast, check=False).accelerated) == 7
     with ditfast.ops.use_backend(backend):
         actual = trained(wrap(fast), rank, steps)
     yardstick, exact = trained(wrap(slow), rank, steps), trained(oracle, None, steps)
@@ -114,7 +114,7 @@ def refused_after_sharding(rank):
         for whole in (True, False):
             model = randomised(Model())
             if accelerated:
-                ditfast.accelerate(model)
+                ditfast.accelerate(model, check=False)
             fully_shard(model.blocks[1], mesh=mesh)
             if whole:
                 fully_shard(model, mesh=mesh)
@@ -142,7 +142,7 @@ def tensor_parallel(rank):
     """A parallelised MLP's weights are no plain tensors: it runs its own forward within the fused block."""
     slow = randomised(Model(dim=96))
     fast, oracle = copy.deepcopy(slow), copy.deepcopy(slow).double()
-    ditfast.accelerate(fast)
+    ditfast.accelerate(fast, check=False)
     mesh = init_device_mesh("cpu", (RANKS,))
     plan = {"mlp.fc1": ColwiseParallel(), "mlp.fc2": RowwiseParallel()}
     for model in (fast, slow):
@@ -164,14 +164,16 @@ def fsdp2_kernels(rank):
     compared(sharded(MixedPrecisionPolicy()), rank, torch.float32, "triton", steps=1)
 
 
-def run(rank, case, folder):
+def run(rank, cases, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
-    globals()[case](rank)
+    for case in cases:
+        globals()[case](rank)
+        print(f"rank {rank} passed {case}", flush=True)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(run, (sys.argv[1], folder), RANKS, start_method="fork")
+        torch.multiprocessing.start_processes(run, (sys.argv[1:], folder), RANKS, start_method="fork")
