@@ -9,7 +9,7 @@ from torch import nn
 
 import ditfast
 from ditfast.parity import judge, relative_error
-from tests.adapters.foreign_models import Model, inputs, randomised
+from tests.adapters.foreign_models import SMALL, Model, inputs, randomised
 
 KERNELS = {"dim": 96, "depth": 1}  # in the interpreter; gradients of enough elements to be judged one by one
 ALL = 7  # of a model with two blocks: each with attention and MLP, and the final layer
@@ -42,7 +42,7 @@ def trained(model, given=None, steps=2, call=None, autocast=None, accumulate=1, 
     x, t, y = given or inputs()
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     x = x.to(dtype).requires_grad_(x_learns)
-    target = torch.randn(len(x), 8, 8, 8, generator=torch.Generator().manual_seed(5)).to(x.device, dtype)
+    target = torch.randn(len(x), 8, *x.shape[2:], generator=torch.Generator().manual_seed(5)).to(x.device, dtype)
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimiser = torch.optim.SGD(learning.values(), lr=0.05, momentum=0.9) if learning else None
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=autocast is not None)
@@ -113,4 +113,4 @@ def assert_trained_alike(fast, slow, given=None, autocast=None, backend="auto", 
 
 def assert_trained_alike_by_kernels(fast, slow, **options):
     """One step with the kernels demanded: the nodes of training run in the interpreter."""
-    return assert_trained_alike(fast, slow, inputs(4), steps=1, backend="triton", **options)
+    return assert_trained_alike(fast, slow, inputs(4, size=SMALL), steps=1, backend="triton", **options)

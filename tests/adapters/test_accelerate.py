@@ -16,7 +16,7 @@ from ditfast.adapters import adapter as adapter_module
 from ditfast.adapters.swap import accelerated_by
 from ditfast.parity import judge
 from tests.adapters.conftest import assert_same
-from tests.adapters.foreign_models import Attention, Block, DropPath, Model, inputs, randomised
+from tests.adapters.foreign_models import SMALL, Attention, Block, DropPath, Model, inputs, randomised
 
 ALL = 7  # two blocks with attention and MLP, a final layer
 
@@ -59,10 +59,10 @@ def test_a_model_in_the_official_style(block):
 @pytest.mark.kernels
 def test_it_runs_the_kernels():
     """In Triton's interpreter, training and inference, where a block's halves are one node each."""
-    fast, slow = pair(dim=96)  # gradients of enough elements to be judged one by one
+    fast, slow = pair(dim=96, depth=1)  # gradients of enough elements to be judged one by one
     ditfast.accelerate(fast)
     with ditfast.ops.use_backend("triton"):
-        out = fast(*inputs())
+        out = fast(*inputs(3, size=SMALL))
         names = set()
         stack = [out.grad_fn]
         while stack:
@@ -71,7 +71,7 @@ def test_it_runs_the_kernels():
                 names.add(node)
                 stack += [parent for parent, _ in node.next_functions]
         assert {"_NormAttentionBackward", "_NormMlpBackward"} <= {type(node).__name__ for node in names}
-        assert_parity(fast, slow, inputs(4))
+        assert_parity(fast, slow, inputs(4, size=SMALL))
 
 
 @pytest.mark.parametrize(

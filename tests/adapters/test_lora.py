@@ -18,7 +18,16 @@ from tests.adapters.conftest import (
     assert_trained_alike_by_kernels,
     pair,
 )
-from tests.adapters.foreign_models import Attention, Block, DropPath, FinalLayer, Model, inputs, randomised
+from tests.adapters.foreign_models import (
+    SMALL,
+    Attention,
+    Block,
+    DropPath,
+    FinalLayer,
+    Model,
+    inputs,
+    randomised,
+)
 
 
 class Lora(nn.Module):
@@ -125,7 +134,7 @@ def test_lora_on_the_kernels(path, autocast):
 @pytest.mark.kernels
 def test_promoted_branches_in_ditfasts_own_model():
     """Branches in fp32 within a block, from block to block and into the final layer; modulations in bf16."""
-    config = ditfast.DiTConfig(depth=2, hidden_size=96, num_heads=2, latent_size=(8, 8), num_classes=10)
+    config = ditfast.DiTConfig(depth=2, hidden_size=96, num_heads=2, latent_size=SMALL, num_classes=10)
     slow = randomised(ditfast.reference.DiT(config))
     fast = ditfast.DiT(config)
     fast.load_state_dict(slow.state_dict())

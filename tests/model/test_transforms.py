@@ -88,7 +88,7 @@ def test_ditfast_dit(transform, design, machine):
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_an_accelerated_model(transform, machine):
     fast, slow = accelerated()
-    assert_right(transform, fast, slow, foreign_models.inputs(2))
+    assert_right(transform, fast, slow, inputs_of(accelerated))
 
 
 def test_triton_raises_by_name():
@@ -158,13 +158,20 @@ def one_block():
     return models.pair(ONE_BLOCK)
 
 
+def inputs_of(pair, batch=2):
+    """Inputs for the models of one of these."""
+    if pair is accelerated:
+        return foreign_models.inputs(batch, size=foreign_models.SMALL)
+    return random_batch(TINY, batch)
+
+
 @pytest.mark.parametrize("pair", [one_block, accelerated])
 def test_compiled_with_dynamic_shapes_and_trained_on_the_kernels(pair):
     fast, slow = pair()
     torch.compiler.reset()
     compiled = torch.compile(fast, backend="aot_eager", fullgraph=True, dynamic=True)
     for batch in (2, 3):
-        inputs = random_batch(ONE_BLOCK, batch) if pair is one_block else foreign_models.inputs(batch)
+        inputs = inputs_of(pair, batch)
         with ops.use_backend("triton"):
             found = trained(fast, *inputs, call=compiled)
         x, t, y = inputs
@@ -176,7 +183,7 @@ def test_compiled_with_dynamic_shapes_and_trained_on_the_kernels(pair):
 @pytest.mark.parametrize("pair", [one_block, accelerated])
 def test_batches_of_gradients_and_compiled_autograd_on_the_kernels(pair):
     fast, _ = pair()
-    x, t, y = random_batch(ONE_BLOCK, 2) if pair is one_block else foreign_models.inputs(2)
+    x, t, y = inputs_of(pair)
     x.requires_grad_()
     leaves = [x, *(parameter for parameter in fast.parameters() if parameter.requires_grad)]
     with ops.use_backend("triton"):
@@ -196,7 +203,7 @@ def test_batches_of_gradients_and_compiled_autograd_on_the_kernels(pair):
 @pytest.mark.parametrize("gradients", [True, False])
 def test_traced(pair, gradients, machine):
     fast, slow = pair()
-    inputs = random_batch(TINY, 2) if pair is fast_and_slow else foreign_models.inputs(2)
+    inputs = inputs_of(pair)
     with torch.set_grad_enabled(gradients):
         traced = torch.jit.trace(fast.eval(), inputs)
     x, t, y = inputs
