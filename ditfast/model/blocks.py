@@ -1,6 +1,6 @@
-"""The reference's layers with a fused forward: what :class:`ditfast.DiT` makes of its modules.
+"""The reference's layers with a fused forward, which :class:`ditfast.DiT` is built of.
 
-Gated residual and the norm after it are one operator, also across block borders: a block hands its last branch on
+A gated residual and the norm after it are one operator, also across block borders: a block hands its last branch on
 instead of adding it. In training each half of a block is one autograd node (:mod:`ditfast.ops.block`).
 """
 
@@ -47,23 +47,23 @@ def all_modulations(linears: Sequence[nn.Module], c: Tensor) -> Tensor | None:
 
 
 def modulation_of(
-    layers: nn.Sequential, c: Tensor | None, activated: bool, given: Tensor | None, readable: bool
+    layers: nn.Sequential, c: Tensor | None, activated: bool, ahead: Tensor | None, readable: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(the modulation of one layer, c for the next).
 
     Args:
-        given: the modulation where it was computed ahead; it wants its gradient where c is there too.
-        readable: whether the Linear may be one node with what reads c next.
+        ahead: the modulation where it was computed ahead; its gradient is needed where c is given too.
+        readable: whether the Linear may share a node with what reads c next.
     """
-    if given is not None and c is None:
-        return given, None
+    if ahead is not None and c is None:
+        return ahead, None
     c = cast(Tensor, c)
     if not activated:
         return cast(Tensor, layers(c)), c
     linear = cast(nn.Linear, layers[1])
-    if given is not None or (readable and are_readable(linear) and not torch.compiler.is_compiling()):
+    if ahead is not None or (readable and are_readable(linear) and not torch.compiler.is_compiling()):
         c, weight, bias = autocast(c, linear.weight, linear.bias)
-        return attached(c, weight, bias, given)
+        return attached(c, weight, bias, ahead)
     return linear(c), c
 
 
@@ -221,9 +221,10 @@ class AdaLNForward(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """(x, branch, gate, bias, c) for the next block; see :class:`Pending`.
 
-        c (B, D), through its SiLU where ``activated``; modulation (B, 4D) or (B, 6D) where computed ahead, of c where
-        that is given too and wants its gradient; ``hands_over`` where nobody but the next norm sees the branch, so that
-        it may be left its bias's gradient.
+        Args:
+            c: (B, D), through its SiLU where ``activated``.
+            modulation: (B, 4D) or (B, 6D) where it was computed ahead; c is given too where it needs its gradient.
+            hands_over: whether only the next norm sees the branch, which may then compute its bias's gradient.
         """
         pending = Pending(branch, gate, bias)
         readable = records_gradients() and self._is_readable(x)
@@ -247,12 +248,12 @@ class AdaLNForward(nn.Module):
             out = ops.self_attention(packed, num_heads, scale)
         bias = proj.bias if gate1 is not None else None  # without a gate no operator adds the branch
         pending = Pending(F.linear(out, proj.weight, proj.bias if bias is None else bias.detach()), gate1, bias)
-        left = fc2.bias if hands_over and gate2 is not None else None
-        bias = fc2.bias if left is None else left.detach()
+        handed_bias = fc2.bias if hands_over and gate2 is not None else None
+        bias = fc2.bias if handed_bias is None else handed_bias.detach()
         parameters = autocast(fc1.weight, fc1.bias, fc2.weight, bias)
         demanded = ops.current_backend() == "triton"
         x, branch = _norm_and(norm_mlp, x, pending, *norm2, *parameters, demanded)
-        return x, branch, gate2, left, c
+        return x, branch, gate2, handed_bias, c
 
     def _is_readable(self, x: Tensor) -> bool:
         """Whether the kernels run, and every Linear but the modulation's may be read as its parameters."""

@@ -78,7 +78,7 @@ def of_a_block(path, change):
 def test_embedders_that_change_between_calls(change):
     """Every block calls its own, as it is at the time."""
     fast, slow = pair()
-    ditfast.accelerate(fast)
+    ditfast.accelerate(fast, check=False)
     assert_same_in_inference(fast, slow)
     with torch.no_grad():
         before = run(fast)
@@ -111,7 +111,7 @@ def test_copies_pickles_and_folders(tmp_path):
 
 def test_gradient_checkpointing():
     fast, slow = pair()
-    ditfast.accelerate(fast)
+    ditfast.accelerate(fast, check=False)
     fast.enable_gradient_checkpointing()
     for training in (False, True):
         fast.train(training), slow.train(training)
@@ -125,7 +125,7 @@ def test_gradient_checkpointing():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_and_autocast(dtype):
     fast, slow = pair()
-    ditfast.accelerate(fast)
+    ditfast.accelerate(fast, check=False)
     with torch.no_grad():
         exact = run(copy.deepcopy(slow).double())
         with torch.autocast("cpu", dtype):
@@ -175,7 +175,7 @@ def pipeline(model, scheduler):
 def test_the_pipeline_is_the_same_around_it(scheduler, guidance, monkeypatch, tmp_path):
     # the pipeline's null class is 1000, whatever the model's
     fast, slow = pair(num_embeds_ada_norm=1000)
-    report = ditfast.accelerate(fast)
+    report = ditfast.accelerate(fast, check=False)
     assert len(report.accelerated) == ALL
 
     def images(model):

@@ -41,7 +41,7 @@ def launches(monkeypatch, request):
 def pair(kind=Model):
     slow = randomised(kind(depth=DEPTH)).eval()
     fast = copy.deepcopy(slow)
-    ditfast.accelerate(fast, strict=True)
+    ditfast.accelerate(fast, strict=True, check=False)
     return fast, slow
 
 
@@ -53,6 +53,7 @@ def assert_same(fast, slow, given=None, dtype=torch.float32, context=nullcontext
     assert verdict.ok, verdict
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_in_inference(mode, launches):
     fast, slow = pair()

@@ -135,6 +135,7 @@ def test_changed_modulations_are_honoured():
         assert_parity(fast, slow, inputs)
 
 
+@pytest.mark.quick
 def test_global_hooks_are_honoured():
     fast, slow = pair()
     inputs = random_batch(TINY, 2)
@@ -163,6 +164,7 @@ def test_hooks_on_blocks_and_checkpointing():
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
 
 
+@pytest.mark.quick
 def test_copies_and_pickles():
     fast, slow = pair()
     inputs = random_batch(TINY, 2)
