@@ -83,7 +83,7 @@ def test_a_processor_of_ones_own_is_called():
 
 @pytest.mark.kernels
 def test_it_runs_the_kernels():
-    fast, slow = pair(attention_head_dim=48, num_layers=1)
+    fast, slow = pair(attention_head_dim=48)
     ditfast.accelerate(fast, check=False)
     with ditfast.ops.use_backend("triton"):
         assert_parity(fast, slow)
