@@ -7,6 +7,8 @@ import torch
 
 from ditfast.parity import judge, relative_error
 
+pytestmark = pytest.mark.quick
+
 ORACLE = torch.tensor([3.0, 4.0], dtype=torch.float64)
 
 
@@ -19,6 +21,19 @@ def test_relative_error():
     assert relative_error(torch.zeros(0), torch.zeros(0)) == 0.0
     with pytest.raises(ValueError, match="actual must have the oracle's shape"):
         relative_error(torch.zeros(1), ORACLE)
+
+
+def test_several_tensors_are_judged_as_one():
+    """As one that holds all their values: an error in a small one may hide beside a large one, a NaN may not."""
+    parts, oracles = [torch.tensor([3.0]), torch.tensor([[4.5]])], [ORACLE[:1], ORACLE[1:].view(1, 1)]
+    assert relative_error(parts, oracles) == pytest.approx(0.1, rel=1e-12)
+    assert relative_error([parts[0], parts[1] * math.nan], oracles) == math.inf
+    assert judge("operator", parts, parts, oracles, torch.float32).bound == pytest.approx(0.2, rel=1e-6)
+    assert judge("operator", parts, parts, oracles, torch.float32, slack=5).bound == pytest.approx(1, rel=1e-6)
+    with pytest.raises(ValueError, match="actual must have the oracle's shape"):
+        relative_error(parts, [ORACLE[:1], ORACLE[1:]])
+    with pytest.raises(ValueError, match="argument 2 is"):
+        relative_error(parts, oracles[:1])
 
 
 @pytest.mark.parametrize(("kind", "factor", "share"), [("operator", 2.0, 0.5), ("model", 1.25, 0.25)])

@@ -67,8 +67,8 @@ class Report:
     def __str__(self) -> str:
         rows = [("module", "class", "adapter", "status", "reason")]
         for entry in self.entries:
-            said = entry.reason or entry.note
-            rows.append((entry.module or "(the model)", entry.kind, entry.adapter, entry.status, said))
+            remark = entry.reason or entry.note
+            rows.append((entry.module or "(the model)", entry.kind, entry.adapter, entry.status, remark))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in rows]
         lines.append(f"{len(self.accelerated)} accelerated, {len(self.skipped)} skipped")
@@ -107,8 +107,8 @@ def accelerate(model: nn.Module, *, check: bool = True, strict: bool = False, **
 def _accelerate(model: nn.Module, check: bool, strict: bool) -> tuple[Report, list[nn.Module]]:
     """(the report, what was given another class)."""
     _check_model(model)
-    if changed := _given_another_class(dict(model.named_modules())):
-        raise ValueError(changed)
+    if reason := _given_another_class(dict(model.named_modules())):
+        raise ValueError(reason)
     entries: list[Entry] = []
     matched: list[tuple[nn.Module, Adapter]] = []
     verdicts: dict[Any, Verdict] = {}
@@ -133,8 +133,8 @@ def _accelerate(model: nn.Module, check: bool, strict: bool) -> tuple[Report, li
         entries.append(Entry(path, kind, adapter.name, status, verdict.reason or "", verdict.note))
     report = Report(tuple(entries))
     if not report.accelerated:
-        found = f":\n{report}" if entries else ""
-        raise ValueError(f"model ({type(model).__name__}) has nothing that ditfast can accelerate{found}")
+        listing = f":\n{report}" if entries else ""
+        raise ValueError(f"model ({type(model).__name__}) has nothing that ditfast can accelerate{listing}")
     if strict and report.skipped:
         raise ValueError(f"strict=True, and {len(report.skipped)} modules of a matched kind were skipped:\n{report}")
     swapped: list[nn.Module] = []
@@ -167,8 +167,8 @@ def restore(model: nn.Module) -> int:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     modules = dict(model.named_modules())
-    if fast := _given_another_class(modules):
-        raise ValueError(fast)
+    if reason := _given_another_class(modules):
+        raise ValueError(reason)
     count = sum(map(unswap, (module for module in modules.values() if not isinstance(module, FastModel))))
     for module in modules.values():
         unswap(module)
@@ -202,19 +202,19 @@ def accelerated(model: M, *, check: bool = True, strict: bool = False, **gone: o
         TypeError, ValueError: as :func:`accelerate`; and ValueError on leaving as :func:`restore`.
     """
     refuse_gone("accelerated", gone, _GONE)
-    _, mine = _accelerate(model, check, strict)
+    _, swapped = _accelerate(model, check, strict)
     raised = True
     try:
         yield model
         raised = False
     finally:
         paths = {id(module): path for path, module in model.named_modules()}
-        stuck = _given_another_class({paths.get(id(module), type(module).__name__): module for module in mine})
-        if stuck is None or raised:  # what was raised within is what there is to say
-            for module in mine:
+        reason = _given_another_class({paths.get(id(module), type(module).__name__): module for module in swapped})
+        if reason is None or raised:  # an exception from within the block goes on
+            for module in swapped:
                 unswap(module)
         else:
-            raise ValueError(stuck)
+            raise ValueError(reason)
 
 
 def _may_share(module: nn.Module) -> bool:
@@ -284,10 +284,10 @@ def _unfit(module: nn.Module) -> str | None:
 
 def _shadowed(module: nn.Module, adapter: Adapter) -> str | None:
     """What of a module ditfast's own mixins would hide from the module's own forward, or None."""
-    known = set(dir(nn.Module))
     bases = [base for base in adapter.mixin.__mro__ if base.__module__.startswith("ditfast.")]
-    ours = {name for base in bases for name in vars(base) if not name.startswith("__")} - known
-    for name in sorted(ours):
-        if name in vars(module) or getattr(type(module), name, ours) not in (ours, getattr(adapter.mixin, name)):
+    names = {name for base in bases for name in vars(base) if not name.startswith("__")} - set(dir(nn.Module))
+    missing = object()
+    for name in sorted(names):
+        if name in vars(module) or getattr(type(module), name, missing) not in (missing, getattr(adapter.mixin, name)):
             return f"it has {name}, a name that the fused forward has a use of its own for"
     return None

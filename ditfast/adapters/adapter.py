@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.blocks import is_plain
-
 
 class Adapter(ABC):
     """One kind of foreign module.
@@ -66,70 +64,6 @@ def register_adapter(adapter: Adapter) -> None:
 def registered() -> tuple[Adapter, ...]:
     """The adapters in the order in which they are asked."""
     return tuple(_ADAPTERS)
-
-
-def is_silent(module: nn.Module, training: bool) -> bool:
-    """Whether a module passes its input on unchanged, and nobody listens: identities, dropouts that do nothing."""
-    if has_hooks(module) or "forward" in module.__dict__:
-        return False
-    if type(module) is nn.Identity:
-        return True
-    probability = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "drop_prob", None)
-    if isinstance(probability, (int, float)) and not list(module.parameters()) and not list(module.children()):
-        return not training or probability == 0
-    return False
-
-
-def may_be_silent(module: nn.Module) -> bool:
-    """Whether it is of a kind that :func:`is_silent` knows."""
-    return is_silent(module, training=False)
-
-
-def others(module: nn.Module, *roles: str) -> dict[str, nn.Module]:
-    """The children besides those in ``roles``."""
-    return {name: child for name, child in module._modules.items() if name not in roles and child is not None}
-
-
-def is_quiet(module: nn.Module, *roles: str) -> bool:
-    """Whether all children besides those in ``roles`` pass their input on unchanged as things stand, and unheard."""
-    silent = others(module, *roles).values()
-    return all(is_silent(child, child.training) and is_plain(child, type(child)) for child in silent)
-
-
-def unknown_parts(module: nn.Module, *roles: str) -> str | None:
-    """What a forward written for ``roles`` would leave out: parameters, buffers or children of its own, or None."""
-    own = [name for kind in (module._parameters, module._buffers) for name, x in kind.items() if x is not None]
-    if own:
-        return f"it has {own[0]}, which the fused forward does not know"
-    for name, child in others(module, *roles).items():
-        if has_hooks(child):
-            return f"{name} has hooks, which the fused forward would skip"
-        if not may_be_silent(child):
-            return f"it has {name} ({type(child).__name__}), which the fused forward does not know"
-        if has_hooks(child):
-            return f"{name} has hooks, which the fused forward would skip"
-    return None
-
-
-def has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def plain_norm(name: str, norm: Any) -> str | None:
-    """Why a norm is not a LayerNorm without parameters over the last axis that nobody listens to, or None."""
-    if type(norm) is not nn.LayerNorm or "forward" in norm.__dict__:
-        return f"{name} is {type(norm).__name__}, not torch's LayerNorm"
-    if norm.elementwise_affine:
-        return f"{name} has parameters, the modulated norm has none"
-    if len(norm.normalized_shape) != 1:
-        return f"{name} must run over one axis, got {tuple(norm.normalized_shape)}"
-    return f"{name} has hooks, which the fused forward would skip" if has_hooks(norm) else None
-
-
-def is_plain_norm(norm: nn.Module) -> bool:
-    return plain_norm("norm", norm) is None and is_plain(norm, nn.LayerNorm)
 
 
 def tokens(width: int, generator: torch.Generator, length: int = 9) -> Tensor:

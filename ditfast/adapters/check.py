@@ -1,14 +1,13 @@
 """The old and the new forward of a module, side by side: their computations (:mod:`.trace`), and their numbers.
 
-Parameters are drawn anew in a copy, for a freshly initialised adaLN-Zero block gives its input back whatever its
-forward does. The rule is the project's for operators: the oracle is the old forward in fp64, the yardstick the old one
-in the module's dtype, and err(new) <= 2 * err(old) + eps / 2 over each output, and over all gradients together.
+Parameters are drawn anew in a copy, because a freshly initialised adaLN-Zero block returns its input whatever its
+forward does. Numbers are judged by the rule for operators (:mod:`ditfast.parity`): the oracle is the old forward in
+fp64, the yardstick the old forward in the module's dtype. Each output is judged, and all gradients together.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import random
 import sys
 from collections import Counter, OrderedDict
@@ -23,18 +22,21 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .. import parity
 from ..ops import use_backend
-from .adapter import Adapter, has_hooks, may_be_silent
+from ..parity import judge
+from ..plain import has_hooks, is_identity
+from .adapter import Adapter
 from .fakes import INTERNAL, is_plain_object
 from .inputs import drawn, enlarged, moved
 from .outside import Outside, state_of
 from .swap import swap, unswap
-from .trace import differences, said
+from .trace import differences, one_line
 
 _SEED = 0
 # (samples, tokens, a factor of the inputs) beside an adapter's own
 _ELSEWHERE = ((2, 64, 4), (2, 300, 1))
-_SAID = (bool, int, float, str, torch.dtype, torch.device, type, FunctionType, BuiltinFunctionType)
+_PLAIN_TYPES = (bool, int, float, str, torch.dtype, torch.device, type, FunctionType, BuiltinFunctionType)
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,14 @@ class Verdict:
 
 
 class _Object(NamedTuple):
-    """A setting that says nothing but which object it is."""
+    """A setting of which nothing is known but which object it is."""
 
     identity: int
 
 
-def _says_all(parts: Any) -> bool:
-    """Whether a fingerprint holds for modules that will be, too: no object in it may be another by then."""
-    return not isinstance(parts, _Object) and (not isinstance(parts, tuple) or all(map(_says_all, parts)))
+def _is_lasting(parts: Any) -> bool:
+    """Whether a fingerprint holds for later modules too: no id in it may be another object's by then."""
+    return not isinstance(parts, _Object) and (not isinstance(parts, tuple) or all(map(_is_lasting, parts)))
 
 
 def fingerprint(module: nn.Module) -> tuple[Any, ...]:
@@ -64,7 +66,7 @@ def fingerprint(module: nn.Module) -> tuple[Any, ...]:
             parts.append((name, "hooks"))
         runs = _Object(0) if "forward" in child.__dict__ else getattr(type(child), "forward", None)
         settings = _settings(child)
-        if may_be_silent(child):  # a dropout's rate: the module's own forward runs whatever it is, unless it is 0
+        if is_identity(child):  # a dropout's rate: the module's own forward runs whatever it is, unless it is 0
             settings = {key: (float, not x[1]) if x[0] is float else x for key, x in settings.items()}
         parts.append((name, type(child), runs, tuple(sorted(settings.items()))))
     tensors = [*module.named_parameters(), *module.named_buffers()]
@@ -78,9 +80,9 @@ def _settings(module: nn.Module) -> dict[str, tuple[Any, ...]]:
 
 
 def _setting(value: Any, depth: int = 3) -> tuple[Any, ...]:
-    """A value that is hashed by what it says, as far as that can be looked into; else by which object it is."""
+    """A value as something hashable: its contents as far as they can be looked into; else which object it is."""
     kind = type(value)
-    if value is None or isinstance(value, _SAID):
+    if value is None or isinstance(value, _PLAIN_TYPES):
         return kind, value
     parts: Any = None
     if isinstance(value, (tuple, list)):
@@ -101,7 +103,7 @@ def _setting(value: Any, depth: int = 3) -> tuple[Any, ...]:
 def disagreement(module: nn.Module, adapter: Adapter) -> Verdict:
     """How the adapter's forward differs from the module's own on its device: in what it computes, and in numbers.
 
-    Nothing of it is left where the module's code keeps things: on classes, in globals, in caches.
+    What the module's code writes outside of it meanwhile (on classes, in globals, in caches) is put back.
     """
     outside = Outside(module)
     try:
@@ -116,8 +118,8 @@ def _disagreement(module: nn.Module, adapter: Adapter, outside: Outside) -> Verd
     generator = torch.Generator().manual_seed(_SEED)
     with torch.inference_mode(False), _seeded(device):  # inference mode's tensors have no gradients
         try:
-            given = drawn(adapter, module, generator)
-            if given is None:
+            arguments = drawn(adapter, module, generator)
+            if arguments is None:
                 return Verdict(None)
             old = _randomised(module, generator)
             new = copy.deepcopy(old)
@@ -125,23 +127,23 @@ def _disagreement(module: nn.Module, adapter: Adapter, outside: Outside) -> Verd
             oracle = copy.deepcopy(old).double()
             hooked = [name for name, child in module.named_modules() if name and has_hooks(child)]
         except Exception as error:  # whatever a foreign module does when it is copied
-            return Verdict(f"it could not be checked: {said(error)}")
+            return Verdict(f"it could not be checked: {one_line(error)}")
         models = old, new, oracle
         try:
-            with _counted(old, hooked) as heard, _counted(new, hooked) as hears:
-                numbers = _disagreement_of_numbers(models, given, device, dtype, (heard, hears), outside)
+            with _counted(old, hooked) as old_calls, _counted(new, hooked) as new_calls:
+                numbers = _disagreement_of_numbers(models, arguments, device, dtype, (old_calls, new_calls), outside)
             if numbers is None:
-                numbers = _disagreement_of_gradients(models, given, device, dtype)
+                numbers = _disagreement_of_gradients(models, arguments, device, dtype)
         except _Uncheckable as error:
             return Verdict(f"its own forward could not be checked: {error}")
-        print_of = fingerprint(module)
-        known = _says_all(print_of) and numbers is None
-        key = (print_of, outside.says(), adapter.mixin, adapter.mixin.forward) if known else None
-        reason, notes = differences(old, new, given, device, dtype, key, outside.put_back, numbers is None)
+        identity = fingerprint(module)
+        known = _is_lasting(identity) and numbers is None
+        key = (identity, outside.values(), adapter.mixin, adapter.mixin.forward) if known else None
+        reason, notes = differences(old, new, arguments, device, dtype, key, outside.put_back, numbers is None)
         outside.put_back()
         if reason is None and numbers is None:
-            numbers, more = _disagreement_elsewhere(models, adapter, module, generator, given, device, dtype)
-            notes += more
+            numbers, more_notes = _disagreement_elsewhere(models, adapter, module, generator, arguments, device, dtype)
+            notes += more_notes
         return Verdict(reason or numbers, "; ".join(notes))
 
 
@@ -151,7 +153,7 @@ class _Uncheckable(Exception):
 
 def _disagreement_of_numbers(
     models: tuple[nn.Module, nn.Module, nn.Module],
-    given: Sequence[Any],
+    arguments: Sequence[Any],
     device: torch.device,
     dtype: torch.dtype,
     calls: tuple[Counter[str], Counter[str]],
@@ -165,38 +167,38 @@ def _disagreement_of_numbers(
     for mode, training, autocast in modes:
         for model in models:
             model.train(training)
-        inputs = [moved(value, device, dtype) for value in given]
+        inputs = [moved(value, device, dtype) for value in arguments]
         try:
-            exact, _ = _run(oracle, [moved(value, device, torch.float64) for value in given], device)
+            exact, _ = _run(oracle, [moved(value, device, torch.float64) for value in arguments], device)
             outside.put_back()
             before = [_settings(model) for model in (old, new)]
-            yardstick, drew = _run(old, inputs, device, autocast)
-            written = outside.changes()
+            yardstick, old_draws = _run(old, inputs, device, autocast)
+            written_outside = outside.changes()
             outside.put_back()
         except Exception as error:
             if autocast:
                 continue  # nobody runs it so
-            raise _Uncheckable(said(error)) from error
+            raise _Uncheckable(one_line(error)) from error
         if any(isinstance(value, Tensor) and value._version for value in inputs):
             return "its own forward writes into its input, the fused one does not"
         try:
-            actual, draws = _run(new, inputs, device, autocast)
+            actual, new_draws = _run(new, inputs, device, autocast)
         except Exception as error:
-            return f"the fused forward raised: {said(error)}"
-        if other := [whose for whose in drew if drew[whose] != draws[whose]]:
-            return f"its own forward draws from {other[0]} random numbers {mode}, the fused one does not"
-        if kept := (_changes(old, before[0]) | written) - (_changes(new, before[1]) | outside.changes()):
-            return f"its own forward writes {min(kept)}, the fused one does not"
+            return f"the fused forward raised: {one_line(error)}"
+        if drawn_from := [owner for owner in old_draws if old_draws[owner] != new_draws[owner]]:
+            return f"its own forward draws from {drawn_from[0]} random numbers {mode}, the fused one does not"
+        written_by_old = _changes(old, before[0]) | written_outside
+        if written := written_by_old - (_changes(new, before[1]) | outside.changes()):
+            return f"its own forward writes {min(written)}, the fused one does not"
         if skipped := (calls[0] - calls[1]) + (calls[1] - calls[0]):
             return f"{min(skipped)} has hooks, which the fused forward would skip"
         if actual.shape != yardstick.shape or actual.dtype != yardstick.dtype:
             shapes = f"{tuple(actual.shape)} {actual.dtype} against {tuple(yardstick.shape)} {yardstick.dtype}"
             return f"the fused forward gives {shapes}{' under autocast' if autocast else ''}"
         # a stream that stays in fp32 under autocast is judged as fp32
-        eps = torch.finfo(yardstick.dtype if autocast else dtype).eps
-        found, bound = _error([actual], [exact]), 2 * _error([yardstick], [exact]) + eps / 2
-        if not found <= bound:
-            return f"its forward is another function {mode}: {_off(found, bound)}"
+        judged = judge("operator", actual, yardstick, exact, yardstick.dtype if autocast else dtype)
+        if not judged.ok:
+            return f"its forward is another function {mode}: {_off(judged)}"
     return None
 
 
@@ -205,11 +207,11 @@ def _disagreement_elsewhere(
     adapter: Adapter,
     module: nn.Module,
     generator: torch.Generator,
-    given: tuple[Any, ...],
+    arguments: tuple[Any, ...],
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[str | None, list[str]]:
-    """How the formulas differ in fp32 (or fp64) for even batches, more tokens and large inputs; where none was told."""
+    """(how the formulas differ in fp32 (or fp64) for even batches, more tokens and large inputs; where none ran)."""
     dtype = torch.promote_types(dtype, torch.float32)
     notes = []
     for model in models[:2]:
@@ -219,53 +221,51 @@ def _disagreement_elsewhere(
     for samples, tokens, scale in _ELSEWHERE:
         where = f"in {str(dtype).removeprefix('torch.')} for {samples} samples, {tokens} tokens, inputs times {scale}"
         try:
-            more = enlarged(adapter, module, generator, given, samples, tokens, scale)
+            larger = enlarged(adapter, module, generator, arguments, samples, tokens, scale)
             exact, yardstick = (
-                _run(model, [moved(value, device, kind) for value in more], device)[0]
+                _run(model, [moved(value, device, kind) for value in larger], device)[0]
                 for model, kind in ((models[2], torch.float64), (models[0], dtype))
             )
         except Exception as error:
-            notes.append(f"its own forward does not run {where}: {said(error)}")
+            notes.append(f"its own forward does not run {where}: {one_line(error)}")
             continue
         try:
             with use_backend("torch"):
-                actual, _ = _run(models[1], [moved(value, device, dtype) for value in more], device)
+                actual, _ = _run(models[1], [moved(value, device, dtype) for value in larger], device)
         except Exception as error:
-            return f"the fused forward raised {where}: {said(error)}", notes
+            return f"the fused forward raised {where}: {one_line(error)}", notes
         # large inputs magnify rounding, which then is a matter of chance
-        slack = 2 if scale == 1 else 10
-        found = _error([actual], [exact])
-        bound = slack * _error([yardstick], [exact]) + torch.finfo(dtype).eps / 2
-        if not found <= bound:
-            return f"its forward is another function {where}: {_off(found, bound)}", notes
+        judged = judge("operator", actual, yardstick, exact, dtype, slack=1 if scale == 1 else 5)
+        if not judged.ok:
+            return f"its forward is another function {where}: {_off(judged)}", notes
     return None, notes
 
 
 def _disagreement_of_gradients(
     models: tuple[nn.Module, nn.Module, nn.Module],
-    given: Sequence[Any],
+    arguments: Sequence[Any],
     device: torch.device,
     dtype: torch.dtype,
 ) -> str | None:
-    """How the gradients differ, the formulas' for those of the fused forward: what is cut off or scaled shows there."""
+    """How the gradients of the formulas differ: what is cut off or scaled shows there."""
     old, new, oracle = models
     for model in models:
         model.train()
     try:
-        exact, _ = _gradients(oracle, [moved(value, device, torch.float64) for value in given], device)
+        exact, _ = _gradients(oracle, [moved(value, device, torch.float64) for value in arguments], device)
         with _counted(old, [name for name, _ in old.named_children()]) as calls:
-            yardstick, before = _gradients(old, [moved(value, device, dtype) for value in given], device, calls)
+            yardstick, before = _gradients(old, [moved(value, device, dtype) for value in arguments], device, calls)
     except Exception:
         return None  # nobody trains it
-    if again := [name for name in calls if calls[name] > before[name]]:
-        return f"its own forward computes {again[0]} again in the backward (checkpointing), the fused one does not"
+    if repeated := [name for name in calls if calls[name] > before[name]]:
+        return f"its own forward computes {repeated[0]} again in the backward (checkpointing), the fused one does not"
     try:
         with use_backend("torch"):
-            actual, _ = _gradients(new, [moved(value, device, dtype) for value in given], device)
+            actual, _ = _gradients(new, [moved(value, device, dtype) for value in arguments], device)
     except Exception as error:
-        return f"the fused forward's backward raised: {said(error)}"
-    found, bound = _error(actual, exact), 2 * _error(yardstick, exact) + torch.finfo(dtype).eps / 2
-    return None if found <= bound else f"its gradients are another function's: {_off(found, bound)}"
+        return f"the fused forward's backward raised: {one_line(error)}"
+    judged = judge("operator", actual, yardstick, exact, dtype)
+    return None if judged.ok else f"its gradients are another function's: {_off(judged)}"
 
 
 def _gradients(
@@ -287,7 +287,7 @@ def _gradients(
 def _run(
     model: nn.Module, inputs: list[Any], device: torch.device, autocast: bool = False, learns: bool = False
 ) -> tuple[Tensor, dict[str, Any]]:
-    """(its output, the states of the generators of random numbers after it, by whose they are)."""
+    """(its output, the state of each generator of random numbers after it, by its owner)."""
     *positional, keywords = inputs if isinstance(inputs[-1], dict) else [*inputs, {}]
     with _seeded(device) as states, torch.set_grad_enabled(learns), torch.autocast(device.type, enabled=autocast):
         out = model(*positional, **keywords)
@@ -308,12 +308,12 @@ def _seeded(device: torch.device) -> Iterator[Callable[[], dict[str, Any]]]:
     of_python, of_numpy = random.getstate(), numpy and numpy.random.get_state()
 
     def states() -> dict[str, Any]:
-        found = {"torch's": torch.get_rng_state().tolist(), "Python's": random.getstate()}
+        current = {"torch's": torch.get_rng_state().tolist(), "Python's": random.getstate()}
         if on_gpu:
-            found["the GPU's"] = torch.cuda.get_rng_state(device).tolist()
+            current["the GPU's"] = torch.cuda.get_rng_state(device).tolist()
         if numpy:
-            found["NumPy's"] = state_of(numpy.random.mtrand._rand)
-        return found
+            current["NumPy's"] = state_of(numpy.random.mtrand._rand)
+        return current
 
     with torch.random.fork_rng(devices=[device] if on_gpu else []):
         try:
@@ -336,16 +336,8 @@ def _changes(module: nn.Module, before: dict[str, tuple[Any, ...]]) -> set[str]:
     return {key for key, value in _settings(module).items() if before.get(key) != value}
 
 
-def _error(values: Sequence[Tensor], oracles: Sequence[Tensor]) -> float:
-    """||values - oracles|| / ||oracles|| over all of them; infinite where any is not finite."""
-    pairs = [(value.double(), oracle.double()) for value, oracle in zip(values, oracles, strict=True)]
-    norm = sum(float(oracle.square().sum()) for _, oracle in pairs) ** 0.5
-    error = sum(float((value - oracle).square().sum()) for value, oracle in pairs) ** 0.5
-    return error / max(norm, torch.finfo(torch.double).tiny) if math.isfinite(error) else math.inf
-
-
-def _off(found: float, bound: float) -> str:
-    return f"the fused one is off by {found:.1e}, allowed {bound:.1e}"
+def _off(judged: parity.Verdict) -> str:
+    return f"the fused one is off by {judged.error:.1e}, allowed {judged.bound:.1e}"
 
 
 @contextmanager
@@ -366,8 +358,8 @@ def _counted(model: nn.Module, names: list[str]) -> Iterator[Counter[str]]:
 def _randomised(module: nn.Module, generator: torch.Generator) -> nn.Module:
     """A copy with other parameters: matrices that keep the scale of what they multiply, all gates open.
 
-    Without the hooks, which may hold anything and are not to be called with made-up tensors, but for those before an
-    inner module's forward, which may make its parameters; its parts run their own forwards.
+    Hooks are left out: they may hold anything and must not be called with made-up tensors. Only those before an inner
+    module's forward stay, which may make its parameters. Accelerated parts get their own forwards back.
     """
     hooks = [
         value

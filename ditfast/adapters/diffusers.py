@@ -13,18 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..model.blocks import reads
-from .adapter import (
-    Adapter,
+from ..plain import (
+    are_readable,
     has_hooks,
+    is_identity,
     is_plain_norm,
-    is_quiet,
-    may_be_silent,
-    others,
-    plain_norm,
-    tokens,
-    unknown_parts,
+    norm_reason,
+    other_children,
+    others_are_identities,
+    unknown_part,
 )
+from .adapter import Adapter, tokens
 
 _BLOCK = ("norm1", "attn1", "norm3", "ff")
 _NORM1 = ("emb", "silu", "linear", "norm")
@@ -67,7 +66,7 @@ class DiffusersFeedForward(Adapter):
         return all(hasattr(linear, "out_features") for linear in (net[0]._modules.get("proj"), net[2]))
 
     def refuses(self, module: nn.Module) -> str | None:
-        return feed_forward_reason(module) or unknown_parts(module, "net")
+        return feed_forward_reason(module) or unknown_part(module, "net")
 
     def inputs(self, module: nn.Module, generator: torch.Generator) -> tuple[Any, ...]:
         net: Any = module.net
@@ -83,21 +82,21 @@ def feed_forward_reason(module: nn.Module, live: bool = False) -> str | None:
     activation = net[0]
     approximate = getattr(activation, "approximate", None)
     if type(activation).__name__ != "GELU" or approximate != "tanh":
-        found = f"{type(activation).__name__}(approximate={approximate!r})"
-        return f"its activation is {found}, the fused one GELU(approximate='tanh')"
+        actual = f"{type(activation).__name__}(approximate={approximate!r})"
+        return f"its activation is {actual}, the fused one GELU(approximate='tanh')"
     for name, linear in (("net.0.proj", activation.proj), ("net.2", net[2])):
         if type(linear) is not nn.Linear:
             return f"{name} is {type(linear).__name__}, the fused forward reads a Linear's weight"
-    if not reads(activation.proj, net[2]):
+    if not are_readable(activation.proj, net[2]):
         return "its Linears have hooks or another forward, which the fused one would skip"
     if has_hooks(net) or has_hooks(activation) or "forward" in activation.__dict__:
         return "its activation has hooks or another forward, which the fused one would skip"
     if live:
-        return None if is_quiet(net, "0", "2") else "a dropout is live"
-    for name, child in others(net, "0", "2").items():
-        if not may_be_silent(child):
+        return None if others_are_identities(net, "0", "2") else "a dropout is live"
+    for name, child in other_children(net, "0", "2").items():
+        if not is_identity(child):
             return f"net.{name} ({type(child).__name__}) is not a dropout that nobody listens to"
-    return unknown_parts(activation, "proj")
+    return unknown_part(activation, "proj")
 
 
 class FastTransformerBlock(nn.Module):
@@ -124,8 +123,8 @@ class FastTransformerBlock(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         unknown = (attention_mask, encoder_hidden_states, encoder_attention_mask, added_cond_kwargs)
-        given = args or kwargs or cross_attention_kwargs or any(value is not None for value in unknown)
-        if given or hidden_states.ndim != 3 or not self._applies():
+        further = args or kwargs or cross_attention_kwargs or any(value is not None for value in unknown)
+        if further or hidden_states.ndim != 3 or not self._applies():
             known = (*unknown[:3], timestep, cross_attention_kwargs, class_labels, added_cond_kwargs)
             return super().forward(hidden_states, *known, *args, **kwargs)  # type: ignore[no-any-return]
         norm1, norm3 = self.norm1, self.norm3
@@ -139,7 +138,7 @@ class FastTransformerBlock(nn.Module):
     def _applies(self) -> bool:
         if self.norm_type != "ada_norm_zero" or self._chunk_size is not None:
             return False
-        return norm1_reason(self.norm1) is None and is_plain_norm(self.norm3) and is_quiet(self, *_BLOCK)
+        return norm1_reason(self.norm1) is None and is_plain_norm(self.norm3) and others_are_identities(self, *_BLOCK)
 
 
 class DiffusersBlock(Adapter):
@@ -153,18 +152,18 @@ class DiffusersBlock(Adapter):
         return roles and getattr(module, "norm_type", None) == "ada_norm_zero"
 
     def refuses(self, module: nn.Module) -> str | None:
-        takes = tuple(inspect.signature(type(module).forward).parameters)[1 : len(_ARGUMENTS) + 1]
-        if takes != _ARGUMENTS:
-            return f"its forward takes ({', '.join(takes)}), not ({', '.join(_ARGUMENTS)})"
+        parameters = tuple(inspect.signature(type(module).forward).parameters)[1 : len(_ARGUMENTS) + 1]
+        if parameters != _ARGUMENTS:
+            return f"its forward takes ({', '.join(parameters)}), not ({', '.join(_ARGUMENTS)})"
         norm1: Any = module.norm1
         norm3: Any = module.norm3
-        reason = norm1_reason(norm1) or plain_norm("norm3", norm3) or unknown_parts(module, *_BLOCK)
+        reason = norm1_reason(norm1) or norm_reason("norm3", norm3) or unknown_part(module, *_BLOCK)
         if reason is not None:
             return reason
         width = norm3.normalized_shape[0]
-        found = (norm1.norm.normalized_shape[0], getattr(norm1.linear, "out_features", None))
-        if found != (width, 6 * width):
-            return f"norm1 must have {width} features and give 6 x {width}, got {found[0]} and {found[1]}"
+        features = (norm1.norm.normalized_shape[0], getattr(norm1.linear, "out_features", None))
+        if features != (width, 6 * width):
+            return f"norm1 must have {width} features and give 6 x {width}, got {features[0]} and {features[1]}"
         if not hasattr(module, "_chunk_size"):
             return "it has no _chunk_size, which the fused forward looks at"
         return None
@@ -178,14 +177,14 @@ class DiffusersBlock(Adapter):
 
 
 def norm1_reason(norm1: Any) -> str | None:
-    """Why a block's first norm is not diffusers' AdaLayerNormZero that nobody listens to, or None."""
+    """Why a block's first norm is not diffusers' AdaLayerNormZero without hooks, or None."""
     if type(norm1).__name__ != "AdaLayerNormZero" or "forward" in norm1.__dict__:
         return f"norm1 is {type(norm1).__name__}, not diffusers' AdaLayerNormZero"
     for name in _NORM1:
         if norm1._modules.get(name) is None:
             return f"norm1 has no {name}"
-    if unknown := others(norm1, *_NORM1):
+    if unknown := other_children(norm1, *_NORM1):
         return f"norm1 has {next(iter(unknown))}, which the fused forward does not know"
     if has_hooks(norm1):
         return "norm1 has hooks, which the fused forward would skip"
-    return plain_norm("norm1.norm", norm1.norm)
+    return norm_reason("norm1.norm", norm1.norm)

@@ -17,7 +17,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 
 from ..ops import use_backend
-from .adapter import may_be_silent
+from ..plain import is_identity
 from .inputs import varying_axes
 from .operations import Operations, autocast_watched, sizes_watched
 
@@ -61,8 +61,8 @@ class Trace(NamedTuple):
         return self.operations.counts, self.operations.numbers
 
     @property
-    def said(self) -> tuple[Any, ...]:
-        """What it says, to be compared."""
+    def facts(self) -> tuple[Any, ...]:
+        """All that two traces are compared by."""
         return *self.computed, self.hidden, str(self.error)
 
     @property
@@ -74,9 +74,9 @@ class Traced:
     """A module with fake tensors, whose forward is run to see what it computes."""
 
     def __init__(
-        self, model: nn.Module, given: Sequence[Any], device: torch.device, reset: Callable[[], None]
+        self, model: nn.Module, arguments: Sequence[Any], device: torch.device, reset: Callable[[], None]
     ) -> None:
-        self.source, self.given, self.device, self.reset = model, tuple(given), device, reset
+        self.source, self.arguments, self.device, self.reset = model, tuple(arguments), device, reset
         self.mode, self.symbols = symbols()
         with FakeCopyMode(self.mode):
             self.model = copy.deepcopy(model)
@@ -95,7 +95,7 @@ class Traced:
     def anew(self) -> Traced:
         """Another with symbols of which nothing is known."""
         symbols.cache_clear()
-        return Traced(self.source, self.given, self.device, self.reset)
+        return Traced(self.source, self.arguments, self.device, self.reset)
 
     def casts(self) -> bool:
         """Whether its parameters can be given another dtype."""
@@ -104,14 +104,14 @@ class Traced:
     @contextmanager
     def changed(self, names: Sequence[str], other: Callable[[float], float]) -> Iterator[None]:
         """Other values of these numbers."""
-        known = [self.numbers[name] for name in names if name in self.numbers]
-        for owner, key, value, _ in known:
+        numbers = [self.numbers[name] for name in names if name in self.numbers]
+        for owner, key, value, _ in numbers:
             owner[key] = other(value)
         try:
             yield
         finally:
-            for owner, key, value, its_own in known:
-                if its_own:
+            for owner, key, value, on_instance in numbers:
+                if on_instance:
                     owner[key] = value
                 else:
                     del owner[key]
@@ -143,20 +143,20 @@ class Traced:
         return Trace(operations, sizes, error)
 
     def _arguments(self, setting: Setting, lengths: Sequence[Any]) -> list[Any]:
-        def made(value: Any) -> Any:
+        def fake(value: Any) -> Any:
             if isinstance(value, dict):
-                return {key: made(item) for key, item in value.items()}
+                return {key: fake(item) for key, item in value.items()}
             if not isinstance(value, Tensor):
                 return value
             shape: list[Any] = list(value.shape)
-            for axis, (varies, length) in enumerate(zip(varying_axes(value, self.given), lengths, strict=True)):
+            for axis, (varies, length) in enumerate(zip(varying_axes(value, self.arguments), lengths, strict=True)):
                 if varies:
                     shape[axis] = length
             if not value.is_floating_point():
                 return torch.zeros(shape, dtype=value.dtype, device=self.device)
             return torch.empty(shape, dtype=setting.dtype, device=self.device, requires_grad=setting.training)
 
-        arguments = [made(value) for value in self.given]
+        arguments = [fake(value) for value in self.arguments]
         return arguments if isinstance(arguments[-1], dict) else [*arguments, {}]
 
 
@@ -190,15 +190,15 @@ def symbols() -> tuple[Any, tuple[Any, Any]]:
 
 def _tensors_of(model: nn.Module) -> dict[int, tuple[Tensor, str]]:
     """The tensors that a module holds beside its parameters, by id, and what they are."""
-    found = {}
+    tensors = {}
     for path, child in model.named_modules():
         for name, value in child._buffers.items():
             if value is not None:
-                found[id(value)] = value, f"the buffer {_dotted(path, name)}"
+                tensors[id(value)] = value, f"the buffer {_dotted(path, name)}"
         for owner, key, name in _walk(vars(child), path, 2):
             if isinstance(owner[key], Tensor):
-                found[id(owner[key])] = owner[key], f"{name}, a tensor that is no parameter"
-    return found
+                tensors[id(owner[key])] = owner[key], f"{name}, a tensor that is no parameter"
+    return tensors
 
 
 def _keep_what_its_classes_hold(module: nn.Module) -> None:
@@ -210,24 +210,26 @@ def _keep_what_its_classes_hold(module: nn.Module) -> None:
 
 
 def _numbers_of(model: nn.Module) -> dict[str, tuple[dict[Any, Any], Any, float, bool]]:
-    """The floating-point numbers that a module and its parts hold, and whole numbers that are 1, as a factor may be:
-    name -> (whose, key, value, not its class's).
+    """The floating-point numbers that a module and its parts hold, and the whole numbers that are 1 (a factor may be).
 
-    A dropout's rate is none: where that is alive, the module's own forward runs.
+    A dropout's rate is left out: where it is not 0, the module's own forward runs.
+
+    Returns:
+        name -> (the dict that holds it, its key, its value, whether it is the instance's and not its class's).
     """
-    found: dict[str, tuple[dict[Any, Any], Any, float, bool]] = {}
+    numbers: dict[str, tuple[dict[Any, Any], Any, float, bool]] = {}
     for path, child in model.named_modules():
-        if may_be_silent(child):
+        if is_identity(child):
             continue
-        own_numbers = not type(child).__module__.startswith("torch.")
+        may_be_whole = not type(child).__module__.startswith("torch.")
         for kind in type(child).__mro__:
             for key, value in vars(kind).items() if not kind.__module__.startswith("torch.") else ():
-                if _is_number(value, own_numbers):
-                    found.setdefault(_dotted(path, key), (vars(child), key, value, False))
+                if _is_number(value, may_be_whole):
+                    numbers.setdefault(_dotted(path, key), (vars(child), key, value, False))
         for owner, key, name in _walk(vars(child), path, 2):
-            if _is_number(owner[key], own_numbers):
-                found[name] = (owner, key, owner[key], True)
-    return found
+            if _is_number(owner[key], may_be_whole):
+                numbers[name] = (owner, key, owner[key], True)
+    return numbers
 
 
 def _is_number(value: Any, whole: bool) -> bool:
@@ -235,13 +237,13 @@ def _is_number(value: Any, whole: bool) -> bool:
 
 
 def _walk(owner: Any, path: str, depth: int) -> Iterator[tuple[Any, Any, str]]:
-    """What settings hold, in dicts, lists and objects that are nothing but their attributes: (whose, key, name)."""
+    """(holder, key, name) of every value in nested dicts, lists and objects that are nothing but their attributes."""
     for key in list(range(len(owner)) if isinstance(owner, list) else owner):
         if key in INTERNAL:
             continue
         name, value = _dotted(path, key), owner[key]
         yield owner, key, name
-        # what says itself how it is copied may be the module's own object, not a copy's
+        # one with a __deepcopy__ may still be the module's own object, not a copy's
         copied = is_plain_object(value) and not isinstance(value, Enum) and not hasattr(value, "__deepcopy__")
         inner = value if isinstance(value, (dict, list)) else vars(value) if copied else None
         if inner and depth:

@@ -16,21 +16,21 @@ def drawn(adapter: Adapter, module: nn.Module, generator: torch.Generator) -> tu
         return adapter.inputs(module, generator)
 
 
-def varying_axes(value: Tensor, given: tuple[Any, ...]) -> tuple[bool, bool]:
+def varying_axes(value: Tensor, arguments: tuple[Any, ...]) -> tuple[bool, bool]:
     """Whether a tensor's first axis is that of the samples, and its second that of the tokens.
 
     They are the first argument's: (B, ...), or (B, T, D); a tensor (B, T) goes by tokens where it holds whole numbers.
     """
-    first = given[0]
+    first = arguments[0]
     if not isinstance(first, Tensor) or not first.ndim or not value.ndim:
         return False, False
     has_tokens = first.ndim == 3 and value.ndim >= (3 if value.is_floating_point() else 2)
     return value.shape[0] == first.shape[0], has_tokens and value.shape[1] == first.shape[1]
 
 
-def sizes(given: tuple[Any, ...]) -> tuple[int, int]:
+def sizes(arguments: tuple[Any, ...]) -> tuple[int, int]:
     """(samples, tokens) of an adapter's inputs; 1 where they have no such axis."""
-    first = given[0]
+    first = arguments[0]
     if not isinstance(first, Tensor) or not first.ndim:
         return 1, 1
     return len(first), first.shape[1] if first.ndim == 3 else 1
@@ -40,13 +40,13 @@ def enlarged(
     adapter: Adapter,
     module: nn.Module,
     generator: torch.Generator,
-    given: tuple[Any, ...],
+    arguments: tuple[Any, ...],
     samples: int,
     tokens: int,
     scale: float,
 ) -> list[Any]:
     """As many samples and tokens, joined of an adapter's inputs and cut; floating-point ones times ``scale``."""
-    of_samples, of_tokens = sizes(given)
+    of_samples, of_tokens = sizes(arguments)
     drawings = [
         [drawn(adapter, module, generator) or () for _ in range(-(-tokens // of_tokens))]
         for _ in range(-(-samples // of_samples))
@@ -57,13 +57,13 @@ def enlarged(
             return {key: joined(item, (*path, key)) for key, item in value.items()}
         if not isinstance(value, Tensor):
             return value
-        along_samples, along_tokens = varying_axes(value, given)
+        along_samples, along_tokens = varying_axes(value, arguments)
         rows = [[_at(item, path) for item in row] for row in drawings]
         parts = [torch.cat(row, 1)[:, :tokens] if along_tokens else row[0] for row in rows]
         whole = torch.cat(parts)[:samples] if along_samples else parts[0]
         return whole * scale if whole.is_floating_point() else whole
 
-    return [joined(value, (i,)) for i, value in enumerate(given)]
+    return [joined(value, (i,)) for i, value in enumerate(arguments)]
 
 
 def _at(values: Any, path: tuple[Any, ...]) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..model.blocks import AdaLNForward, Pending, add_and_norm, promoted
-from .adapter import Adapter, is_plain_norm, is_quiet, plain_norm, tokens, unknown_parts
+from ..plain import is_plain_norm, norm_reason, others_are_identities, unknown_part
+from .adapter import Adapter, tokens
 from .shared import SharesModulations
 
 _BLOCK = ("norm1", "attn", "norm2", "mlp", "adaLN_modulation")
@@ -28,17 +29,17 @@ class FastBlock(SharesModulations, AdaLNForward):
     _ditfast_takes: tuple[str, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        given = _tokens_and_condition(self._ditfast_takes, args, kwargs)
-        if given is None or not self._applies():
+        arguments = _tokens_and_condition(self._ditfast_takes, args, kwargs)
+        if arguments is None or not self._applies():
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
-        x, c = given
+        x, c = arguments
         shared = self.shared_modulation(c)
         x, branch, gate, _, _ = self.fused(x, None, None, None, c if shared is None else None, False, shared)
         assert branch is not None and gate is not None
         return ops.gated_residual(*promoted(x, branch, gate))
 
     def _applies(self) -> bool:
-        return is_plain_norm(self.norm1) and is_plain_norm(self.norm2) and is_quiet(self, *_BLOCK)
+        return is_plain_norm(self.norm1) and is_plain_norm(self.norm2) and others_are_identities(self, *_BLOCK)
 
 
 class OfficialBlock(Adapter):
@@ -51,8 +52,8 @@ class OfficialBlock(Adapter):
         return all(isinstance(module._modules.get(name), nn.Module) for name in _BLOCK)
 
     def refuses(self, module: nn.Module) -> str | None:
-        reason = plain_norm("norm1", module.norm1) or plain_norm("norm2", module.norm2)
-        return reason or modulation_reason(module, _width(module.norm1), 6) or unknown_parts(module, *_BLOCK)
+        reason = norm_reason("norm1", module.norm1) or norm_reason("norm2", module.norm2)
+        return reason or modulation_reason(module, _width(module.norm1), 6) or unknown_part(module, *_BLOCK)
 
     def inputs(self, module: nn.Module, generator: torch.Generator) -> tuple[Any, ...]:
         x = tokens(_width(module.norm1), generator)
@@ -68,10 +69,10 @@ class FastFinalLayer(SharesModulations):
     _ditfast_takes: tuple[str, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        given = _tokens_and_condition(self._ditfast_takes, args, kwargs)
-        if given is None or not (is_plain_norm(self.norm_final) and is_quiet(self, *_FINAL)):
+        arguments = _tokens_and_condition(self._ditfast_takes, args, kwargs)
+        if arguments is None or not (is_plain_norm(self.norm_final) and others_are_identities(self, *_FINAL)):
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
-        x, c = given
+        x, c = arguments
         shared = self.shared_modulation(c)
         shift, scale = (self.adaLN_modulation(c) if shared is None else shared).chunk(2, dim=-1)
         _, h = add_and_norm(x, Pending(), shift, scale, self.norm_final.eps)
@@ -89,8 +90,8 @@ class OfficialFinalLayer(Adapter):
         return all(isinstance(module._modules.get(name), nn.Module) for name in _FINAL)
 
     def refuses(self, module: nn.Module) -> str | None:
-        reason = plain_norm("norm_final", module.norm_final)
-        return reason or modulation_reason(module, _width(module.norm_final), 2) or unknown_parts(module, *_FINAL)
+        reason = norm_reason("norm_final", module.norm_final)
+        return reason or modulation_reason(module, _width(module.norm_final), 2) or unknown_part(module, *_FINAL)
 
     def inputs(self, module: nn.Module, generator: torch.Generator) -> tuple[Any, ...]:
         x = tokens(_width(module.norm_final), generator)
@@ -105,11 +106,11 @@ def _tokens_and_condition(
     They are the first two that the module's own forward ``takes``; of the others, what is left at None says nothing.
     """
     names = takes[len(args) : 2]
-    given = [*args[:2], *(kwargs.get(name) for name in names)]
+    values = [*args[:2], *(kwargs.get(name) for name in names)]
     further = [*args[2:], *(value for name, value in kwargs.items() if name not in names)]
-    if len(given) != 2 or any(value is not None for value in further):
+    if len(values) != 2 or any(value is not None for value in further):
         return None
-    x, c = given
+    x, c = values
     if not isinstance(x, Tensor) or not isinstance(c, Tensor):
         return None
     # not len(), which torch.export takes for a constant
@@ -121,8 +122,10 @@ def modulation_reason(module: nn.Module, width: int, parts: int) -> str | None:
     layers: Any = module.adaLN_modulation
     if not isinstance(layers, nn.Sequential) or not len(layers) or not hasattr(layers[-1], "out_features"):
         return f"adaLN_modulation must be a Sequential that ends in a Linear, got {type(layers).__name__}"
-    found = layers[-1].out_features
-    return None if found == parts * width else f"adaLN_modulation must give {parts} x {width} features, got {found}"
+    features = layers[-1].out_features
+    if features == parts * width:
+        return None
+    return f"adaLN_modulation must give {parts} x {width} features, got {features}"
 
 
 def modulation_linear(module: nn.Module) -> Any:

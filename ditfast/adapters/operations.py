@@ -38,7 +38,7 @@ _ANALYTIC = _PRODUCTS | frozenset("""
     native_layer_norm native_group_norm _fused_rms_norm rms_norm embedding addcdiv cat stack repeat einsum
     linalg_vector_norm
     """.split())  # noqa: SIM905  # fmt: skip
-# of what hides are these made: by hand or as one operation they count the same
+# what these are made of: by hand or as one operation they count the same
 _SOFTMAX = ("amax", "add", "exp", "sum", "div")
 _PARTS = {
     "silu": ("sigmoid", "mul"),
@@ -69,7 +69,7 @@ class Operations(TorchDispatchMode):
         hidden: of those that numbers do not show, in words: how often.
         places: where each of these was first called, as "file.py:line".
         opaque: operations of other libraries.
-        backward: set while gradients are computed, of which only guards are recorded.
+        backward: set while gradients are computed; only guards are recorded then.
     """
 
     def __init__(self, lengths: tuple[int, int], tensors: dict[int, tuple[Tensor, str]]) -> None:
@@ -96,76 +96,78 @@ class Operations(TorchDispatchMode):
 
     def _record(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = _NAMES.get(name, name)
-        given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+        names = (argument.name for argument in func._schema.arguments)
+        arguments = dict(zip(names, args, strict=False)) | kwargs
         if name.startswith("_scaled_dot_product"):  # its tag is that of a dropout, alive or not
-            return None if self.backward else self._attention(given)
+            return None if self.backward else self._attention(arguments)
         if torch.Tag.nondeterministic_seeded in func.tags:
-            return self.tell(f"draws random numbers ({name})")
+            return self.note(f"draws random numbers ({name})")
         if self.backward:
-            return self.tell(f"computes {name} in the backward") if name in _GUARDS else None
-        for value in given.values():
+            return self.note(f"computes {name} in the backward") if name in _GUARDS else None
+        for value in arguments.values():
             if isinstance(value, Tensor):
                 self._look_at(value)
             elif isinstance(value, float):
                 self.numbers[name, value] += 1
-        if isinstance(number := given.get("other", given.get("exponent")), int):
+        if isinstance(number := arguments.get("other", arguments.get("exponent")), int):
             self.numbers[name, number] += 1
-        if name in _LAYOUT or (name in _CUTS and not self._leaves_out(name, given)):
+        if name in _LAYOUT or (name in _CUTS and not self._leaves_out(name, arguments)):
             return None
         parts = _PARTS.get(name, (name,))
         if name == "gelu":
-            parts = ("tanh" if given.get("approximate") == "tanh" else "erf", "mul", "add")
-        if name == "div" and not isinstance(given.get("other"), Tensor):
+            parts = ("tanh" if arguments.get("approximate") == "tanh" else "erf", "mul", "add")
+        if name == "div" and not isinstance(arguments.get("other"), Tensor):
             parts = ("mul",)
         for part in parts:
             self.counts["matmul" if part in _PRODUCTS else part] += 1
             if part not in _ANALYTIC:
-                self.tell(f"computes {part}" if part != "item" else "reads a value out of a tensor")
-        if idle := self._idle(name, given):
-            self.tell(idle)
+                self.note(f"computes {part}" if part != "item" else "reads a value out of a tensor")
+        if idle := self._idle(name, arguments):
+            self.note(idle)
         return None
 
-    def tell(self, what: str) -> None:
-        """What it does that numbers do not show."""
-        self.hidden[what] += 1
-        self.places.setdefault(what, place())
+    def note(self, text: str) -> None:
+        """Records something that numbers do not show."""
+        self.hidden[text] += 1
+        self.places.setdefault(text, place())
 
     def _look_at(self, tensor: Tensor) -> None:
         is_real = not isinstance(tensor, FakeTensor)
-        _, found = (None, "a tensor made outside of it") if is_real else self.tensors.get(id(tensor), (None, ""))
-        if found and not self.hidden[f"reads {found}"]:
-            self.tell(f"reads {found}")
+        _, description = (None, "a tensor made outside of it") if is_real else self.tensors.get(id(tensor), (None, ""))
+        if description and not self.hidden[f"reads {description}"]:
+            self.note(f"reads {description}")
 
-    def _leaves_out(self, name: str, given: dict[str, Any]) -> bool:
-        tensor, axis = given["self"], given.get("dim", 0)
+    def _leaves_out(self, name: str, arguments: dict[str, Any]) -> bool:
+        tensor, axis = arguments["self"], arguments.get("dim", 0)
         length = tensor.shape[axis]
         if isinstance(length, int) and length not in self.lengths:
             return False
         if name != "slice":
             return True
-        start, end = given.get("start") or 0, given.get("end")
-        return not (start == 0 and (end is None or end >= sys.maxsize // 2) and given.get("step", 1) == 1)
+        start, end = arguments.get("start") or 0, arguments.get("end")
+        return not (start == 0 and (end is None or end >= sys.maxsize // 2) and arguments.get("step", 1) == 1)
 
-    def _attention(self, given: dict[str, Any]) -> None:
+    def _attention(self, arguments: dict[str, Any]) -> None:
         """torch's attention, as what it does by hand."""
-        self.numbers["mul", given.get("scale") or 0.0] += 1
+        self.numbers["mul", arguments.get("scale") or 0.0] += 1
         self.counts.update(["matmul", "matmul", "mul", *_SOFTMAX])
-        self.tell("computes amax")
-        if given.get("is_causal"):
-            self.tell("computes a causal mask")
-        if given.get("attn_bias") is not None or given.get("attn_mask") is not None:
-            self.tell("adds a mask to its logits")
-        if given.get("dropout_p"):
-            self.tell("draws random numbers (dropout)")
+        self.note("computes amax")
+        if arguments.get("is_causal"):
+            self.note("computes a causal mask")
+        if arguments.get("attn_bias") is not None or arguments.get("attn_mask") is not None:
+            self.note("adds a mask to its logits")
+        if arguments.get("dropout_p"):
+            self.note("draws random numbers (dropout)")
 
-    def _idle(self, name: str, given: dict[str, Any]) -> str | None:
-        """What a number in an operation says that (nearly) does nothing as it is now, and may be another later."""
-        alpha = given.get("alpha", 1) if name in ("add", "sub") else 1
+    def _idle(self, name: str, arguments: dict[str, Any]) -> str | None:
+        """An operation whose number (nearly) does nothing now, and may be another later, in words; or None."""
+        alpha = arguments.get("alpha", 1) if name in ("add", "sub") else 1
         if alpha != 1:
             self.counts["mul"] += 1
             if is_near(alpha, 0) or is_near(alpha, 1):
                 return f"adds {alpha} times"
-        number = given.get("other", given.get("exponent", given.get("weight", given.get("value"))))
+        names = ("other", "exponent", "weight", "value")
+        number = next((arguments[name] for name in names if name in arguments), None)
         if isinstance(number, (torch.SymInt, torch.SymFloat)):
             return "goes by a size"
         if isinstance(number, bool) or not isinstance(number, (int, float)):
@@ -182,7 +184,7 @@ class Operations(TorchDispatchMode):
 
 
 def is_near(value: Any, wanted: float) -> bool:
-    """Whether a number does (nearly) what another does."""
+    """Whether a value is a number near ``wanted``."""
     return isinstance(value, (int, float)) and abs(value - wanted) < 1e-4
 
 
@@ -198,12 +200,12 @@ def place() -> str:
 
 @contextmanager
 def autocast_watched(operations: Operations) -> Iterator[None]:
-    """Has it told of every autocast that begins meanwhile, whatever the device: the module may go there later."""
+    """Records every autocast that begins meanwhile, on any device: the module may go there later."""
     enter, thread = torch.autocast.__enter__, threading.get_ident()
 
     def watched(self: Any) -> Any:
         if threading.get_ident() == thread:
-            operations.tell(f"{'turns autocast on' if self._enabled else 'keeps autocast out'} on {self.device}")
+            operations.note(f"{'turns autocast on' if self._enabled else 'keeps autocast out'} on {self.device}")
         return enter(self)  # type: ignore[no-untyped-call]
 
     torch.autocast.__enter__ = watched  # type: ignore[method-assign]
@@ -215,19 +217,19 @@ def autocast_watched(operations: Operations) -> Iterator[None]:
 
 @contextmanager
 def sizes_watched(env: Any) -> Iterator[Counter[str]]:
-    """Where a module's own code compares symbolic sizes of ``env`` or reads them as numbers, not torch or ditfast."""
+    """Where a module's own code, not torch's or ditfast's, compares sizes of ``env`` or reads them as numbers."""
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-    found: Counter[str] = Counter()
+    reads: Counter[str] = Counter()
 
-    def watched(method: Callable[[Any], Any], what: str) -> Callable[[Any], Any]:
+    def watched(method: Callable[[Any], Any], text: str) -> Callable[[Any], Any]:
         def read(self: Any) -> Any:
             frame = sys._getframe(1)
             file = frame.f_code.co_filename
             if getattr(self.node, "shape_env", None) is env and not file.startswith(_LIBRARIES):
                 # without symbols it is known, as of a size and itself; unbacked ones are values of tensors
                 of_sizes = self.node.expr.free_symbols - free_unbacked_symbols(self.node.expr)
-                found[f"{what} ({os.path.basename(file)}:{frame.f_lineno})"] += bool(of_sizes)
+                reads[f"{text} ({os.path.basename(file)}:{frame.f_lineno})"] += bool(of_sizes)
             return method(self)
 
         return read
@@ -239,12 +241,12 @@ def sizes_watched(env: Any) -> Iterator[Counter[str]]:
         (torch.SymInt, "__index__", "reads a size as a number"),
         (torch.SymFloat, "__float__", "reads a size as a number"),
     ]
-    kept = [(kind, name, getattr(kind, name)) for kind, name, _ in watches]
-    for kind, name, what in watches:
-        setattr(kind, name, watched(getattr(kind, name), what))
+    methods = [(kind, name, getattr(kind, name)) for kind, name, _ in watches]
+    for kind, name, text in watches:
+        setattr(kind, name, watched(getattr(kind, name), text))
     try:
-        yield found
-        found += Counter()  # drops what was never of sizes
+        yield reads
+        reads += Counter()  # drops what was never of sizes
     finally:
-        for kind, name, method in kept:
+        for kind, name, method in methods:
             setattr(kind, name, method)

@@ -1,6 +1,6 @@
-"""What a module's code keeps outside of it: on its classes, in globals and closures, in caches of functions.
+"""What a module's code keeps outside of the module: on its classes, in globals and closures, in caches of functions.
 
-A check calls forwards with made-up tensors, fake ones among them: none of it may be left there.
+A check calls forwards with made-up tensors, fake ones among them. None of these may be left there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 _LIBRARIES = {"torch", "ditfast", "numpy", "builtins", *sys.stdlib_module_names}
-_MOST = 500  # functions that are looked into
+_MOST_FUNCTIONS = 500  # that are looked into
 _MISSING = object()
 _CONTAINERS = (dict, list, set, OrderedDict, defaultdict)
 _CACHED = type(functools.cache(lambda: None))
@@ -28,7 +28,7 @@ class Outside:
     """A module's surroundings as they are: what its methods, and the functions that these name, can read and write."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._names: list[tuple[str, Any, str, Any]] = []  # (in words, a class, globals or a cell; name, value)
+        self._names: list[tuple[str, Any, str, Any]] = []  # (a label, a class, globals or a cell; name, value)
         self._containers: dict[int, tuple[str, Any, Any]] = {}
         self._caches: dict[int, tuple[Any, int]] = {}
         self._generators: dict[int, tuple[Any, Any]] = {}
@@ -41,22 +41,22 @@ class Outside:
                     functions.append(function)
                 elif not name.startswith("__"):
                     self._keep(f"{kind.__name__}.{name}", kind, name, value)
-        seen = {id(function) for function in functions}
+        ids = {id(function) for function in functions}
         for function in functions:
-            for found in self._read_by(function):
-                if id(found) not in seen and len(seen) < _MOST and _is_foreign(found.__module__):
-                    seen.add(id(found))
-                    functions.append(found)
+            for called in self._read_by(function):
+                if id(called) not in ids and len(ids) < _MOST_FUNCTIONS and _is_foreign(called.__module__):
+                    ids.add(id(called))
+                    functions.append(called)
 
     def _read_by(self, function: FunctionType) -> Iterator[FunctionType]:
         """Keeps what a function names; gives the functions among it."""
         names = function.__code__.co_names
-        found: list[tuple[str, Any, Any]] = [
+        named: list[tuple[str, Any, Any]] = [
             (name, function.__globals__, function.__globals__.get(name, _MISSING)) for name in names
         ]
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
-        found += [(name, cell, _content(cell)) for name, cell in cells]
-        for name, owner, value in found:
+        named += [(name, cell, _content(cell)) for name, cell in cells]
+        for name, owner, value in named:
             if isinstance(value, ModuleType):
                 if _is_foreign(value.__name__):
                     yield from filter(None, (_function_of(vars(value).get(inner)) for inner in names))
@@ -66,35 +66,36 @@ class Outside:
             elif not isinstance(value, type):
                 self._keep(name, owner, name, value)
 
-    def _keep(self, said: str, owner: Any, name: str, value: Any) -> None:
-        self._names.append((said, owner, name, value))
-        self._keep_object(said, value)
+    def _keep(self, label: str, owner: Any, name: str, value: Any) -> None:
+        self._names.append((label, owner, name, value))
+        self._keep_object(label, value)
 
-    def _keep_object(self, said: str, value: Any, depth: int = 2) -> None:
+    def _keep_object(self, label: str, value: Any, depth: int = 2) -> None:
         if type(value) in _CONTAINERS:  # a subclass may do anything when it is copied
-            self._containers.setdefault(id(value), (said, value, value.copy()))
+            self._containers.setdefault(id(value), (label, value, value.copy()))
             for inner in value.values() if isinstance(value, dict) else value:
                 if depth and type(inner) in _CONTAINERS:
-                    self._keep_object(said, inner, depth - 1)
+                    self._keep_object(label, inner, depth - 1)
         elif isinstance(value, _CACHED):
             self._caches[id(value)] = value, value.cache_info().currsize
         elif state := state_of(value):
             self._generators[id(value)] = value, state
 
-    def says(self) -> tuple[Any, ...]:
-        """The values of all of it, as far as they say something; else which objects they are."""
-        found: list[tuple[Any, ...]] = [(said, _said_of(value)) for said, _, _, value in self._names]
-        for said, _, before in self._containers.values():
+    def values(self) -> tuple[Any, ...]:
+        """All plain values; of other objects their ids."""
+        values: list[tuple[Any, ...]] = [(label, _value_of(value)) for label, _, _, value in self._names]
+        for label, _, before in self._containers.values():
             items = before.items() if isinstance(before, dict) else enumerate(before)
-            found += [(said, key, _said_of(value)) for key, value in items]
-        return tuple(found)
+            values += [(label, key, _value_of(value)) for key, value in items]
+        return tuple(values)
 
     def changes(self) -> set[str]:
-        """What is another object by now, holds others, or draws other random numbers."""
-        found = {said for said, owner, name, value in self._names if _now(owner, name) is not value}
-        found |= {f"{kind.__name__}.{name}" for kind, name in self._new()}
-        found |= {said for said, now, before in self._containers.values() if not _same(now, before)}
-        return found | {type(value).__name__ for value, state in self._generators.values() if state_of(value) != state}
+        """What is another object by now, holds other objects, or draws other random numbers."""
+        changed = {label for label, owner, name, value in self._names if _now(owner, name) is not value}
+        changed |= {f"{kind.__name__}.{name}" for kind, name in self._new()}
+        changed |= {label for label, now, before in self._containers.values() if not _same(now, before)}
+        drawn = [value for value, state in self._generators.values() if state_of(value) != state]
+        return changed | {type(value).__name__ for value in drawn}
 
     def _new(self) -> list[tuple[type, str]]:
         """What classes have that they had not."""
@@ -131,13 +132,13 @@ def state_of(value: Any) -> bytes:
 
 
 def _set_state(value: Any, state: bytes) -> None:
-    found = pickle.loads(state)
+    loaded = pickle.loads(state)
     if isinstance(value, random.Random):
-        value.setstate(found)
+        value.setstate(loaded)
     elif isinstance(value, torch.Generator):
-        value.set_state(torch.tensor(found, dtype=torch.uint8))
+        value.set_state(torch.tensor(loaded, dtype=torch.uint8))
     else:
-        _bits(value).state = found
+        _bits(value).state = loaded
 
 
 def _bits(value: Any) -> Any:
@@ -145,7 +146,7 @@ def _bits(value: Any) -> Any:
     return bits if hasattr(bits, "state") else None
 
 
-def _said_of(value: Any) -> Any:
+def _value_of(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else id(value)
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.blocks import all_modulations, is_plain, is_plain_modulation
+from ..model.blocks import all_modulations
 from ..ops.backend import autocast_dtype
+from ..plain import is_plain, is_plain_modulation
 from ..reference.transforms import in_trace
 
 # of the model that is being called: its layers; the first condition, its state, and the layers' modulations of it
@@ -27,15 +28,15 @@ class SharesModulations(nn.Module):
     def shared_modulation(self, c: Tensor) -> Tensor | None:
         if torch.compiler.is_compiling() or in_trace() or torch.is_grad_enabled() or c.is_inference():
             return None
-        layers, known = _call.get() or ([], [])
+        layers, shared = _call.get() or ([], [])
         state = c._version, autocast_dtype(c.device.type)
-        if not known and any(self is layer for layer in layers):
+        if not shared and any(self is layer for layer in layers):
             plain = [x.adaLN_modulation for x in layers if is_plain(x, type(x))]
             linears = [modulation[1] for modulation in plain if is_plain_modulation(modulation)]
             together = all_modulations(linears, nn.functional.silu(c)) if len(linears) == len(layers) else None
             parts = together.split([x.out_features for x in linears], dim=1) if together is not None else ()
-            known += [c, state, dict(zip(map(id, layers), parts, strict=False))]
-        return known[2].get(id(self)) if known and known[0] is c and known[1] == state else None
+            shared += [c, state, dict(zip(map(id, layers), parts, strict=False))]
+        return shared[2].get(id(self)) if shared and shared[0] is c and shared[1] == state else None
 
 
 class FastModel(nn.Module):
@@ -57,6 +58,6 @@ class FastModel(nn.Module):
 def sharing_layers(model: nn.Module) -> list[nn.Module]:
     """Those of a model's blocks and final layer, without wrappers that checkpoint activations."""
     blocks, final = model._modules.get("blocks"), model._modules.get("final_layer")
-    found = [*blocks, final] if isinstance(blocks, nn.ModuleList) else []
-    layers = [getattr(layer, "_checkpoint_wrapped_module", layer) for layer in found]
+    children = [*blocks, final] if isinstance(blocks, nn.ModuleList) else []
+    layers = [getattr(layer, "_checkpoint_wrapped_module", layer) for layer in children]
     return [layer for layer in layers if isinstance(layer, SharesModulations)]

@@ -25,26 +25,26 @@ _CLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 def _class(mixin: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
     """The subclass of (mixin, original), one for each pair in a process; holds no state."""
-    found = _CLASSES.get((mixin, original)) or _made(mixin, original)
-    _make_known(found, original)
-    return found
+    cls = _CLASSES.get((mixin, original)) or _new_class(mixin, original)
+    _register_with_diffusers(cls, original)
+    return cls
 
 
-def _made(mixin: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
+def _new_class(mixin: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
-        if type(self) is not made:  # somebody's subclass of it
+        if type(self) is not cls:  # somebody's subclass of it
             return original.__reduce_ex__(self, protocol)
         # the class is made here, so that neither pickle nor copy can find it by its name
-        how: Any = original.__reduce_ex__(self, 2)
-        make, given, *rest = how
+        reduced: Any = original.__reduce_ex__(self, 2)
+        make, arguments, *rest = reduced
         if make is not copyreg.__newobj__:  # type: ignore[attr-defined]
-            return _remake, (mixin, original, make, given), *rest
-        return _make, (mixin, original, *given[1:]), *rest
+            return _remake, (mixin, original, make, arguments), *rest
+        return _make, (mixin, original, *arguments[1:]), *rest
 
     @functools.wraps(original.forward)  # whose signature torch.export and trainers look at
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # somebody may have kept it, and the instance have its own class back
-        return (mixin if isinstance(self, made) else type(self)).forward(self, *args, **kwargs)
+        return (mixin if isinstance(self, cls) else type(self)).forward(self, *args, **kwargs)
 
     vars(forward).pop("_torchdynamo_orig_callable", None)  # torch.compile would go by the module's own
     body = {
@@ -57,11 +57,11 @@ def _made(mixin: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
         "_ditfast_takes": _parameters(original),
     }
     # two threads may both make one: the first that is kept counts
-    made = _CLASSES.setdefault((mixin, original), type(original.__name__, (mixin, original), body))
-    return made
+    cls = _CLASSES.setdefault((mixin, original), type(original.__name__, (mixin, original), body))
+    return cls
 
 
-def _make_known(cls: type[nn.Module], original: type[nn.Module]) -> None:
+def _register_with_diffusers(cls: type[nn.Module], original: type[nn.Module]) -> None:
     """diffusers' caches look a block up by its very class; one of its own modules' needs not have imported them yet."""
     if original.__module__.startswith("diffusers."):
         with suppress(ImportError):  # an older diffusers
@@ -77,18 +77,18 @@ def _make_known(cls: type[nn.Module], original: type[nn.Module]) -> None:
 
 def _parameters(original: type[nn.Module]) -> tuple[str, ...]:
     """The names of what a module's own forward takes by position and by name."""
-    known = inspect.signature(original.forward).parameters.values()
-    return tuple(parameter.name for parameter in known if parameter.kind is parameter.POSITIONAL_OR_KEYWORD)[1:]
+    parameters = inspect.signature(original.forward).parameters.values()
+    return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD)[1:]
 
 
-def _make(mixin: type[nn.Module], original: type[nn.Module], *given: Any) -> nn.Module:
+def _make(mixin: type[nn.Module], original: type[nn.Module], *arguments: Any) -> nn.Module:
     cls: Any = _class(mixin, original)
-    return cls.__new__(cls, *given)  # type: ignore[no-any-return]
+    return cls.__new__(cls, *arguments)  # type: ignore[no-any-return]
 
 
-def _remake(mixin: type[nn.Module], original: type[nn.Module], make: Callable[..., Any], given: Any) -> Any:
+def _remake(mixin: type[nn.Module], original: type[nn.Module], make: Callable[..., Any], arguments: Any) -> Any:
     """A module by a ``__reduce__`` of its own, accelerated as the pickled one was."""
-    module = make(*given)
+    module = make(*arguments)
     if type(module) is original:
         swap(module, mixin)
     return module
@@ -107,11 +107,11 @@ def swap(module: nn.Module, mixin: type[nn.Module]) -> None:
 
 def unswap(module: nn.Module) -> bool:
     """Gives an accelerated module its own class back; False where it is none."""
-    found = accelerated_by(module)
-    if found is None:
+    classes = accelerated_by(module)
+    if classes is None:
         return False
-    kept = module.__dict__.get("forward")
-    if getattr(kept, "__self__", None) is module and getattr(kept, "__func__", None) is type(module).forward:
+    forward = module.__dict__.get("forward")
+    if getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward:
         del module.__dict__["forward"]  # accelerate and diffusers leave it where a hook of theirs was
-    module.__class__ = found[1]
+    module.__class__ = classes[1]
     return True

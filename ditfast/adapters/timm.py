@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.blocks import GeluMlp, PackedAttention, is_plain
-from .adapter import Adapter, has_hooks, is_quiet, may_be_silent, tokens, unknown_parts
+from ..model.blocks import GeluMlp, PackedAttention
+from ..plain import has_hooks, is_identity, is_plain, others_are_identities, unknown_part
+from .adapter import Adapter, tokens
 
 _ATTENTION = ("qkv", "proj")
 _MLP = ("fc1", "act", "fc2")
@@ -24,15 +25,15 @@ class FastAttention(PackedAttention):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         # timm's blocks hand is_causal=False on; the module's own names of the rest may be others
-        named = [value for name, value in kwargs.items() if name != "is_causal" or value is not False]
-        x, *others = (*args, *named, None)
+        values = [value for name, value in kwargs.items() if name != "is_causal" or value is not False]
+        x, *others = (*args, *values, None)
         unknown = any(value is not None for value in others)
         if unknown or not isinstance(x, Tensor) or x.ndim != 3 or not self.fuses():
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
         return self.fused(x)
 
     def fuses(self) -> bool:
-        return is_quiet(self, *_ATTENTION)
+        return others_are_identities(self, *_ATTENTION)
 
     def softmax_scale(self) -> float | None:
         scale = getattr(self, "scale", None)
@@ -59,7 +60,7 @@ class TimmAttention(Adapter):
             norm = module._modules.get(name)
             if norm is not None and has_hooks(norm):
                 return f"{name} has hooks, which the fused forward would skip"
-            if norm is not None and not may_be_silent(norm):
+            if norm is not None and not is_identity(norm):
                 return f"{name} is {type(norm).__name__}: normalised queries and keys are no longer packed"
         packed, width = _features(module.qkv, "out"), _features(module.qkv, "in")
         if packed is None or width is None:
@@ -69,7 +70,7 @@ class TimmAttention(Adapter):
         for name in inspect.signature(type(module).forward).parameters:
             if any(rotation in name for rotation in _ROTATIONS):
                 return f"its forward takes {name}: rotated queries and keys are no longer packed"
-        return unknown_parts(module, *_ATTENTION)
+        return unknown_part(module, *_ATTENTION)
 
     def inputs(self, module: nn.Module, generator: torch.Generator) -> tuple[Any, ...]:
         return (tokens(_features(module.qkv, "in") or 0, generator),)
@@ -81,14 +82,14 @@ class FastMlp(GeluMlp):
     act: nn.Module
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        given = (*args, *kwargs.values())
-        if len(given) != 1 or not self.fuses():
+        arguments = (*args, *kwargs.values())
+        if len(arguments) != 1 or not self.fuses():
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
-        return self.fused(given[0])
+        return self.fused(arguments[0])
 
     def fuses(self) -> bool:
-        heard = not is_plain(self.act, type(self.act))
-        return is_quiet(self, *_MLP) and is_tanh_gelu(self.act) and not heard and super().fuses()
+        activation = is_tanh_gelu(self.act) and is_plain(self.act, type(self.act))
+        return activation and others_are_identities(self, *_MLP) and super().fuses()
 
 
 class TimmMlp(Adapter):
@@ -105,23 +106,23 @@ class TimmMlp(Adapter):
         if activation is not None and has_hooks(activation):
             return "act has hooks, which the fused forward would skip"
         if not is_tanh_gelu(activation):
-            found = "none" if activation is None else " ".join(repr(activation).split())
-            return f"its activation is {found}, the fused one GELU(approximate='tanh')"
+            actual = "none" if activation is None else " ".join(repr(activation).split())
+            return f"its activation is {actual}, the fused one GELU(approximate='tanh')"
         for name in ("fc1", "fc2"):
             if type(module._modules[name]) is not nn.Linear:
                 kind = type(module._modules[name])
                 return f"{name} is {kind.__module__}.{kind.__name__}, the fused forward reads an nn.Linear's weight"
-        given, taken = _features(module.fc1, "out"), _features(module.fc2, "in")
-        if given != taken:
-            return f"fc1 gives {given} features and fc2 takes {taken}, as in a gated MLP"
-        return unknown_parts(module, *_MLP)
+        outgoing, incoming = _features(module.fc1, "out"), _features(module.fc2, "in")
+        if outgoing != incoming:
+            return f"fc1 gives {outgoing} features and fc2 takes {incoming}, as in a gated MLP"
+        return unknown_part(module, *_MLP)
 
     def inputs(self, module: nn.Module, generator: torch.Generator) -> tuple[Any, ...]:
         return (tokens(_features(module.fc1, "in") or 0, generator),)
 
 
 def is_tanh_gelu(module: Any) -> bool:
-    """Whether it is one (torch's or timm's ``GELUTanh``, not a subclass that may do more), and nobody listens."""
+    """Whether it is torch's tanh GELU or timm's ``GELUTanh``, not a subclass that may do more, and has no hooks."""
     kind = type(module)
     if kind is not nn.GELU:
         return kind.__name__ == "GELUTanh" and kind.__module__.startswith("timm.") and not has_hooks(module)

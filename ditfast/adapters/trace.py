@@ -1,7 +1,8 @@
 """The computation of a module's own forward beside that of the fused one: both traced with fake tensors.
 
-The fused one is what ``use_backend("torch")`` gives: the formulas that the kernels answer to. What its own does and the
-fused one does not, and random numbers would not show (:mod:`.operations`), is a reason to leave a module as it is.
+The fused one runs with ``use_backend("torch")``: the formulas that the kernels answer to. A module is left as it is
+where its own forward does something that the fused one does not and that random numbers would not show
+(:mod:`.operations`).
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ _LOCK = threading.RLock()  # one set of symbols for all
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # other values of a number that a module holds
 _OTHERS: tuple[Callable[[float], float], ...] = (lambda x: 1.25 * x + 0.125, lambda x: 0.5 * x - 0.0625)
-_MOST = 3  # operations that a reason names
-# what was found of a class and its settings, and what its own forward then computed
-_FOUND: dict[Hashable, tuple[list[Any], tuple[str | None, list[str]]]] = {}
+_MOST_NAMED = 3  # operations that a reason names
+# key -> (what the module's own forward computed, the result)
+_CACHE: dict[Hashable, tuple[list[Any], tuple[str | None, list[str]]]] = {}
 
 
 def differences(
     old: nn.Module,
     new: nn.Module,
-    given: Sequence[Any],
+    arguments: Sequence[Any],
     device: torch.device,
     dtype: torch.dtype,
     key: Hashable,
@@ -46,31 +47,31 @@ def differences(
 
     Args:
         old, new: the module on its own forward and on the fused one.
-        given: arguments for both.
-        key: what says all that the result goes by, as far as is known, or None: a process finds the same again where
-            its own forward still computes the same.
-        reset: is called before each run: what one keeps of fake tensors is not for the next.
+        arguments: for both.
+        key: everything known that the result depends on, or None. A result is used again in the same process where
+            the module's own forward still computes the same.
+        reset: called before each run: fake tensors that one run keeps are not for the next.
         follow: whether to look for numbers that a forward goes by.
     """
     with _LOCK, _quiet():
         try:
-            own = Traced(old, given, device, reset)
-            if key in _FOUND and _FOUND[key][0] == _said_by(own, dtype):
-                return _FOUND[key][1]
-            found = _differences(own, Traced(new, given, device, reset), dtype, follow)
+            own = Traced(old, arguments, device, reset)
+            if key in _CACHE and _CACHE[key][0] == _facts_of(own, dtype):
+                return _CACHE[key][1]
+            result = _differences(own, Traced(new, arguments, device, reset), dtype, follow)
             if key is not None:
-                _FOUND[key] = _said_by(own, dtype), found
-            return found
+                _CACHE[key] = _facts_of(own, dtype), result
+            return result
         except Exception as error:  # whatever a foreign module does when it is copied
-            return None, [f"its computation could not be traced: {said(error)}"]
+            return None, [f"its computation could not be traced: {one_line(error)}"]
         finally:
             mode, _ = symbols()
             if mode.shape_env.guards or mode.shape_env.replacements:
                 symbols.cache_clear()  # a size that was compared is no longer free
 
 
-def _said_by(own: Traced, dtype: torch.dtype) -> list[Any]:
-    return [own.run(Setting(dtype, training), learns=False).said for training in (False, True)]
+def _facts_of(own: Traced, dtype: torch.dtype) -> list[Any]:
+    return [own.run(Setting(dtype, training), learns=False).facts for training in (False, True)]
 
 
 def _differences(own: Traced, fused: Traced, dtype: torch.dtype, follow: bool) -> tuple[str | None, list[str]]:
@@ -78,17 +79,17 @@ def _differences(own: Traced, fused: Traced, dtype: torch.dtype, follow: bool) -
     own_setting = Setting(dtype)
     settings = [own_setting, own_setting._replace(training=True)]
     for setting in settings:
-        found = own.run(setting, symbolic=True)
-        sized = found.sizes + _by_size(found)
+        trace = own.run(setting, symbolic=True)
+        sized = trace.sizes + _by_size(trace)
         if sized:  # which leaves the symbols numbers
             fused = fused.anew()
             other = fused.run(setting, symbolic=True)
             sized -= other.sizes + _by_size(other)
             own, fused = own.anew(), fused.anew()
         if sized:
-            return _reason(list(sized), found, own_setting, setting), []
-        if found.error is not None:
-            notes[f"not traced with symbolic sizes: {said(found.error)}"] = None
+            return _reason(list(sized), trace, own_setting, setting), []
+        if trace.error is not None:
+            notes[f"not traced with symbolic sizes: {one_line(trace.error)}"] = None
         elif own.mode.shape_env.replacements:
             notes["not traced with symbolic sizes: an operation of it takes them for numbers"] = None
     if not own.casts():
@@ -99,30 +100,30 @@ def _differences(own: Traced, fused: Traced, dtype: torch.dtype, follow: bool) -
             settings += [Setting(dtype, True, x) for x in (torch.bfloat16, torch.float16)]
     usual: dict[bool, tuple[Trace, Trace]] = {}  # in training or not: its own and the fused one
     for setting in settings:
-        mine = own.run(setting)
-        if mine.error is not None:
-            notes[f"its own forward could not be traced: {said(mine.error)}"] = None
+        own_trace = own.run(setting)
+        if own_trace.error is not None:
+            notes[f"its own forward could not be traced: {one_line(own_trace.error)}"] = None
         base = usual.get(setting.training)
-        if base is not None and mine.said == base[0].said:
+        if base is not None and own_trace.facts == base[0].facts:
             continue  # in another dtype it does the same
-        theirs = fused.run(setting)
-        if theirs.error is not None:
-            notes[f"the fused forward could not be traced: {said(theirs.error)}"] = None
+        fused_trace = fused.run(setting)
+        if fused_trace.error is not None:
+            notes[f"the fused forward could not be traced: {one_line(fused_trace.error)}"] = None
             break
-        unread = mine.operations.opaque ^ theirs.operations.opaque
+        unread = own_trace.operations.opaque ^ fused_trace.operations.opaque
         if not unread:
-            only = list(mine.hidden - theirs.hidden)
-            if base is not None and not only:
-                numbers = mine.operations.numbers - base[0].operations.numbers - theirs.operations.numbers
-                only += [f"computes {name} with {number}" for name, number in numbers]
-            if only:
-                return _reason(only, mine, own_setting, setting), []
-        if mine.error is not None:
+            unmatched = list(own_trace.hidden - fused_trace.hidden)
+            if base is not None and not unmatched:
+                numbers = own_trace.operations.numbers - base[0].operations.numbers - fused_trace.operations.numbers
+                unmatched += [f"computes {name} with {number}" for name, number in numbers]
+            if unmatched:
+                return _reason(unmatched, own_trace, own_setting, setting), []
+        if own_trace.error is not None:
             break
-        usual.setdefault(setting.training, (mine, theirs))
+        usual.setdefault(setting.training, (own_trace, fused_trace))
         if unread:
             notes[f"operations of other libraries tell nothing: {', '.join(sorted(unread))}"] = None
-        elif kinds := sorted(set(mine.operations.counts) ^ set(theirs.operations.counts)):
+        elif kinds := sorted(set(own_trace.operations.counts) ^ set(fused_trace.operations.counts)):
             notes[f"computed otherwise, and alike in numbers: {', '.join(kinds)}"] = None
     for training, before in usual.items() if follow else ():
         if name := _number_not_followed(own, fused, settings[training], before):
@@ -134,28 +135,28 @@ def _differences(own: Traced, fused: Traced, dtype: torch.dtype, follow: bool) -
 def _number_not_followed(
     own: Traced, fused: Traced, setting: Setting, before: tuple[Trace, Trace]
 ) -> str | None:
-    """The name of a number that a module holds, with which its own forward computes what the fused one does not."""
+    """The name of a number that a module holds and that changes its own forward, but not the fused one."""
     if own.run(setting).computed != before[0].computed:
         return None  # it does something else each time, whatever its numbers are
 
     def differs(names: list[str], other: Callable[[float], float], alone: bool) -> bool:
         with own.changed(names, other):
-            mine = own.run(setting, learns=False)
-        if mine.error is not None:
+            own_trace = own.run(setting, learns=False)
+        if own_trace.error is not None:
             return not alone
-        if mine.computed == before[0].computed:
+        if own_trace.computed == before[0].computed:
             return False
         with fused.changed(names, other):
-            theirs = fused.run(setting, learns=False)
-        if theirs.error is not None:
+            fused_trace = fused.run(setting, learns=False)
+        if fused_trace.error is not None:
             return not alone
-        if _apart(mine, theirs) != _apart(*before):
+        if _apart(own_trace, fused_trace) != _apart(*before):
             return True
         if alone:  # a number that does something now has been compared as it is, as an eps has
             idle = own.numbers[names[0]][2] == 0 or is_near(own.numbers[names[0]][2], 1)
-            return idle and theirs.computed == before[1].computed
-        followed = theirs.operations.numbers - before[1].operations.numbers
-        return bool(mine.operations.numbers - before[0].operations.numbers - followed)
+            return idle and fused_trace.computed == before[1].computed
+        followed = fused_trace.operations.numbers - before[1].operations.numbers
+        return bool(own_trace.operations.numbers - before[0].operations.numbers - followed)
 
     floats = [name for name, number in own.numbers.items() if isinstance(number[2], float)]
     factors = [name for name in own.numbers if name not in floats]
@@ -166,10 +167,10 @@ def _number_not_followed(
     return next((name for name, other in suspects if differs([name], other, alone=True)), None)
 
 
-def _apart(mine: Trace, theirs: Trace) -> Counter[str]:
+def _apart(own_trace: Trace, fused_trace: Trace) -> Counter[str]:
     """What one computes more often than the other."""
-    apart = Counter({f"+{key}": n for key, n in (mine.operations.counts - theirs.operations.counts).items()})
-    apart.update({f"-{key}": n for key, n in (theirs.operations.counts - mine.operations.counts).items()})
+    apart = Counter({f"+{key}": n for key, n in (own_trace.operations.counts - fused_trace.operations.counts).items()})
+    apart.update({f"-{key}": n for key, n in (fused_trace.operations.counts - own_trace.operations.counts).items()})
     return apart
 
 
@@ -177,18 +178,18 @@ def _by_size(trace: Trace) -> Counter[str]:
     return Counter({what: n for what, n in trace.operations.hidden.items() if what == "goes by a size"})
 
 
-def _reason(found: list[str], trace: Trace, usual: Setting, setting: Setting) -> str:
+def _reason(facts: list[str], trace: Trace, usual: Setting, setting: Setting) -> str:
     places = trace.operations.places
-    said_of = [f"{what} ({places[what]})" if places.get(what) else what for what in found[:_MOST]]
+    named = [f"{fact} ({places[fact]})" if places.get(fact) else fact for fact in facts[:_MOST_NAMED]]
     where = str(setting)
     if setting.autocast is None and setting.dtype == usual.dtype:
         where = " in training" if setting.training else ""
-    return f"its own forward {', '.join(said_of)}{where}, which the fused one does not"
+    return f"its own forward {', '.join(named)}{where}, which the fused one does not"
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """A forward that cannot be traced is a line of the report, not of a log."""
+    """A forward that cannot be traced is named in the report, not in a log."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     before, log.disabled = log.disabled, True
     try:
@@ -199,7 +200,7 @@ def _quiet() -> Iterator[None]:
         log.disabled = before
 
 
-def said(error: Exception) -> str:
-    """An error in a line."""
+def one_line(error: Exception) -> str:
+    """An error in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..gone import refuse_gone
-from ..model.blocks import is_plain
 from ..model.dit import DiT
+from ..plain import is_plain
 from .graphs import StepGraphs
 from .guidance import Guidance
 from .table import ScheduleTable, takes_table

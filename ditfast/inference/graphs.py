@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..model.blocks import is_as_built
 from ..ops.backend import autocast_dtype, current_backend
+from ..plain import has_hooks, is_as_built
 from ..reference.transforms import makes_plain_tensors
 
 _DEVICE = "cuda"
@@ -64,7 +64,7 @@ class StepGraphs:
             return "what a transform, another capture or fake tensors are in the middle of is no other call's"
         if autocast_dtype(_DEVICE) is not None:
             return "autocast keeps casts of the weights, which a replay would not make anew"
-        if _has_any_global_hook() or any(_has_hooks(module) for module in self._model.modules()):
+        if _has_any_global_hook() or any(map(has_hooks, self._model.modules())):
             return "the model has hooks, which a replay would not call"
         if not is_as_built(self._model):
             return "layers of other codebases may go by Python values, which a replay would not read anew"
@@ -115,7 +115,3 @@ def _precision() -> tuple[object, ...]:
     """torch's switches that a captured kernel was chosen by."""
     cudnn: Any = torch.backends.cudnn
     return torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)

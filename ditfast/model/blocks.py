@@ -1,6 +1,6 @@
-"""The reference's layers with a fused forward: what :class:`ditfast.DiT` makes of its modules.
+"""The reference's layers with a fused forward, which :class:`ditfast.DiT` is built of.
 
-Gated residual and the norm after it are one operator, also across block borders: a block hands its last branch on
+A gated residual and the norm after it are one operator, also across block borders: a block hands its last branch on
 instead of adding it. In training each half of a block is one autograd node (:mod:`ditfast.ops.block`).
 """
 
@@ -12,8 +12,6 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
 from ..ops.adaln import adaln
@@ -22,20 +20,11 @@ from ..ops.backend import takes_triton
 from ..ops.block import norm_attention, norm_linear, norm_mlp
 from ..ops.linear import autocast, takes_gemm, working_dtype
 from ..ops.modulations import attached, modulations_of, takes_modulations
+from ..plain import are_readable, is_plain
 from ..reference import dit as reference
 from ..reference.transforms import in_trace
 
 _NORM = "gated_residual_layer_norm_modulate"
-
-
-def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
-    """Whether a layer may be read as its parameters: no subclass (LoRA, sharding), no forward of its own
-    (offloading), no hooks, its own or (not seen while compiling) global."""
-    if type(layer) is not kind or "forward" in layer.__dict__:
-        return False
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-        return False
-    return torch.compiler.is_compiling() or not _has_any_global_hook()
 
 
 def records_gradients() -> bool:
@@ -43,43 +32,12 @@ def records_gradients() -> bool:
     return torch.is_grad_enabled() and not in_trace()
 
 
-def is_as_built(model: nn.Module) -> bool:
-    """Whether a model's results follow from its parameters, buffers and layers: torch's and ditfast's, unwrapped.
-
-    Others (LoRA's, parametrised or sharded ones) may go by Python values that change without a trace.
-    """
-    return all(
-        type(module).__module__.startswith(("torch.nn.modules.", "ditfast.")) and is_plain(module, type(module))
-        for module in model.modules()
-    )
-
-
-def reads(*layers: nn.Module) -> bool:
-    """Whether Linears may be read as their parameters, which must be tensors that the kernels can read in turn."""
-    if not all(map(is_plain, layers)):
-        return False
-    tensors = (tensor for layer in layers for tensor in (layer.weight, layer.bias) if tensor is not None)
-    kinds = (Tensor, nn.Parameter, FakeTensor)
-    return all(type(tensor) in kinds and tensor.layout == torch.strided for tensor in tensors)
-
-
-def is_plain_modulation(modulation: nn.Module | None) -> bool:
-    """Whether an adaLN_modulation is what it was built as, so that its Linear may be read apart from its SiLU."""
-    return (
-        isinstance(modulation, nn.Sequential)
-        and is_plain(modulation, nn.Sequential)
-        and len(modulation) == 2
-        and is_plain(modulation[0], nn.SiLU)
-        and not cast(nn.SiLU, modulation[0]).inplace  # which writes c
-    )
-
-
 def all_modulations(linears: Sequence[nn.Module], c: Tensor) -> Tensor | None:
     """Linear(c) of all side by side (B, sum of N_i), without gradients; c (B, D). See :func:`ditfast.ops.modulations`.
 
     None where each runs on its own: no kernel runs, or they are no plain Linears of one dtype on c's device.
     """
-    if not reads(*linears):
+    if not are_readable(*linears):
         return None
     weights = [cast(Tensor, linear.weight) for linear in linears]
     biases = [cast("Tensor | None", linear.bias) for linear in linears]
@@ -89,23 +47,23 @@ def all_modulations(linears: Sequence[nn.Module], c: Tensor) -> Tensor | None:
 
 
 def modulation_of(
-    layers: nn.Sequential, c: Tensor | None, activated: bool, given: Tensor | None, readable: bool
+    layers: nn.Sequential, c: Tensor | None, activated: bool, ahead: Tensor | None, readable: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(the modulation of one layer, c for the next).
 
     Args:
-        given: the modulation where it was computed ahead; it wants its gradient where c is there too.
-        readable: whether the Linear may be one node with what reads c next.
+        ahead: the modulation where it was computed ahead; its gradient is needed where c is given too.
+        readable: whether the Linear may share a node with what reads c next.
     """
-    if given is not None and c is None:
-        return given, None
+    if ahead is not None and c is None:
+        return ahead, None
     c = cast(Tensor, c)
     if not activated:
         return cast(Tensor, layers(c)), c
     linear = cast(nn.Linear, layers[1])
-    if given is not None or (readable and reads(linear) and not torch.compiler.is_compiling()):
+    if ahead is not None or (readable and are_readable(linear) and not torch.compiler.is_compiling()):
         c, weight, bias = autocast(c, linear.weight, linear.bias)
-        return attached(c, weight, bias, given)
+        return attached(c, weight, bias, ahead)
     return linear(c), c
 
 
@@ -213,7 +171,7 @@ class GeluMlp(nn.Module):
 
     def fuses(self) -> bool:
         """Whether nothing else happens in its forward, and its Linears may be read as their parameters."""
-        return reads(self.fc1, self.fc2)
+        return are_readable(self.fc1, self.fc2)
 
     def fused(self, x: Tensor) -> Tensor:
         return ops.gelu_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
@@ -263,9 +221,10 @@ class AdaLNForward(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """(x, branch, gate, bias, c) for the next block; see :class:`Pending`.
 
-        c (B, D), through its SiLU where ``activated``; modulation (B, 4D) or (B, 6D) where computed ahead, of c where
-        that is given too and wants its gradient; ``hands_over`` where nobody but the next norm sees the branch, so that
-        it may be left its bias's gradient.
+        Args:
+            c: (B, D), through its SiLU where ``activated``.
+            modulation: (B, 4D) or (B, 6D) where it was computed ahead; c is given too where it needs its gradient.
+            hands_over: whether only the next norm sees the branch, which may then compute its bias's gradient.
         """
         pending = Pending(branch, gate, bias)
         readable = records_gradients() and self._is_readable(x)
@@ -289,19 +248,19 @@ class AdaLNForward(nn.Module):
             out = ops.self_attention(packed, num_heads, scale)
         bias = proj.bias if gate1 is not None else None  # without a gate no operator adds the branch
         pending = Pending(F.linear(out, proj.weight, proj.bias if bias is None else bias.detach()), gate1, bias)
-        left = fc2.bias if hands_over and gate2 is not None else None
-        bias = fc2.bias if left is None else left.detach()
+        handed_bias = fc2.bias if hands_over and gate2 is not None else None
+        bias = fc2.bias if handed_bias is None else handed_bias.detach()
         parameters = autocast(fc1.weight, fc1.bias, fc2.weight, bias)
         demanded = ops.current_backend() == "triton"
         x, branch = _norm_and(norm_mlp, x, pending, *norm2, *parameters, demanded)
-        return x, branch, gate2, left, c
+        return x, branch, gate2, handed_bias, c
 
     def _is_readable(self, x: Tensor) -> bool:
         """Whether the kernels run, and every Linear but the modulation's may be read as its parameters."""
         attn, mlp = self.attn, self.mlp
         if not (isinstance(attn, PackedAttention) and isinstance(mlp, GeluMlp) and attn.fuses() and mlp.fuses()):
             return False
-        if not (is_plain(attn, type(attn)) and is_plain(mlp, type(mlp)) and reads(attn.qkv, attn.proj)):
+        if not (is_plain(attn, type(attn)) and is_plain(mlp, type(mlp)) and are_readable(attn.qkv, attn.proj)):
             return False
         widths = (x.shape[2], len(mlp.fc1.weight))
         return takes_triton(_NORM, x, x.shape[2], self.parameters()) and takes_gemm("gelu_mlp", x, widths, ())

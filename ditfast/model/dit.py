@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..config import DiTConfig
 from ..ops.backend import autocast_dtype
+from ..plain import is_plain, is_plain_modulation
 from ..reference import dit as reference
 from ..reference.ops import unpatchify
 from .blocks import (
@@ -25,8 +26,6 @@ from .blocks import (
     FusedTimestepEmbedder,
     Pending,
     all_modulations,
-    is_plain,
-    is_plain_modulation,
     records_gradients,
 )
 
@@ -62,7 +61,7 @@ class DiT(reference.DiT):
         return self._denoised(x, *self._modulations(c, activated), activated)
 
     def modulation(self, t: Tensor, y: Tensor) -> Tensor:
-        """All that the blocks and the final layer are told of timesteps and labels, without gradients.
+        """The modulations of the blocks and the final layer for timesteps and labels, without gradients.
 
         Args:
             t: timesteps (B,), int or float.
@@ -78,9 +77,9 @@ class DiT(reference.DiT):
         with torch.no_grad():
             activated = self._activates()
             c = self._conditioning(t, y, activated)
-            together = all_modulations(self._modulation_linears(), c) if activated else None
-            if together is not None:
-                return together
+            launched = all_modulations(self._modulation_linears(), c) if activated else None
+            if launched is not None:
+                return launched
             parts = [layers[-1](c) if activated else layers(c) for layers in self._modulation_layers()]
             return torch.cat(parts, dim=1)
 
@@ -126,14 +125,14 @@ class DiT(reference.DiT):
     ) -> Tensor:
         """Tokens x (B, T, D) through the blocks and the final layer, to (B, C_out, height, width)."""
         pending = Pending()
-        *given, last = modulations
-        # whose branches nobody sees between: no hooks, wrappers, sharding or forward of their own
+        *of_blocks, of_final_layer = modulations
+        # layers whose branches only the next layer sees: no hooks, wrappers, sharding or forward of their own
         private = [records_gradients() and is_plain(layer, kind) for layer, kind in self._fused_layers()]
-        hands_over = [here and there for here, there in zip(private[:-1], private[1:], strict=True)]
-        for block, modulation, over in zip(self.blocks, given, hands_over, strict=True):
-            x, *rest, c = block(x, *pending, c, activated, modulation, *([True] if over else []))
+        hands_over = [this and following for this, following in zip(private[:-1], private[1:], strict=True)]
+        for block, modulation, hands in zip(self.blocks, of_blocks, hands_over, strict=True):
+            x, *rest, c = block(x, *pending, c, activated, modulation, *([True] if hands else []))
             pending = Pending(*rest)
-        x = self.final_layer(x, *pending, c, activated, last)
+        x = self.final_layer(x, *pending, c, activated, of_final_layer)
         return unpatchify(x, self.config.patch_size, self.config.grid_size)
 
     def _fused_layers(self) -> list[tuple[nn.Module, type[nn.Module]]]:
@@ -173,18 +172,18 @@ class DiT(reference.DiT):
         None where the layer computes its own from c. In training that is one launch too, and each layer's gradient its
         own, as soon as it is known. Not so under autocast, where the backward would have to cast each weight again.
         """
-        apart = c, (None,) * (len(self.blocks) + 1)
+        separate = c, (None,) * (len(self.blocks) + 1)
         linears = self._modulation_linears() if activated else []
-        # a layer's hooks and wrappers may write or gather its weights before it is called
+        # hooks and wrappers of a layer may write or gather its weights before it is called
         if not activated or not all(is_plain(*each) for each in self._fused_layers()):
-            return apart
+            return separate
         # not linear.parameters(): a replica of DataParallel has plain tensors
         tensors = [c, *(getattr(linear, name, None) for linear in linears for name in ("weight", "bias"))]
         trains = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
         if trains and autocast_dtype(c.device.type) is not None:
-            return apart
-        together = all_modulations(linears, c)
-        if together is None:
-            return apart
+            return separate
+        launched = all_modulations(linears, c)
+        if launched is None:
+            return separate
         widths = [linear.out_features for linear in linears]
-        return c if trains else None, together.split_with_sizes(widths, dim=1)
+        return c if trains else None, launched.split_with_sizes(widths, dim=1)

@@ -1,7 +1,7 @@
-"""Two processes of one test of test_distributed.py: ``python distributed_worker.py CASE``.
+"""Two processes of test_distributed.py: ``python distributed_worker.py CASE...``.
 
-Forked from one interpreter, so that torch is imported once. Every process exits with an error where a check of its
-case fails.
+Forked from one interpreter, so that torch is imported once. A process prints each case that it has passed, and exits
+with an error where a check of one fails.
 """
 
 import copy
@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ditfast
 from ditfast.parity import judge
-from tests.adapters.foreign_models import Model, inputs, randomised
+from tests.adapters.foreign_models import SMALL, Model, inputs, randomised
 
 RANKS = 2
 
@@ -31,12 +31,12 @@ def full(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def trained(model, rank=None, steps=3):
+def trained(model, rank=None, steps=3, size=(8, 8)):
     """Losses over all ranks, the last gradients and the parameters of training; rank None trains on the whole batch."""
     rows = slice(rank, None, RANKS if rank is not None else None)
-    x, t, y = (value[rows] for value in inputs(4))
+    x, t, y = (value[rows] for value in inputs(4, size=size))
     dtype = next(model.parameters()).dtype
-    target = torch.randn(4, 8, 8, 8, generator=torch.Generator().manual_seed(5))[rows].to(dtype)
+    target = torch.randn(4, 8, *size, generator=torch.Generator().manual_seed(5))[rows].to(dtype)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     losses, found = [], {}
     for _ in range(steps):
@@ -56,15 +56,15 @@ def trained(model, rank=None, steps=3):
     return {"losses": torch.stack(losses), **found}
 
 
-def compared(wrap, rank, dtype, backend="auto", steps=3):
+def compared(wrap, rank, dtype, backend="auto", **options):
     """Trains the accelerated and the untouched model, both wrapped, beside fp64 in one process."""
     slow = randomised(Model(dim=96))
     oracle = copy.deepcopy(slow).double()
     fast = copy.deepcopy(slow)
-    assert len(ditfast.accelerate(fast).accelerated) == 7
+    assert len(ditfast.accelerate(fast, check=False).accelerated) == 7
     with ditfast.ops.use_backend(backend):
-        actual = trained(wrap(fast), rank, steps)
-    yardstick, exact = trained(wrap(slow), rank, steps), trained(oracle, None, steps)
+        actual = trained(wrap(fast), rank, **options)
+    yardstick, exact = trained(wrap(slow), rank, **options), trained(oracle, **options)
     assert actual.keys() == yardstick.keys() == exact.keys()
     for name in exact:
         verdict = judge("model", actual[name], yardstick[name], exact[name], dtype)
@@ -114,7 +114,7 @@ def refused_after_sharding(rank):
         for whole in (True, False):
             model = randomised(Model())
             if accelerated:
-                ditfast.accelerate(model)
+                ditfast.accelerate(model, check=False)
             fully_shard(model.blocks[1], mesh=mesh)
             if whole:
                 fully_shard(model, mesh=mesh)
@@ -142,7 +142,7 @@ def tensor_parallel(rank):
     """A parallelised MLP's weights are no plain tensors: it runs its own forward within the fused block."""
     slow = randomised(Model(dim=96))
     fast, oracle = copy.deepcopy(slow), copy.deepcopy(slow).double()
-    ditfast.accelerate(fast)
+    ditfast.accelerate(fast, check=False)
     mesh = init_device_mesh("cpu", (RANKS,))
     plan = {"mlp.fc1": ColwiseParallel(), "mlp.fc2": RowwiseParallel()}
     for model in (fast, slow):
@@ -161,17 +161,19 @@ def tensor_parallel(rank):
 
 
 def fsdp2_kernels(rank):
-    compared(sharded(MixedPrecisionPolicy()), rank, torch.float32, "triton", steps=1)
+    compared(sharded(MixedPrecisionPolicy()), rank, torch.float32, "triton", steps=1, size=SMALL)
 
 
-def run(rank, case, folder):
+def run(rank, cases, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
-    globals()[case](rank)
+    for case in cases:
+        globals()[case](rank)
+        print(f"rank {rank} passed {case}", flush=True)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(run, (sys.argv[1], folder), RANKS, start_method="fork")
+        torch.multiprocessing.start_processes(run, (sys.argv[1:], folder), RANKS, start_method="fork")

@@ -16,7 +16,7 @@ from ditfast.adapters import adapter as adapter_module
 from ditfast.adapters.swap import accelerated_by
 from ditfast.parity import judge
 from tests.adapters.conftest import assert_same
-from tests.adapters.foreign_models import Attention, Block, DropPath, Model, inputs, randomised
+from tests.adapters.foreign_models import SMALL, Attention, Block, DropPath, Model, inputs, randomised
 
 ALL = 7  # two blocks with attention and MLP, a final layer
 
@@ -42,7 +42,11 @@ def assert_parity(fast, slow, given=None):
         assert verdict.ok, verdict
 
 
-@pytest.mark.parametrize("block", [{}, {"fused_attn": False}, {"qkv_bias": False}, {"eps": 1e-3}], ids=str)
+@pytest.mark.parametrize(
+    "block",
+    [pytest.param({}, marks=pytest.mark.quick), {"fused_attn": False}, {"qkv_bias": False}, {"eps": 1e-3}],
+    ids=str,
+)
 def test_a_model_in_the_official_style(block):
     fast, slow = pair(**block)
     keys = list(fast.state_dict())
@@ -59,10 +63,10 @@ def test_a_model_in_the_official_style(block):
 @pytest.mark.kernels
 def test_it_runs_the_kernels():
     """In Triton's interpreter, training and inference, where a block's halves are one node each."""
-    fast, slow = pair(dim=96)  # gradients of enough elements to be judged one by one
+    fast, slow = pair(dim=96, depth=1)  # gradients of enough elements to be judged one by one
     ditfast.accelerate(fast)
     with ditfast.ops.use_backend("triton"):
-        out = fast(*inputs())
+        out = fast(*inputs(3, size=SMALL))
         names = set()
         stack = [out.grad_fn]
         while stack:
@@ -71,7 +75,7 @@ def test_it_runs_the_kernels():
                 names.add(node)
                 stack += [parent for parent, _ in node.next_functions]
         assert {"_NormAttentionBackward", "_NormMlpBackward"} <= {type(node).__name__ for node in names}
-        assert_parity(fast, slow, inputs(4))
+        assert_parity(fast, slow, inputs(4, size=SMALL))
 
 
 @pytest.mark.parametrize(
@@ -186,6 +190,7 @@ def test_what_is_refused(change, module, reason):
     assert types[module] is type(model.get_submodule(module))
 
 
+@pytest.mark.quick
 def test_without_the_check_structure_alone_decides():
     model = changed(replace_class(OtherOrder))
     assert "blocks.0" in {entry.module for entry in ditfast.accelerate(model, check=False).accelerated}
@@ -216,6 +221,7 @@ def test_dropouts_and_drop_paths_are_honoured():
         assert_same(*outputs)
 
 
+@pytest.mark.quick
 def test_arguments_that_the_fused_forward_does_not_know():
     attention = randomised(Attention(48, 2))
     slow = copy.deepcopy(attention)
@@ -226,6 +232,7 @@ def test_arguments_that_the_fused_forward_does_not_know():
     assert_same(attention(x, mask), slow(x, mask))
 
 
+@pytest.mark.quick
 def test_copies_and_pickles_stay_accelerated():
     fast, slow = pair()
     ditfast.accelerate(fast)
@@ -258,6 +265,7 @@ def test_a_way_of_pickling_of_ones_own():
         assert ditfast.restore(other) == 3 and type(other) is Locked
 
 
+@pytest.mark.quick
 def test_twice_and_back():
     fast, slow = pair()
     types = [type(part) for part in fast.modules()]

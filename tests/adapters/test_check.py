@@ -290,6 +290,7 @@ def test_parts_that_checkpoint_themselves(path, kind, part, reentrant):
     )
 
 
+@pytest.mark.quick
 def test_a_block_that_writes_into_its_input():
     assert (
         reason_for("blocks.0", InPlace(48, 2))

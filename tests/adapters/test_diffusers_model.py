@@ -78,7 +78,7 @@ def of_a_block(path, change):
 def test_embedders_that_change_between_calls(change):
     """Every block calls its own, as it is at the time."""
     fast, slow = pair()
-    ditfast.accelerate(fast)
+    ditfast.accelerate(fast, check=False)
     assert_same_in_inference(fast, slow)
     with torch.no_grad():
         before = run(fast)
@@ -111,7 +111,7 @@ def test_copies_pickles_and_folders(tmp_path):
 
 def test_gradient_checkpointing():
     fast, slow = pair()
-    ditfast.accelerate(fast)
+    ditfast.accelerate(fast, check=False)
     fast.enable_gradient_checkpointing()
     for training in (False, True):
         fast.train(training), slow.train(training)
@@ -125,7 +125,7 @@ def test_gradient_checkpointing():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_and_autocast(dtype):
     fast, slow = pair()
-    ditfast.accelerate(fast)
+    ditfast.accelerate(fast, check=False)
     with torch.no_grad():
         exact = run(copy.deepcopy(slow).double())
         with torch.autocast("cpu", dtype):
@@ -140,14 +140,14 @@ def test_low_precision_and_autocast(dtype):
 
 @pytest.mark.compiler
 def test_compiled_whole():
-    fast, slow = pair(num_layers=2)
-    ditfast.accelerate(fast)
-    compiled = torch.compile(fast, fullgraph=True)
+    """Inference by Inductor; training, which takes it a minute, by what stands before it."""
+    fast, slow = pair(num_layers=1)
+    ditfast.accelerate(fast, check=False)
     # Inductor's exp is off by an ulp, which late timesteps multiply
-    early = torch.tensor([0, 1, 2])
-    assert_same_in_inference(compiled, slow, timestep=early)
-    # and its own order of sums moves gradients of few elements more than the rule allows
-    assert_parity(compiled, slow, joined=True, timestep=early)
+    assert_same_in_inference(torch.compile(fast, fullgraph=True), slow, timestep=torch.tensor([0, 1, 2]))
+    fast, slow = pair(num_layers=2)
+    ditfast.accelerate(fast, check=False)
+    assert_parity(torch.compile(fast, fullgraph=True, backend="aot_eager"), slow, joined=True)
 
 
 def test_nothing_to_accelerate():
@@ -175,7 +175,7 @@ def pipeline(model, scheduler):
 def test_the_pipeline_is_the_same_around_it(scheduler, guidance, monkeypatch, tmp_path):
     # the pipeline's null class is 1000, whatever the model's
     fast, slow = pair(num_embeds_ada_norm=1000)
-    report = ditfast.accelerate(fast)
+    report = ditfast.accelerate(fast, check=False)
     assert len(report.accelerated) == ALL
 
     def images(model):

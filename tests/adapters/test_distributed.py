@@ -1,4 +1,4 @@
-"""Accelerated models under torch's own engines: two processes each, gloo on the CPU."""
+"""Accelerated models under torch's own engines: two processes, gloo on the CPU."""
 
 import os
 import subprocess
@@ -8,31 +8,29 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+# functions of distributed_worker.py, which check themselves
+CASES = ["ddp", "fsdp2", "fsdp2_bf16", "fsdp2_checkpointed", "refused_after_sharding", "tensor_parallel"]
+BY_THE_KERNELS = ["fsdp2_kernels"]
 
 pytestmark = pytest.mark.subprocess
 
 
-@pytest.mark.parametrize(
-    "case", ["ddp", "fsdp2", "fsdp2_bf16", "fsdp2_checkpointed", "refused_after_sharding", "tensor_parallel"]
-)
-def test_on_two_processes(case):
-    run(case)
-
-
-@pytest.mark.kernels
-def test_fsdp2_on_the_kernels():
-    run("fsdp2_kernels")
-
-
-def run(case):
-    """Runs a case of distributed_worker.py, which checks itself."""
+@pytest.fixture(scope="module")
+def output():
+    """What one run of all cases printed, up to the first failure."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    worker = str(Path(__file__).with_name("distributed_worker.py"))
     ran = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("distributed_worker.py")), case],
+        [sys.executable, worker, *CASES, *BY_THE_KERNELS],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         timeout=300,
     )
-    assert ran.returncode == 0, ran.stdout
+    return ran.stdout
+
+
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.kernels) for case in BY_THE_KERNELS)])
+def test_on_two_processes(case, output):
+    assert all(f"rank {rank} passed {case}" in output for rank in (0, 1)), output

@@ -18,7 +18,16 @@ from tests.adapters.conftest import (
     assert_trained_alike_by_kernels,
     pair,
 )
-from tests.adapters.foreign_models import Attention, Block, DropPath, FinalLayer, Model, inputs, randomised
+from tests.adapters.foreign_models import (
+    SMALL,
+    Attention,
+    Block,
+    DropPath,
+    FinalLayer,
+    Model,
+    inputs,
+    randomised,
+)
 
 
 class Lora(nn.Module):
@@ -85,16 +94,20 @@ def wrapped(kind, *paths):
 LINEARS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1"]
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+WRAPPERS = [(Lora, None), (Lora, torch.bfloat16), (Scaled, torch.bfloat16), (Untold, None)]
+PAIRS = [  # every wrapper with every Linear, each before accelerate for some and after it for others
+    (kind, autocast, path, ("before", "after")[(i + j) % 2])
+    for i, (kind, autocast) in enumerate(WRAPPERS)
+    for j, path in enumerate(LINEARS)
+]
+
+
 @pytest.mark.parametrize(
-    ("kind", "autocast"),
-    [(Lora, None), (Lora, torch.bfloat16), (Scaled, torch.bfloat16), (Untold, None)],
-    ids=lambda value: getattr(value, "__name__", str(value)),
+    ("kind", "autocast", "path", "when"), PAIRS, ids=lambda value: getattr(value, "__name__", str(value))
 )
-@pytest.mark.parametrize("path", LINEARS)
 def test_lora_is_honoured(path, kind, when, autocast):
-    plain = pair()[0](*inputs()).detach()
-    fast, slow = pair(**{when: wrapped(kind, path)})
+    plain = randomised(Model(depth=1))(*inputs()).detach()
+    fast, slow = pair(**{when: wrapped(kind, path)}, depth=1)
     found, _ = assert_trained_alike(fast, slow, autocast=autocast)
     assert not torch.allclose(found["output 0.0"].float(), plain, rtol=0.01)
     gradients = [value for name, value in found.items() if name.startswith("gradient 0")]
@@ -121,7 +134,7 @@ def test_lora_on_the_kernels(path, autocast):
 @pytest.mark.kernels
 def test_promoted_branches_in_ditfasts_own_model():
     """Branches in fp32 within a block, from block to block and into the final layer; modulations in bf16."""
-    config = ditfast.DiTConfig(depth=2, hidden_size=96, num_heads=2, latent_size=(8, 8), num_classes=10)
+    config = ditfast.DiTConfig(depth=2, hidden_size=96, num_heads=2, latent_size=SMALL, num_classes=10)
     slow = randomised(ditfast.reference.DiT(config))
     fast = ditfast.DiT(config)
     fast.load_state_dict(slow.state_dict())

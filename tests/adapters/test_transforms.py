@@ -18,7 +18,7 @@ from tests.adapters.conftest import (
     assert_trained_alike_by_kernels,
     pair,
 )
-from tests.adapters.foreign_models import Model, inputs, randomised
+from tests.adapters.foreign_models import SMALL, Model, inputs, randomised
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def by(compiled, fast):
     [("eager", True), ("aot_eager", True), pytest.param("inductor", False, marks=pytest.mark.compiler)],
 )
 def test_compile(backend, fullgraph):
-    fast, slow = pair()
+    fast, slow = pair(depth=1)
     compiled = torch.compile(fast, backend=backend, fullgraph=fullgraph)
     assert_trained_alike(fast, slow, call=by(compiled, fast), x_learns=True, join=True)
 
@@ -94,7 +94,7 @@ def checkpointed(reentrant):
         c = model.t_embedder(ops.timestep_embedding(t, 64).to(x.dtype)) + model.y_embedder(y)
         for block in model.blocks:
             tokens = checkpoint(block, tokens, c, use_reentrant=reentrant)
-        return ops.unpatchify(model.final_layer(tokens, c), 2, (4, 4))
+        return ops.unpatchify(model.final_layer(tokens, c), 2, (x.shape[2] // 2, x.shape[3] // 2))
 
     return call
 
@@ -127,9 +127,9 @@ def test_functional_call():
     assert_trained_alike(*pair(), call=call)
 
 
-def gradients(model, batch=3):
+def gradients(model, given):
     """By torch.func.grad of a functional call."""
-    x, t, y = inputs(batch)
+    x, t, y = given
     x = x.to(next(model.parameters()))
 
     def loss(parameters):
@@ -140,15 +140,17 @@ def gradients(model, batch=3):
 
 def test_func_grad():
     fast, slow = pair()
-    assert_judged(gradients(fast), gradients(slow), gradients(copy.deepcopy(slow).double()))
+    given = inputs()
+    assert_judged(gradients(fast, given), gradients(slow, given), gradients(copy.deepcopy(slow).double(), given))
 
 
 @pytest.mark.kernels
 def test_func_grad_on_the_kernels():
     fast, slow = pair(**KERNELS)
+    given = inputs(4, size=SMALL)
     with ditfast.ops.use_backend("triton"):
-        found = gradients(fast, 4)
-    assert_judged(found, gradients(slow, 4), gradients(copy.deepcopy(slow).double(), 4))
+        found = gradients(fast, given)
+    assert_judged(found, gradients(slow, given), gradients(copy.deepcopy(slow).double(), given))
 
 
 @pytest.mark.parametrize("strict", [True, False])

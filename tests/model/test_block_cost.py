@@ -80,7 +80,7 @@ def test_what_a_real_block_keeps():
     """The same by hooks on real tensors, unique storages: no statistic grows with D."""
     config = DiTConfig(depth=3, hidden_size=72, num_heads=1, latent_size=(16, 16), num_classes=10)
     fast = randomize_(DiT(config)).train()
-    x, c = torch.randn(4, 64, 72), torch.randn(4, 72)
+    x, c = torch.randn(2, 64, 72), torch.randn(2, 72)
     branch = torch.randn_like(x).requires_grad_()
     gate = torch.randn_like(c).requires_grad_()
 

@@ -19,7 +19,8 @@ from ditfast.parity import judge
 from ditfast.testing.inputs import random_batch, randomize_
 from ditfast.training import diffusion_loss
 
-TINY = DiTConfig(depth=2, hidden_size=72, num_heads=2, latent_size=(6, 8), num_classes=10)
+# 6 tokens: the interpreter takes milliseconds for each program, and a norm has one a token
+TINY = DiTConfig(depth=2, hidden_size=72, num_heads=2, latent_size=(4, 6), num_classes=10)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOW = torch.float16  # the interpreter truncates to bf16, which biases a loss; its casts to fp16 round
 FUSED = ("adaln", "adaln_zero")
@@ -36,9 +37,17 @@ def failures(verdicts):
     return {name: verdict for name, verdict in verdicts.items() if not verdict.ok}
 
 
-@pytest.mark.parametrize("conditioning", FUSED)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("conditioning", "dtype", "batch"),
+    [  # every pair of values
+        pytest.param("adaln_zero", "fp32", 1, marks=pytest.mark.quick),
+        ("adaln_zero", "bf16", 3),
+        ("adaln_zero", "fp16", 1),
+        ("adaln", "fp32", 3),
+        ("adaln", "bf16", 1),
+        ("adaln", "fp16", 3),
+    ],
+)
 def test_outputs_and_every_gradient(conditioning, dtype, batch):
     config = replace(TINY, conditioning=conditioning, hidden_size=144)
     assert not failures(check_model(config, DTYPES[dtype], batch=batch))
@@ -75,9 +84,9 @@ def test_training_steps(autocast):
         model = randomize_(build(TINY)).to(dtype).train()
         optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
         losses = []
-        for step in range(4):
+        for step in range(3):
             torch.manual_seed(step)
-            x0, t, y = random_batch(TINY, 3, dtype=dtype, seed=step)
+            x0, t, y = random_batch(TINY, 2, dtype=dtype, seed=step)
             noise = torch.randn(x0.shape).to(x0)
             with torch.autocast("cpu", LOW, enabled=autocast and dtype == torch.float32):
                 loss = diffusion_loss(model, x0, t, y, noise)
@@ -96,7 +105,7 @@ def test_fullgraph_compile(conditioning):
     slow = randomize_(reference.DiT(config)).eval()
     fast = DiT(config).eval()
     fast.load_state_dict(slow.state_dict())
-    inputs = random_batch(config, 3)
+    inputs = random_batch(config, 2)
     fast.compile(fullgraph=True, backend="aot_eager")
     actual, yardstick = (run_model(model, *inputs) for model in (fast, slow))
     oracle = run_model(copy.deepcopy(slow).double(), *inputs)

@@ -10,8 +10,8 @@ from torch import nn
 import ditfast
 from ditfast import ops, reference
 from ditfast.kernels import modulations as kernels
-from ditfast.model.blocks import reads
 from ditfast.parity import judge, relative_error
+from ditfast.plain import are_readable
 from ditfast.testing.inputs import random_batch, randomize_
 from tests.model import conftest as models
 
@@ -24,30 +24,30 @@ def pair():
     return models.pair(TINY)
 
 
-def told(model, t, y):
-    """What the blocks and the final layer are told."""
+def modulations(model, t, y):
+    """Those of the blocks and the final layer, each by its own Linear."""
     c = model.t_embedder(t) + model.y_embedder(y)
     return torch.cat([layer.adaLN_modulation(c) for layer in (*model.blocks, model.final_layer)], dim=1)
 
 
 @torch.no_grad()
 def assert_right(fast, slow, inputs):
-    exact = told(copy.deepcopy(slow).double(), *inputs[1:])
-    verdict = judge("model", fast.modulation(*inputs[1:]), told(slow, *inputs[1:]), exact, torch.float32)
+    exact = modulations(copy.deepcopy(slow).double(), *inputs[1:])
+    verdict = judge("model", fast.modulation(*inputs[1:]), modulations(slow, *inputs[1:]), exact, torch.float32)
     assert verdict.ok, verdict
 
 
 @pytest.fixture
 def launches(monkeypatch):
     """How many Linears each launch took."""
-    seen, own = [], kernels.modulations
+    counts, original = [], kernels.modulations
 
     def spy(c, weights, *rest):
-        seen.append(len(weights))
-        return own(c, weights, *rest)
+        counts.append(len(weights))
+        return original(c, weights, *rest)
 
     monkeypatch.setattr(kernels, "modulations", spy)
-    return seen
+    return counts
 
 
 def load_in_place(fast, other):
@@ -59,8 +59,8 @@ def load_by_assignment(fast, other):
 
 
 def swap_data(fast, other):
-    for mine, theirs in zip(fast.parameters(), other.parameters(), strict=True):
-        mine.data = theirs.data.clone()
+    for parameter, target in zip(fast.parameters(), other.parameters(), strict=True):
+        parameter.data = target.data.clone()
 
 
 def swap_data_twice(fast, other):
@@ -71,14 +71,14 @@ def swap_data_twice(fast, other):
 
 def average(fast, other):
     with torch.no_grad():
-        for mine, theirs in zip(fast.parameters(), other.parameters(), strict=True):
-            mine.lerp_(theirs, 1.0)
+        for parameter, target in zip(fast.parameters(), other.parameters(), strict=True):
+            parameter.lerp_(target, 1.0)
 
 
 def replace_parameters(fast, other):
-    for mine, theirs in zip(fast.modules(), other.modules(), strict=True):
-        for name, parameter in theirs.named_parameters(recurse=False):
-            setattr(mine, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+    for module, target in zip(fast.modules(), other.modules(), strict=True):
+        for name, parameter in target.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
 
 
 def convert_and_back(fast, other):
@@ -88,14 +88,14 @@ def convert_and_back(fast, other):
 
 
 def write_through_data(fast, other):
-    for mine, theirs in zip(fast.parameters(), other.parameters(), strict=True):
-        mine.data.copy_(theirs.data)
+    for parameter, target in zip(fast.parameters(), other.parameters(), strict=True):
+        parameter.data.copy_(target.data)
 
 
 def step_to(fast, other):
     """By a fused optimiser, which leaves the parameters' version counters as they are."""
-    for mine, theirs in zip(fast.parameters(), other.parameters(), strict=True):
-        mine.grad = mine.detach() - theirs.detach()
+    for parameter, target in zip(fast.parameters(), other.parameters(), strict=True):
+        parameter.grad = parameter.detach() - target.detach()
     parameters = [parameter for parameter in fast.parameters() if parameter.requires_grad]
     torch.optim.SGD(parameters, lr=1.0, fused=True).step()
 
@@ -131,12 +131,12 @@ def test_a_write_by_a_reference_from_before_and_a_copy():
     inputs = random_batch(TINY, 2)
     data = [parameter.data for parameter in fast.parameters()]
     with ops.use_backend("triton"):
-        kept, before = copy.deepcopy(fast), fast.modulation(*inputs[1:])
-        for mine in data:
-            mine.mul_(1.5)
+        twin, before = copy.deepcopy(fast), fast.modulation(*inputs[1:])
+        for values in data:
+            values.mul_(1.5)
         slow.load_state_dict(fast.state_dict())
         assert_right(fast, slow, inputs)
-        assert torch.equal(kept.modulation(*inputs[1:]), before)
+        assert torch.equal(twin.modulation(*inputs[1:]), before)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -155,8 +155,8 @@ def test_a_transform_leaves_nothing_behind(frozen):
 def test_autocast_reads_the_weights_as_they_are_stored(monkeypatch):
     fast, slow = pair()
     inputs = random_batch(TINY, 2)
-    stored, own = [], kernels.modulations
-    monkeypatch.setattr(kernels, "modulations", lambda c, weights, *a: stored.append(weights) or own(c, weights, *a))
+    stored, original = [], kernels.modulations
+    monkeypatch.setattr(kernels, "modulations", lambda c, w, *rest: stored.append(w) or original(c, w, *rest))
     with ops.use_backend("triton"), torch.autocast("cpu", torch.bfloat16):
         low = fast.modulation(*inputs[1:])
     assert [weight.data_ptr() for weight in stored[0]] == [
@@ -164,7 +164,7 @@ def test_autocast_reads_the_weights_as_they_are_stored(monkeypatch):
     ]
     assert low.dtype == torch.bfloat16
     with torch.no_grad():
-        assert relative_error(low, told(slow, *inputs[1:])) < torch.finfo(torch.bfloat16).eps
+        assert relative_error(low, modulations(slow, *inputs[1:])) < torch.finfo(torch.bfloat16).eps
 
 
 class Doubled(nn.Linear):
@@ -201,9 +201,9 @@ def test_where_a_layer_is_another_each_runs_its_own(change, launches):
 
 def test_sparse_weights_are_not_read():
     linear = nn.Linear(24, 8)
-    assert reads(linear)
+    assert are_readable(linear)
     linear.weight = nn.Parameter(linear.weight.detach().to_sparse(), requires_grad=False)
-    assert not reads(linear)
+    assert not are_readable(linear)
 
 
 def written_by_a_hook(block, _):
@@ -238,16 +238,16 @@ def replica(model):
 def test_a_replica_trains(launches):
     fast, slow = pair()
     inputs = random_batch(TINY, 2)
-    found = []
+    gradients = []
     for model in (fast, slow):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("adaLN" in name)
         with ops.use_backend("triton" if model is fast else "torch"):
             (replica(model) if model is fast else model)(*inputs).square().sum().backward()
-        found.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
     assert launches == [TINY.depth + 1]
-    for mine, theirs in zip(*found, strict=True):
-        assert relative_error(mine, theirs) < 1e-4
+    for actual, expected in zip(*gradients, strict=True):
+        assert relative_error(actual, expected) < 1e-4
 
 
 def test_a_silu_that_writes_its_input():
@@ -354,12 +354,12 @@ def test_no_parameter_shares_its_storage_and_savers_keep_all(save, tmp_path):
     fast, _ = pair()
     with ops.use_backend("triton"):
         fast.modulation(*random_batch(TINY, 2)[1:])
-    held = list(fast.state_dict().values())
-    assert len({value.untyped_storage().data_ptr() for value in held}) == len(held)
-    assert all(value.untyped_storage().nbytes() == value.nbytes for value in held)
-    wanted, found = state_of(fast), save(fast, tmp_path)
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    tensors = list(fast.state_dict().values())
+    assert len({value.untyped_storage().data_ptr() for value in tensors}) == len(tensors)
+    assert all(value.untyped_storage().nbytes() == value.nbytes for value in tensors)
+    expected, saved = state_of(fast), save(fast, tmp_path)
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], value) for name, value in expected.items())
 
 
 def test_reset_cache_is_refused_by_name():

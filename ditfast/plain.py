@@ -1,0 +1,114 @@
+"""Whether a module's parts may be read instead of called.
+
+A fused forward reads parameters where the module's own forward would call a layer. That is allowed only while the call
+would do nothing else: no subclass (LoRA, sharding), no forward of its own (offloading), no hooks.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.module import _has_any_global_hook
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks of its own, before or after its forward or backward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether a module is exactly of this class, with its class's forward and without hooks, its own or global.
+
+    Global hooks are not seen while compiling.
+    """
+    if type(module) is not kind or "forward" in module.__dict__ or has_hooks(module):
+        return False
+    return torch.compiler.is_compiling() or not _has_any_global_hook()
+
+
+def is_as_built(model: nn.Module) -> bool:
+    """Whether a model's results follow from its parameters, buffers and layers: torch's and ditfast's, unwrapped.
+
+    Others (LoRA's, parametrised or sharded ones) may go by Python values that change without a trace.
+    """
+    return all(
+        type(module).__module__.startswith(("torch.nn.modules.", "ditfast.")) and is_plain(module, type(module))
+        for module in model.modules()
+    )
+
+
+def are_readable(*linears: nn.Module) -> bool:
+    """Whether Linears may be read as their parameters, which must be tensors that the kernels can read in turn."""
+    if not all(map(is_plain, linears)):
+        return False
+    tensors = (tensor for linear in linears for tensor in (linear.weight, linear.bias) if tensor is not None)
+    kinds = (Tensor, nn.Parameter, FakeTensor)
+    return all(type(tensor) in kinds and tensor.layout == torch.strided for tensor in tensors)
+
+
+def is_plain_modulation(modulation: nn.Module | None) -> bool:
+    """Whether an adaLN_modulation is what it was built as, so that its Linear may be read apart from its SiLU."""
+    return (
+        isinstance(modulation, nn.Sequential)
+        and is_plain(modulation, nn.Sequential)
+        and len(modulation) == 2
+        and is_plain(modulation[0], nn.SiLU)
+        and not cast(nn.SiLU, modulation[0]).inplace  # which writes c
+    )
+
+
+def norm_reason(name: str, norm: Any) -> str | None:
+    """Why a norm is not a LayerNorm without parameters over the last axis and without hooks, or None."""
+    if type(norm) is not nn.LayerNorm or "forward" in norm.__dict__:
+        return f"{name} is {type(norm).__name__}, not torch's LayerNorm"
+    if norm.elementwise_affine:
+        return f"{name} has parameters, the modulated norm has none"
+    if len(norm.normalized_shape) != 1:
+        return f"{name} must run over one axis, got {tuple(norm.normalized_shape)}"
+    return f"{name} has hooks, which the fused forward would skip" if has_hooks(norm) else None
+
+
+def is_plain_norm(norm: nn.Module) -> bool:
+    """Whether the modulated norm may stand for it as things stand."""
+    return is_plain(norm, nn.LayerNorm) and norm_reason("norm", norm) is None
+
+
+def is_identity(module: nn.Module, training: bool = False) -> bool:
+    """Whether a module without hooks passes its input on unchanged: an identity, a dropout (when not training)."""
+    if has_hooks(module) or "forward" in module.__dict__:
+        return False
+    if type(module) is nn.Identity:
+        return True
+    probability = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "drop_prob", None)
+    if isinstance(probability, (int, float)) and not list(module.parameters()) and not list(module.children()):
+        return not training or probability == 0
+    return False
+
+
+def other_children(module: nn.Module, *roles: str) -> dict[str, nn.Module]:
+    """The children besides those in ``roles``."""
+    return {name: child for name, child in module._modules.items() if name not in roles and child is not None}
+
+
+def others_are_identities(module: nn.Module, *roles: str) -> bool:
+    """Whether all children besides those in ``roles`` may be left out as things stand."""
+    children = other_children(module, *roles).values()
+    return all(is_identity(child, child.training) and is_plain(child, type(child)) for child in children)
+
+
+def unknown_part(module: nn.Module, *roles: str) -> str | None:
+    """What a forward written for ``roles`` would leave out: parameters, buffers or children of its own, or None."""
+    own = [name for kind in (module._parameters, module._buffers) for name, x in kind.items() if x is not None]
+    if own:
+        return f"it has {own[0]}, which the fused forward does not know"
+    for name, child in other_children(module, *roles).items():
+        if has_hooks(child):
+            return f"{name} has hooks, which the fused forward would skip"
+        if not is_identity(child):
+            return f"it has {name} ({type(child).__name__}), which the fused forward does not know"
+    return None
