@@ -17,7 +17,7 @@ from ditfast.testing.operators import Shape
 pytest.importorskip("triton")
 from ditfast.bench.tune import command, measure, plan, table  # noqa: E402
 from ditfast.kernels.configs import tables  # noqa: E402
-from tests.tune.conftest import BRIEF, CPU, FAST, GPU, Doubling, pretend  # noqa: E402
+from tests.tune.made_up import BRIEF, CPU, FAST, GPU, Doubling, pretend  # noqa: E402
 
 
 def invoke(*arguments: str | Path) -> Result:

@@ -46,7 +46,7 @@ from ditfast.kernels.configs import rows as row_config
 from ditfast.kernels.configs.gemm import GemmConfig  # noqa: E402
 from ditfast.kernels.configs.rows import RowConfig  # noqa: E402
 from ditfast.ops.attention_implementations import Case, choose  # noqa: E402
-from tests.tune.conftest import BRIEF, GPU, new_table, pretend  # noqa: E402
+from tests.tune.made_up import BRIEF, GPU, new_table, pretend  # noqa: E402
 
 CPU = torch.device("cpu")
 CHOICES = ("attention_inference", "attention_training")

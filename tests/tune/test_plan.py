@@ -22,7 +22,7 @@ from ditfast.bench.tune import measure, plan  # noqa: E402
 from ditfast.bench.tune import table as tune_table
 from ditfast.bench.tune.measure import choose, measure_task  # noqa: E402
 from ditfast.kernels.configs import tables  # noqa: E402
-from tests.tune.conftest import BRIEF, CPU, FAST, GPU, HEURISTIC, Choice, Doubling, new_table, run, task  # noqa: E402
+from tests.tune.made_up import BRIEF, CPU, FAST, GPU, HEURISTIC, Choice, Doubling, new_table, run, task  # noqa: E402
 
 
 def spread(ms: float) -> Spread:
