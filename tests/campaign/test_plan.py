@@ -118,6 +118,7 @@ def test_an_archive_that_was_laid_out_in_part_is_no_campaign(tmp_path: Path, mon
     assert here == there
 
 
+@pytest.mark.quick
 def test_caches_are_packed_when_they_have_changed_and_come_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +172,7 @@ def lines_of(results: Results | None, state: str | None = "done", note: str = ""
     return figures([step("one", "", title="what for")], done, {} if results is None else {"one": results})
 
 
+@pytest.mark.quick
 def test_the_table_says_value_parity_and_rival() -> None:
     rows = [
         model_row("reference", 20.0),
@@ -268,6 +270,7 @@ def test_every_command_line_of_the_plan_is_valid(rehearsal: bool) -> None:
                 get_provider(name)
 
 
+@pytest.mark.quick
 def test_a_rehearsal_has_the_real_plans_steps_and_options() -> None:
     """Each is the command of the real plan, but for sizes and the device."""
     for tiny, real in zip(plan(rehearsal=True), plan(), strict=True):

@@ -30,6 +30,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
 
 
+@pytest.mark.quick
 @pytest.mark.usefixtures("no_gpu")
 def test_a_dry_run_needs_no_gpu() -> None:
     result = invoke("--dry-run", "--model", "DiT-S/8", "--batch", "256")
