@@ -1,4 +1,4 @@
-"""A run beside an older one: what became worse comes first, and is of ditfast alone called a regression."""
+"""A run beside an older one: what became worse comes first; only ditfast's own rows are called regressions."""
 
 from __future__ import annotations
 

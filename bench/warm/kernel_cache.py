@@ -1,4 +1,4 @@
-"""A Triton cache as a thing to carry: what of it is needed, whether it fits another machine, and packing it.
+"""A Triton cache to carry: which files are needed, whether it fits another machine, and packing it.
 
 What Triton looks a compiled kernel up by (triton 3.6 and 3.7, ``compiler.get_cache_key``): every file of its wheel that
 compiles, libtriton.so among them, so that the wheel for another Python is another key; the kernel's source, its line in
