@@ -153,14 +153,14 @@ def test_the_sdist_holds_no_second_copy_of_the_rooms(built: Built) -> None:
 
 def test_the_rooms_import_from_the_wheel(installed: Environment, tmp_path: Path) -> None:
     script = (
-        "import json, importlib.resources as r, ditfast, ditfast.kernels, ditfast.bench, ditfast.parity as p; "
+        "import json, importlib.resources as r, ditfast, ditfast.kernels, ditfast.bench, ditfast.bench.options as o; "
         "read = lambda package, name: json.loads(r.files(package).joinpath(name).read_text())['from']; "
-        "print(json.dumps([ditfast.__file__, p.__file__, "
+        "print(json.dumps([ditfast.__file__, o.__file__, "
         "read('ditfast.kernels', 'configs/stand-in.json'), read('ditfast.bench', 'stand-in.json')]))"
     )
-    face, parity, *data = json.loads(installed.run("-c", script, cwd=tmp_path))
+    face, options, *data = json.loads(installed.run("-c", script, cwd=tmp_path))
     assert Path(face) == installed.site_packages / "ditfast" / "__init__.py"
-    assert Path(parity) == installed.site_packages / "ditfast" / "bench" / "parity.py"
+    assert Path(options) == installed.site_packages / "ditfast" / "bench" / "options.py"
     assert data == ["kernels", "bench"]
 
 
@@ -203,7 +203,7 @@ def test_an_installed_distribution_of_that_name_wins_over_the_folder(
 
 
 def test_the_command_is_the_module(installed: Environment, tmp_path: Path) -> None:
-    for arguments in (["--version"], ["--help"], ["convert", "--help"]):
+    for arguments in (["--version"], ["convert", "--help"]):
         by_script = installed.run(*arguments, cwd=tmp_path, program="ditfast")
         assert by_script == installed.run("-m", "ditfast", *arguments, cwd=tmp_path)
         assert "ditfast" in by_script

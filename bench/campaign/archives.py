@@ -48,18 +48,18 @@ class Caches:
             ValueError: an archive that is damaged or holds no cache.
             OSError: it cannot be read.
         """
-        said, kernels = [], []
+        lines, kernels = [], []
         for archive in archives:
             if all(name.startswith(_INDUCTOR_PREFIX) for name, _ in read_archive(archive)):
-                said.append(f"{archive}: {len(extract(archive, self._folder))} files of Inductor's cache")
+                lines.append(f"{archive}: {len(extract(archive, self._folder))} files of Inductor's cache")
             else:
                 kernels.append(archive)
         if kernels:
-            said.append(f"{', '.join(map(str, kernels))}: {unpack(kernels, self._kernels)} kernels")
+            lines.append(f"{', '.join(map(str, kernels))}: {unpack(kernels, self._kernels)} kernels")
             manifest = read_manifest(self._kernels)
             if manifest is not None and (misfit := fits(manifest)):
-                said.append(f"not all of which are taken here, the others are compiled when needed: {misfit}")
-        return said
+                lines.append(f"not all of which are taken here, the others are compiled when needed: {misfit}")
+        return lines
 
     def pack(self) -> list[Path]:
         """Writes the archives of what has changed since the last call."""

@@ -157,12 +157,12 @@ def load(opened: Campaign) -> dict[str, Results]:
     results = {}
     for path in opened.result_files():
         try:
-            found = Results.load(path)
+            loaded = Results.load(path)
         except ValueError as error:
             typer.echo(f"left out: {error}", err=True)
             continue
-        if changed := renewing(found.environment, opened.environment):
-            found.older += [Older(row, changed) for row in found.rows]
-            found.rows = []
-        results[path.stem] = found
+        if changed := renewing(loaded.environment, opened.environment):
+            loaded.older += [Older(row, changed) for row in loaded.rows]
+            loaded.rows = []
+        results[path.stem] = loaded
     return results

@@ -253,8 +253,8 @@ class Campaign:
                     running.remove(item)
                     done = self._outcome(item, code, item.asked is not None)
                     self._note(item.step, done)
-                    told = ": ".join(filter(None, (f"{done.state} after {done.seconds:.0f} s", done.note)))
-                    report(f"{item.step.name}: {told}")
+                    outcome = ": ".join(filter(None, (f"{done.state} after {done.seconds:.0f} s", done.note)))
+                    report(f"{item.step.name}: {outcome}")
                 if running:
                     time.sleep(_POLL_SECONDS)
         except BaseException:
@@ -325,10 +325,10 @@ def _groups(steps: Sequence[Step]) -> list[list[Step]]:
 def _identity(path: Path) -> tuple[int, int] | None:
     """What changes whenever a file is written anew."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_ino
+    return status.st_mtime_ns, status.st_ino
 
 
 def _said(path: Path) -> tuple[State, str]:

@@ -38,14 +38,14 @@ def figures(steps: Sequence[Step], done: Mapping[str, Done], results: Mapping[st
         done: name -> what became of it.
         results: name -> its result file, where there is one.
     """
-    found: list[Figure] = []
+    rows: list[Figure] = []
     for step in steps:
         state, there = done.get(step.name), results.get(step.name)
         lines = _figures_of(step, there) if there is not None else []
         if not lines or (state is not None and state.state in ("cut", "failed")):
             lines.append(Figure(step.name, step.title, _state(state, bool(lines)), None, ""))
-        found += lines
-    return found
+        rows += lines
+    return rows
 
 
 def _state(done: Done | None, has_figures: bool) -> str:
@@ -61,10 +61,10 @@ def _figures_of(step: Step, results: Results) -> list[Figure]:
     for item in results.older:
         kept.setdefault(item.why, []).append(item.row)
     of = {"verify": _verified, "memory": _memory}.get(results.suite, _timed)
-    found = [*of(step, results.rows, "")]
+    lines = [*of(step, results.rows, "")]
     for why, rows in kept.items():
-        found += [figure._replace(older=True) for figure in of(step, rows, f"older: {why}")]
-    return found
+        lines += [figure._replace(older=True) for figure in of(step, rows, f"older: {why}")]
+    return lines
 
 
 def _verified(step: Step, rows: Sequence[Any], note: str) -> Iterable[Figure]:
@@ -107,8 +107,8 @@ def _timed(step: Step, rows: Sequence[Any], note: str) -> Iterable[Figure]:
         notes += [f"{row.provider}: {row.note}" for row in case if not row.is_ours and row.note]
         value = _value(best)
         judged = not wrong if any(row.parity is not None or row.status == "error" for row in ours) else None
-        told = "; ".join(filter(None, [*notes, note]))
-        yield Figure(step.name, _named(best), value, judged, _rival(best, case), told)
+        remarks = "; ".join(filter(None, [*notes, note]))
+        yield Figure(step.name, _named(best), value, judged, _rival(best, case), remarks)
 
 
 def _value(row: Any) -> str:

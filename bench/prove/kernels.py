@@ -120,8 +120,8 @@ def kernel_functions() -> dict[str, Any]:
     from ditfast import kernels
 
     try:
-        modules = [import_module(f"{kernels.__name__}.{found.name}") for found in iter_modules(kernels.__path__)]
+        modules = [import_module(f"{kernels.__name__}.{info.name}") for info in iter_modules(kernels.__path__)]
     except ImportError:
         return {}
-    found = {name: value for module in modules for name, value in vars(module).items()}
-    return {name: value for name, value in found.items() if name.startswith("_") and name.endswith("_kernel")}
+    members = {name: value for module in modules for name, value in vars(module).items()}
+    return {name: value for name, value in members.items() if name.startswith("_") and name.endswith("_kernel")}

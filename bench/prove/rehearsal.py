@@ -295,12 +295,12 @@ def unreached(outcomes: Sequence[Outcome]) -> list[str]:
     from ditfast.kernels.rehearsal import GPUS
 
     known = set(kernel_functions())
-    found = []
+    missing = []
     for arch in dict.fromkeys(outcome.part.arch for outcome in outcomes):
         wanted = known if GPUS[arch].capability[0] in PERSISTENT else known - {"_gemm_tma_kernel"}
         seen = {item.kernel for outcome in outcomes if outcome.part.arch == arch for item in outcome.compilations}
-        found += [f"{name} was never launched on {arch}" for name in sorted(wanted - seen)]
-    return found
+        missing += [f"{name} was never launched on {arch}" for name in sorted(wanted - seen)]
+    return missing
 
 
 def to_json(outcomes: Sequence[Outcome]) -> dict[str, Any]:

@@ -54,16 +54,16 @@ def model_plots(machine: Machine, palette: Palette) -> list[Plot]:
     for row in machine.rows("models"):
         key = (row.mode, row.dtype, tuple(row.latent_size), row.conditioning, row.batch)
         groups.setdefault(key, []).append(row)
-    found = []
+    plots = []
     for (mode, dtype, latent, design, batch), rows in groups.items():
-        what = f"{mode_name(mode)}, {dtype}, {pixels(latent)}, batch {batch}"
+        conditions = f"{mode_name(mode)}, {dtype}, {pixels(latent)}, batch {batch}"
         if design != "adaln_zero":
-            what += f", {design}"
+            conditions += f", {design}"
         if any(row.ms for row in rows):
-            found.append(_throughput(machine, what, rows, palette))
+            plots.append(_throughput(machine, conditions, rows, palette))
         if any(row.ceiling_share is not None for row in rows):
-            found.append(_shares(machine, what, rows, palette))
-    return found
+            plots.append(_shares(machine, conditions, rows, palette))
+    return plots
 
 
 def memory_plots(machine: Machine, palette: Palette) -> list[Plot]:
@@ -71,7 +71,7 @@ def memory_plots(machine: Machine, palette: Palette) -> list[Plot]:
     groups: dict[tuple[Any, ...], list[MemoryRow]] = {}
     for row in machine.rows("memory"):
         groups.setdefault((row.mode, row.dtype, row.batch), []).append(row)
-    found = []
+    plots = []
     for (mode, dtype, batch), rows in groups.items():
         for name, title in (("peak_bytes", "Peak memory"), ("saved_bytes", "Saved for the backward")):
             if not any(getattr(row, name) for row in rows):
@@ -88,10 +88,10 @@ def memory_plots(machine: Machine, palette: Palette) -> list[Plot]:
             groups_of = _ordered(rows)
             png, width = _draw(f"{title}: {what}, {machine.where}", "GiB", groups_of, {}, bars, palette, note)
             alt = f"Bars: {title.lower()} in GiB of {_whom(bars)}; {what}, {machine.where}."
-            found.append(
+            plots.append(
                 _plot(f"memory-{name.split('_')[0]}", title, "memory", machine, what, alt, png, width)
             )
-    return found
+    return plots
 
 
 def _throughput(machine: Machine, what: str, rows: Sequence[ModelRow], palette: Palette) -> Plot:

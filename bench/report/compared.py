@@ -1,4 +1,4 @@
-"""A run beside an older one: what became worse comes first, and is of ditfast alone called a regression."""
+"""A run beside an older one: what became worse comes first; only ditfast's own rows are called regressions."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .tables import Cell, Table, blank, columns_of
 def comparison_table(pair: Compared) -> Table:
     """Every row of both runs; what became worse comes first."""
     order = {"slower": 0, "faster": 1, "tie": 2}
-    found = pair.comparison
+    comparison = pair.comparison
     rows = [
         [Cell(row_name(row)), *blank(4), _worse(row, what)]
-        for gone, what in ((found.lost, "no longer runs"), (found.unticked, "parity lost"))
+        for gone, what in ((comparison.lost, "no longer runs"), (comparison.unticked, "parity lost"))
         for row in gone
     ]
-    for change in sorted(found.changes, key=lambda change: order[change.verdict]):
+    for change in sorted(comparison.changes, key=lambda change: order[change.verdict]):
         numbers = [digits(change.old_ms), digits(change.new_ms), factor(change.speedup)]
         noise = percent(timed(change.row).noise)
         rows.append([Cell(row_name(change.row)), *map(Cell, numbers), Cell(noise), _verdict(change)])

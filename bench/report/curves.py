@@ -56,9 +56,9 @@ def scaling_plots(machine: Machine, palette: Palette) -> list[Plot]:
     return plots
 
 
-def _panel(axes: Axes, axis: Axis, held: str, found: Sequence[Curve], palette: Palette) -> None:
-    order = provider_order(curve.provider for curve in found)
-    for curve in sorted(found, key=lambda curve: order.index(curve.provider)):
+def _panel(axes: Axes, axis: Axis, held: str, group: Sequence[Curve], palette: Palette) -> None:
+    order = provider_order(curve.provider for curve in group)
+    for curve in sorted(group, key=lambda curve: order.index(curve.provider)):
         points = [(p.value, p.row.ms, p.row.parity) for p in curve.measured if p.row.ms]
         color, ours = palette[curve.provider], curve.measured[0].row.is_ours
         x, y = [value for value, _, _ in points], [ms.median for _, ms, _ in points]
@@ -77,7 +77,7 @@ def _panel(axes: Axes, axis: Axis, held: str, found: Sequence[Curve], palette: P
         for value, ms, parity in points:
             face = color if parity else "white"
             axes.plot([value], [ms.median], marker=marker, markersize=5, color=color, markerfacecolor=face)
-    values = sorted({point.value for curve in found for point in curve.measured})
+    values = sorted({point.value for curve in group for point in curve.measured})
     low, high = axes.get_ylim()
     plain_log(axes, "x")
     plain_log(axes, "y", sparse=high > 1000 * max(low, 1e-9))
@@ -89,7 +89,7 @@ def _panel(axes: Axes, axis: Axis, held: str, found: Sequence[Curve], palette: P
     axes.grid(color="#E3E3E3", linewidth=0.7)
     low, high = axes.get_ylim()
     # room above the curves for the legend
-    axes.set_ylim(low, high * (high / low) ** (0.11 * len(found)))
+    axes.set_ylim(low, high * (high / low) ** (0.11 * len(group)))
     axes.legend(fontsize=SMALL, frameon=False, loc="upper left", borderaxespad=0.2, labelspacing=0.25)
 
 

@@ -156,11 +156,11 @@ def _grouped(runs: Iterable[Run], verb: str) -> list[Machine]:
 def _identity(results: Results) -> tuple[object, ...]:
     environment = results.environment
     gpu, packages = part(environment, "gpu"), part(environment, "packages")
-    found = [device_label(results)]
-    found += [str(gpu.get(name)) for name in ("driver", "cuda")] if is_gpu(results) else []
-    found += [str(packages.get(name)) for name in ("torch", "triton", "diffusers")]
-    found += [str(environment.get(name)) for name in ("ditfast", "commit", "source")]
-    return (*found, bool(environment.get("dirty")))
+    parts = [device_label(results)]
+    parts += [str(gpu.get(name)) for name in ("driver", "cuda")] if is_gpu(results) else []
+    parts += [str(packages.get(name)) for name in ("torch", "triton", "diffusers")]
+    parts += [str(environment.get(name)) for name in ("ditfast", "commit", "source")]
+    return (*parts, bool(environment.get("dirty")))
 
 
 def _overlap(machine: Machine, run: Run) -> bool:
@@ -174,12 +174,12 @@ def _compare(old: Run, machines: Sequence[Machine]) -> list[Compared]:
         raise ValueError(
             f"--compare {old.name}: must be of a suite with times ({', '.join(COMPARABLE)}), got {suite}"
         )
-    found = []
+    pairs = []
     for machine in machines:
         for run in machine.of(suite):
             if device_label(run.results) == device:
-                found.append(Compared(old.name, run.name, machine.label, compare(old.results, run.results)))
-    if not found:
+                pairs.append(Compared(old.name, run.name, machine.label, compare(old.results, run.results)))
+    if not pairs:
         raise ValueError(f"--compare {old.name}: none of the results is of the suite {suite} on {device}")
     # with several files of a suite, those that share no row with the old one say nothing
-    return [pair for pair in found if pair.comparison.changes or pair.comparison.lost] or found
+    return [pair for pair in pairs if pair.comparison.changes or pair.comparison.lost] or pairs

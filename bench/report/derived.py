@@ -61,12 +61,12 @@ def largest_ops(rows: Iterable[OpRow]) -> list[list[OpRow]]:
     for row in rows:
         shape = (row.batch, row.tokens, row.width)
         groups.setdefault((row.operator, row.direction, row.dtype), {}).setdefault(shape, []).append(row)
-    found = []
+    largest = []
     for shapes in groups.values():
         ran = [shape for shape, members in shapes.items() if any(row.ms for row in members)]
         if ran:
-            found.append(shapes[max(ran, key=lambda shape: shape[0] * shape[1] * shape[2])])
-    return found
+            largest.append(shapes[max(ran, key=lambda shape: shape[0] * shape[1] * shape[2])])
+    return largest
 
 
 def lacks_bytes(row: MemoryRow) -> bool:

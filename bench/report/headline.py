@@ -85,8 +85,8 @@ def headlines(rows: Iterable[ModelRow]) -> list[Headline]:
     for row in rows:
         cases.setdefault(row.case, []).append(row)
     return [
-        Headline(found, _fastest([row for row in found if row.is_ours and row.parity is True]))
-        for found in cases.values()
+        Headline(members, _fastest([row for row in members if row.is_ours and row.parity is True]))
+        for members in cases.values()
     ]
 
 

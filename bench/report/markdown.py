@@ -78,19 +78,19 @@ def _lines(columns: Sequence[tuple[str, bool]], rows: Iterable[Sequence[str]]) -
 
 def _heading(machine: Machine) -> list[str]:
     """The device, the conditions, the limits, and what a reader must know."""
-    found = [f"## {escape(machine.label)}", f"{escape(machine.short_conditions)}."]
+    lines = [f"## {escape(machine.label)}", f"{escape(machine.short_conditions)}."]
     if (limits := limits_text(machine.ceilings)) is not None:
-        found.append(f"Limits measured in the same runs: {escape(limits)}.")
-    return found + [escape(remark) for remark in machine.remarks]
+        lines.append(f"Limits measured in the same runs: {escape(limits)}.")
+    return lines + [escape(remark) for remark in machine.remarks]
 
 
 def _models(machine: Machine) -> list[str]:
-    found = headlines(machine.rows("models"))
-    if not found:
+    cases = headlines(machine.rows("models"))
+    if not cases:
         return []
     names = [("model", False), ("size", False), ("batch", True), ("dtype", False), ("mode", False)]
     rows = []
-    for item in found:
+    for item in cases:
         row = item.case
         case = [model_name(row), pixels(row.latent_size), str(row.batch), row.dtype, mode_name(row.mode)]
         rows.append([*case, *item.cells])
@@ -99,13 +99,13 @@ def _models(machine: Machine) -> list[str]:
 
 def _operators(machine: Machine) -> list[str]:
     """Each operator at its largest shape."""
-    found = largest_ops(machine.rows("ops"))
-    if not found:
+    operators = largest_ops(machine.rows("ops"))
+    if not operators:
         return []
-    providers = list(dict.fromkeys(row.provider for members in found for row in members))
+    providers = list(dict.fromkeys(row.provider for members in operators for row in members))
     columns = [("operator", False), *((f"{name}, ms", True) for name in providers)]
     columns += [("ditfast's rate", True), ("of limit", True), ("parity", False), ("best over best", True)]
-    return [pipes(columns, [_operator(members, providers) for members in found]), _OPS_NOTE]
+    return [pipes(columns, [_operator(members, providers) for members in operators]), _OPS_NOTE]
 
 
 def _operator(members: Sequence[OpRow], providers: Sequence[str]) -> list[str]:

@@ -93,7 +93,7 @@ def _machine(anchor: str, machine: Machine, plots: Sequence[Plot], report: Repor
 def _unmeasured(machine: Machine) -> list[str]:
     """What no table says: that nothing was measured, and whom the default options left out, with the reason."""
     settings = [run.results.settings.get("providers_left_out") for run in machine.of("models")]
-    reasons = {name: why for found in settings if isinstance(found, dict) for name, why in found.items()}
+    reasons = {name: why for left_out in settings if isinstance(left_out, dict) for name, why in left_out.items()}
     shown = {row.provider for row in machine.rows("models")}
     nothing = [] if any(run.results.rows for run in machine.runs) else ["Nothing was measured."]
     return nothing + [f"Not measured: {name}: {why}." for name, why in reasons.items() if name not in shown]

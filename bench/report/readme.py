@@ -51,13 +51,13 @@ def _chosen(machines: Iterable[Machine]) -> list[tuple[Machine, Headline]]:
     """The cases; of one measured again under the same conditions, the run with most rivals, then with most rows."""
     best: dict[tuple[object, ...], tuple[tuple[int, int], Machine, Headline]] = {}
     for machine in machines:
-        for found in headlines(machine.rows("models")):
-            ran = [row for row in found.rows if row.ms is not None]
+        for headline in headlines(machine.rows("models")):
+            ran = [row for row in headline.rows if row.ms is not None]
             worth = (sum(not row.is_ours for row in ran), len(ran))
-            case = (machine.identity, found.case.case)
+            case = (machine.identity, headline.case.case)
             if case not in best or worth > best[case][0]:
-                best[case] = (worth, machine, found)
-    return [(machine, found) for _, machine, found in best.values()]
+                best[case] = (worth, machine, headline)
+    return [(machine, headline) for _, machine, headline in best.values()]
 
 
 def first_difference(old: str, new: str) -> str | None:

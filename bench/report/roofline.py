@@ -57,13 +57,13 @@ def located(rows: Iterable[ModelRow], costs: Iterable[CostRow]) -> list[Point]:
     its case moves other bytes: both are left out.
     """
     known = {row.key: row for row in costs}
-    found = []
+    points = []
     for row in filter(_locatable, rows):
         names = (row.model, row.conditioning, row.latent_size, row.batch, row.dtype, row.mode)
         cost = known.get((*names, _TRACED_AS[row.provider]))
         if cost is not None and row.tflops:
-            found.append((cost.intensity, row.tflops, row))
-    return found
+            points.append((cost.intensity, row.tflops, row))
+    return points
 
 
 def lacks_costs(machine: Machine, computed: Sequence[Machine]) -> bool:

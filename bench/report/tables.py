@@ -88,7 +88,7 @@ def op_tables(machine: Machine) -> list[Table]:
 def scaling_tables(machine: Machine) -> list[Table]:
     rows: list[ScalingRow] = machine.rows("scaling")
     columns = ("axis", "value", "model", "batch", "mode", "provider", *_MODEL_COLUMNS)
-    found = []
+    lines = []
     for item in rows:
         row = item.row
         cells = [
@@ -98,43 +98,43 @@ def scaling_tables(machine: Machine) -> list[Table]:
             str(row.batch),
             f"{mode_name(row.mode)}, {row.dtype}",
         ]
-        found.append([*map(Cell, cells), Cell(row.provider), *_model_cells(row)])
+        lines.append([*map(Cell, cells), Cell(row.provider), *_model_cells(row)])
     text = ("axis", "model", "mode", "provider", "parity", "note")
-    return [Table(f"Scaling on {machine.label}", columns_of(columns, text), found)] if found else []
+    return [Table(f"Scaling on {machine.label}", columns_of(columns, text), lines)] if lines else []
 
 
 def sample_tables(machine: Machine) -> list[Table]:
     rows: list[SampleRow] = machine.rows("sample")
     case = ("model", "batch", "dtype", "sampler", "steps", "guidance", "provider")
     columns = (*case, "images/s", "ms", "quartiles", "error", "bound", "parity", "speed-up", "note")
-    found = []
+    lines = []
     for row in rows:
         names = [model_name(row), str(row.batch), row.dtype, row.sampler, str(row.steps), f"{row.cfg_scale:g}"]
         numbers = [_status(row, digits(row.images_per_s)), *_times(row)]
         errors = [Cell(_science(row.error)), Cell(_science(row.bound))]
         cells = [*map(Cell, [*names, row.provider]), *numbers, *errors]
-        found.append([*cells, _tick(row), _speedup(row), Cell(row.note, "quiet")])
+        lines.append([*cells, _tick(row), _speedup(row), Cell(row.note, "quiet")])
     text = ("model", "dtype", "sampler", "provider", "parity", "speed-up", "note")
     title = f"Sampling trajectories, latents only, on {machine.label}"
-    return [Table(title, columns_of(columns, text), found)] if found else []
+    return [Table(title, columns_of(columns, text), lines)] if lines else []
 
 
 def memory_tables(machine: Machine) -> list[Table]:
     rows: list[MemoryRow] = machine.rows("memory")
     columns = ("model", "batch", "mode", "provider", "peak", "saved for backward", "largest batch", "note")
-    found = []
+    lines = []
     for row in rows:
         cells = [model_name(row), str(row.batch), f"{mode_name(row.mode)}, {row.dtype}", row.provider]
         largest = "-" if row.max_batch is None else f"{row.max_batch:,}"
         peak = Cell("no bytes", "bad") if lacks_bytes(row) else _status(row)
-        found.append(
+        lines.append(
             [*map(Cell, cells), peak, Cell(size(row.saved_bytes)), Cell(largest), Cell(row.note, "quiet")]
         )
     text = ("model", "mode", "provider", "note")
     title = (
         "Memory, traced on meta tensors, not measured" if machine.is_traced else f"Memory on {machine.label}"
     )
-    return [Table(title, columns_of(columns, text), found)] if found else []
+    return [Table(title, columns_of(columns, text), lines)] if lines else []
 
 
 def host_tables(machine: Machine) -> list[Table]:
@@ -169,13 +169,13 @@ def host_tables(machine: Machine) -> list[Table]:
 def verify_tables(machine: Machine) -> list[Table]:
     rows: list[VerifyRow] = machine.rows("verify")
     columns = ("subject", "backend", "dtype", "worst tensor", "error", "eager PyTorch's", "bound", "verdict")
-    found = []
+    lines = []
     for row in rows:
         numbers = [_science(row.error), _science(row.yardstick), _science(row.bound)]
         verdict = Cell("✓", "good") if row.ok else Cell("✗ failed", "bad")
-        found.append([*map(Cell, [row.subject, row.backend, row.dtype, row.note or row.tensor, *numbers]), verdict])
+        lines.append([*map(Cell, [row.subject, row.backend, row.dtype, row.note or row.tensor, *numbers]), verdict])
     text = ("subject", "backend", "dtype", "worst tensor", "verdict")
-    return [Table(f"Numerics on {machine.label}", columns_of(columns, text), found)] if found else []
+    return [Table(f"Numerics on {machine.label}", columns_of(columns, text), lines)] if lines else []
 
 
 def cost_tables(machine: Machine) -> list[Table]:

@@ -108,8 +108,8 @@ def _named_apart(plots: list[Plot]) -> list[Plot]:
 
 
 def _providers(report: Report) -> set[str]:
-    found = set()
+    names = set()
     for machine in [*report.machines, *report.computed]:
         rows = [*machine.rows("models"), *machine.rows("ops"), *machine.rows("memory")]
-        found |= {row.provider for row in [*rows, *(item.row for item in machine.rows("scaling"))]}
-    return found
+        names |= {row.provider for row in [*rows, *(item.row for item in machine.rows("scaling"))]}
+    return names

@@ -1,1 +1,1 @@
-"""``ditfast warm``: kernels compiled ahead, and a Triton cache as a thing to carry."""
+"""``ditfast warm``: kernels compiled ahead, and a Triton cache that is carried to another machine."""

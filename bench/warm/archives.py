@@ -152,15 +152,15 @@ def _is_inside(name: str) -> bool:
 
 def _checked(files: Iterable[tuple[str, Path]]) -> Files:
     """Sorted by name."""
-    found = sorted(files)
-    names = [name for name, _ in found]
+    ordered = sorted(files)
+    names = [name for name, _ in ordered]
     for name in names:
         if not _is_inside(name):
             raise ValueError(f"a name in an archive must be relative and without '..', got {name!r}")
     if len(set(names)) < len(names):
         twice = next(name for name, after in zip(names, names[1:], strict=False) if name == after)
         raise ValueError(f"names in an archive must differ, got {twice!r} twice")
-    return found
+    return ordered
 
 
 def _chunks(files: Files, size: int) -> Iterator[_Chunk]:

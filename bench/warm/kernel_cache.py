@@ -1,4 +1,4 @@
-"""A Triton cache as a thing to carry: what of it is needed, whether it fits another machine, and packing it.
+"""A Triton cache to carry: which files are needed, whether it fits another machine, and packing it.
 
 What Triton looks a compiled kernel up by (triton 3.6 and 3.7, ``compiler.get_cache_key``): every file of its wheel that
 compiles, libtriton.so among them, so that the wheel for another Python is another key; the kernel's source, its line in
@@ -210,7 +210,7 @@ def facts(cache: Path) -> dict[str, Any]:
     """
     manifest = read_manifest(cache)
     names = set(kernel_functions())
-    found = [path for path in cache.glob(f"*/{_GROUP}*.json") if path.stem.removeprefix(_GROUP) in names]
+    groups = [path for path in cache.glob(f"*/{_GROUP}*.json") if path.stem.removeprefix(_GROUP) in names]
     warmed, missing = None, None
     if manifest is not None:
         there = {path.parent.name for path in cache.glob(f"*/{_GROUP}*.json")}
@@ -218,7 +218,7 @@ def facts(cache: Path) -> dict[str, Any]:
         missing = sum(len({*entry["kernels"]} - there) for entry in manifest["architectures"].values())
     return {
         "folder": str(cache),
-        "kernels": len(found),
+        "kernels": len(groups),
         "warmed": warmed,
         "missing": missing,
         "misfit": None if manifest is None else fits(manifest),

@@ -17,6 +17,7 @@ from ditfast.bench.cases import transforms
 from ditfast.bench.warm import kernel_cache
 from ditfast.bench.warm.archives import extract, read_archive, write_archive, write_archives
 from ditfast.cli.command import app
+from ditfast.environment import cache_folder
 
 SO = sysconfig.get_config_var("EXT_SUFFIX")
 NAMES = ("triton", "build", "python", "platform", "ptxas")
@@ -354,6 +355,6 @@ def test_torch_compile_leaves_triton_its_cache(monkeypatch):
     """Inductor points Triton elsewhere where nobody has chosen a folder, for all later kernels of the process."""
     monkeypatch.setenv("TRITON_CACHE_DIR", "")
     monkeypatch.delenv("TRITON_CACHE_DIR")
-    usual = kernel_cache.cache_folder()
+    usual = cache_folder()
     transforms.compiled(lambda inputs: inputs[0])
     assert os.environ["TRITON_CACHE_DIR"] == str(usual)

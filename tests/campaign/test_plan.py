@@ -8,25 +8,31 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import typer
 
 from ditfast.bench.campaign import command as campaign_command
 from ditfast.bench.campaign.archives import Caches, pack_results, unpack_results
 from ditfast.bench.campaign.plan import plan
-from ditfast.bench.campaign.run import Campaign, Done
+from ditfast.bench.campaign.run import Campaign, Done, Step
 from ditfast.bench.campaign.table import Figure, figures, has_parity
+from ditfast.bench.cases.case import parse_mode
+from ditfast.bench.cases.providers import get_provider
 from ditfast.bench.records.files import Older, Results
 from ditfast.bench.records.rows import VerifyRow
+from ditfast.bench.suites import ops
 from ditfast.bench.warm import kernel_cache
 from ditfast.bench.warm.archives import read_archive, write_archive
 from ditfast.bench.warm.kernel_cache import MANIFEST, SCHEMA
+from ditfast.cli.command import app
+from ditfast.config import MODELS
+from ditfast.testing.operators import OPERATORS
 from tests.campaign.conftest import model_row, states, step, write
 
-
-def renew(campaign: Campaign, archives: Path) -> None:
-    pack_results(campaign, archives)
+CUDA = torch.device("cuda", 0)
 
 
 INTERRUPTS = """
@@ -39,7 +45,7 @@ if not os.path.exists(r'{json}'):
 """
 
 
-@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("at", [0, pytest.param(1, marks=pytest.mark.long), 2, pytest.param(3, marks=pytest.mark.long)])
 def test_an_interruption_loses_nothing_that_was_done_and_the_archive_goes_on_elsewhere(at: int, tmp_path: Path) -> None:
     """What is in the archive at that moment is enough."""
     steps = [step(f"s{index}", write(f"done {index}"), beside=index < 2) for index in range(4)]
@@ -48,7 +54,7 @@ def test_an_interruption_loses_nothing_that_was_done_and_the_archive_goes_on_els
     campaign, archives = Campaign.open(tmp_path / "here"), tmp_path / "archives"
     archives.mkdir()
     with pytest.raises(KeyboardInterrupt):
-        campaign.run(cut, 120, lambda what: None, lambda: renew(campaign, archives))
+        campaign.run(cut, 120, lambda what: None, lambda: pack_results(campaign, archives))
     assert states(campaign)[f"s{at}"] == "cut"
     [archive] = archives.iterdir()
     unpack_results(archive, tmp_path / "there")
@@ -112,6 +118,7 @@ def test_an_archive_that_was_laid_out_in_part_is_no_campaign(tmp_path: Path, mon
     assert here == there
 
 
+@pytest.mark.quick
 def test_caches_are_packed_when_they_have_changed_and_come_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +172,7 @@ def lines_of(results: Results | None, state: str | None = "done", note: str = ""
     return figures([step("one", "", title="what for")], done, {} if results is None else {"one": results})
 
 
+@pytest.mark.quick
 def test_the_table_says_value_parity_and_rival() -> None:
     rows = [
         model_row("reference", 20.0),
@@ -232,35 +240,90 @@ def test_parity_of_verify_names_what_is_missed() -> None:
     assert (line.value, line.parity, line.note) == ("1 of 2 hold", False, "gated_residual, kernel, fp32")
 
 
-def test_the_whole_plan_is_rehearsed_interrupted_and_gone_on_with_from_its_archive(tmp_path: Path) -> None:
-    """Every command line is valid and every file appears: what fails for a typo would fail on somebody's GPU."""
+def parsed(step: Step) -> dict[str, Any]:
+    """The options of a step's command of ditfast by their names; fails where one is unknown or has a wrong type."""
+    words = [word.replace("{seconds}", "60s") for word in step.command[2:]]
+    command: Any = typer.main.get_command(app)
+    while hasattr(command, "commands"):
+        command = command.commands[words.pop(0)]
+    return dict(command.make_context(step.name, words).params)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("rehearsal", [False, True])
+def test_every_command_line_of_the_plan_is_valid(rehearsal: bool) -> None:
+    """What fails for a typo would fail on somebody's GPU; the long test below runs all of them."""
+    for item in plan(rehearsal=rehearsal):
+        if item.name == "gpu-tests":
+            continue
+        options = parsed(item)
+        assert set(options.get("model") or ()) <= set(MODELS)
+        assert set(options.get("operator") or ()) <= set(OPERATORS)
+        for mode in options.get("mode") or ():
+            parse_mode(mode)
+        if (names := options.get("providers")) is None:
+            continue
+        for name in names.split(","):
+            if "ops" in item.command:
+                assert any(name in ops.providers(operator, "forward", CUDA) for operator in OPERATORS), (item, name)
+            else:
+                get_provider(name)
+
+
+@pytest.mark.quick
+def test_a_rehearsal_has_the_real_plans_steps_and_options() -> None:
+    """Each is the command of the real plan, but for sizes and the device."""
+    for tiny, real in zip(plan(rehearsal=True), plan(), strict=True):
+        assert tiny.name == real.name
+        assert {word for word in real.command if word.startswith("--")} <= {*tiny.command, "--device"}
+
+
+@pytest.mark.subprocess
+@pytest.mark.parametrize(
+    ("names", "interrupted"),
+    [
+        (("adaln", "tune"), ("adaln",)),
+        pytest.param(None, ("verify", "forward-xl2", "adaln"), marks=pytest.mark.long, id="all"),
+    ],
+)
+def test_the_plan_is_rehearsed_interrupted_and_gone_on_with_from_its_archive(
+    names: tuple[str, ...] | None, interrupted: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Every command line is valid and every file appears."""
     out, archives = tmp_path / "out", tmp_path / "archives"
+    steps = [item for item in plan(rehearsal=True) if names is None or item.name in names]
+    script = (
+        "from ditfast.bench.campaign import plan as module\n"
+        "from ditfast.cli.command import main\n"
+        "plan = module.plan\n"
+        f"module.plan = lambda *options: [step for step in plan(*options) if step.name in {[s.name for s in steps]}]\n"
+        "main()"
+    )
 
     def run(*arguments: object, until: str | None = None) -> tuple[int, str, str]:
         """Interrupted, with ``until``, when that step has saved a row."""
-        command = [sys.executable, "-m", "ditfast", "bench", "campaign", "--rehearse", "--budget", "1h"]
+        command = [sys.executable, "-c", script, "bench", "campaign", "--rehearse", "--budget", "1h"]
         process = subprocess.Popen(
             [*command, *map(str, arguments)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         assert process.stderr is not None and process.stdout is not None
-        said = []
+        lines = []
         for text in process.stderr:
-            said.append(text)
+            lines.append(text)
             if until is not None and text.startswith(f"{until}: up to"):
                 while not (out / f"{until}.json").exists() and process.poll() is None:
                     time.sleep(0.05)
                 process.terminate()
-        return process.wait(), process.stdout.read(), "".join(said)
+        return process.wait(), process.stdout.read(), "".join(lines)
 
-    for name in ("verify", "forward-xl2", "adaln"):
-        code, _, said = run("--out", out, "--archives", archives, until=name)
-        assert code == 130, said
+    for name in interrupted:
+        code, _, errors = run("--out", out, "--archives", archives, until=name)
+        assert code == 130, errors
     there = tmp_path / "there"
-    code, printed, said = run("--out", there, "--resume", archives / "results.tar.xz", "--archives", archives)
-    assert code == 0, said + printed
-    assert "forward-xl2: up to" not in said  # done before
+    code, printed, errors = run("--out", there, "--resume", archives / "results.tar.xz", "--archives", archives)
+    assert code == 0, errors + printed
+    assert "forward-xl2: up to" not in errors  # done before
 
-    steps = plan(rehearsal=True)
     state = json.loads((there / "campaign.state").read_text())["steps"]
     packed = dict(read_archive(archives / "results.tar.xz"))
     for item in steps:
@@ -269,14 +332,10 @@ def test_the_whole_plan_is_rehearsed_interrupted_and_gone_on_with_from_its_archi
         if item.suite and not item.skip:
             assert Results.load(there / f"{item.name}.json").complete
             assert f"{item.name}.json" in packed and f"logs/{item.name}.txt" in packed
-    # each is the command of the real plan, but for sizes and the device
-    for tiny, real in zip(steps, plan(), strict=True):
-        assert tiny.name == real.name
-        assert {word for word in real.command if word.startswith("--")} <= {*tiny.command, "--device"}
     # nothing is left to do, and the line it ends with works
-    code, printed, said = run("--out", there, "--archives", archives)
-    assert code == 0 and "up to" not in said
-    words = next(text for text in said.splitlines() if "bench report" in text).split("ditfast bench report ")
+    code, printed, errors = run("--out", there, "--archives", archives)
+    assert code == 0 and "up to" not in errors
+    words = next(text for text in errors.splitlines() if "bench report" in text).split("ditfast bench report ")
     pattern = Path(words[1].split()[0])
     assert len(sorted(pattern.parent.glob(pattern.name))) == sum(item.suite and not item.skip for item in steps)
 

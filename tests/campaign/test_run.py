@@ -22,6 +22,7 @@ from ditfast.cli.command import app
 from tests.campaign.conftest import model_row, states, step, write
 
 
+@pytest.mark.quick
 def test_steps_run_in_order_and_once(tmp_path: Path) -> None:
     log = tmp_path / "order.txt"
     note = f"open({str(log)!r}, 'a').write"
@@ -61,9 +62,9 @@ time.sleep(60)
 
 def test_a_step_past_its_limit_is_cut_after_saving_and_goes_on_later(tmp_path: Path) -> None:
     campaign = Campaign.open(tmp_path)
-    steps = [step("slow", SLOW, limit=4.0), step("next", write("next"))]
+    steps = [step("slow", SLOW, limit=2.0), step("next", write("next"))]
     start = time.monotonic()
-    campaign.run(steps, 30.0, lambda what: None, grace=20.0, minimum=3.0)
+    campaign.run(steps, 25.0, lambda what: None, grace=20.0, minimum=1.5)
     assert time.monotonic() - start < 60
     assert states(campaign) == {"slow": "cut", "next": "done"}
     assert campaign.steps["slow"].note == "its time was up"
@@ -98,6 +99,7 @@ while not other.exists():
     assert list(campaign.steps)[-1] == "after"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("complete", "ended", "code", "state"),
     [
@@ -180,8 +182,8 @@ time.sleep(60)
 
 def test_all_that_are_overdue_are_asked_to_end_at_once(tmp_path: Path) -> None:
     campaign = Campaign.open(tmp_path)
-    steps = [step(name, OVERDUE, beside=True, limit=4.0) for name in "abc"]
-    campaign.run(steps, 24.0, lambda what: None, grace=20.0, minimum=3.9)
+    steps = [step(name, OVERDUE, beside=True, limit=2.5) for name in "abc"]
+    campaign.run(steps, 22.5, lambda what: None, grace=20.0, minimum=2.0)
     assert [(done.state, done.exit_code) for done in campaign.steps.values()] == [("cut", 7)] * 3
 
 
@@ -210,6 +212,7 @@ def test_a_step_knows_its_own_budget(tmp_path: Path) -> None:
     assert (tmp_path / "two.json").read_text() == "102s"  # twice the time that the plan is made for
 
 
+@pytest.mark.quick
 def test_an_interruption_stops_the_step_and_keeps_the_state(tmp_path: Path) -> None:
     campaign = Campaign.open(tmp_path)
 
@@ -272,6 +275,7 @@ def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["bench", "campaign", *map(str, arguments)])
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -29,6 +29,7 @@ KERNELS = (
 )  # fmt: skip
 
 
+@pytest.mark.quick
 def test_kernels_that_nothing_reached():
     everything = (*KERNELS, "_gemm_tma_kernel")
     assert rehearsal.unreached([outcome(compiled=everything)]) == []
@@ -79,6 +80,7 @@ def test_not_in_the_interpreter():
         next(rehearsal.rehearse())
 
 
+@pytest.mark.quick
 def test_what_is_uncomputed_has_its_shape_strides_and_dtype():
     weight, x = torch.randn(5, 8), torch.randn(2, 7, 8).bfloat16()
     grown = torch.randn(3, 4)

@@ -37,6 +37,7 @@ FIRST, SECOND, THIRD = (made_up(name, fakes.passes) for name in ("first", "secon
 RAISING = made_up("raising", fakes.raises)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
 def test_every_check_is_in_one_group(device: torch.device) -> None:
     found = checks(device)
@@ -62,6 +63,7 @@ def test_every_check_is_in_one_group(device: torch.device) -> None:
     assert [item.key for item in only] == [item.key for item in found if item.group[1] != "fp16"]
 
 
+@pytest.mark.quick
 def test_kernels_are_checked_whatever_the_choice() -> None:
     kernels = {name for name, operator in OPERATORS.items() if operator.kernel}
     assert {item.subject for item in checks(CUDA) if item.backend == "kernel"} == kernels
@@ -71,11 +73,13 @@ def test_kernels_are_checked_whatever_the_choice() -> None:
         assert mixed == ({"bf16, fp32 stream", "fp16, fp32 stream"} if operator.mixed else set())
 
 
+@pytest.mark.quick
 def test_the_worst_tensor_is_the_row() -> None:
     row = run_check(made_up("it", fakes.misses), CPU)
     assert row == VerifyRow("it", "torch", "fp32", "bad", None, 1e-8, 2e-8, False)
 
 
+@pytest.mark.quick
 def test_an_exception_is_a_failed_row() -> None:
     row = run_check(RAISING, CPU)
     note = "RuntimeError: no kernel for [/this]"
@@ -275,6 +279,7 @@ def verify(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, ["verify", "--device", "cpu", *map(str, arguments)])
 
 
+@pytest.mark.quick
 def test_the_command_goes_on_after_a_failure(plan: Callable[..., None], tmp_path: Path) -> None:
     path = tmp_path / "verify.json"
     plan(FIRST, RAISING, SECOND)
@@ -317,6 +322,7 @@ def test_the_table_is_in_the_order_of_the_checks(
     assert lines == ["first", "second", "third"]
 
 
+@pytest.mark.quick
 def test_continue_judges_what_is_missing_or_failed(plan: Callable[..., None], tmp_path: Path) -> None:
     path = tmp_path / "verify.json"
     plan(FIRST, RAISING)
@@ -377,6 +383,7 @@ def test_interrupted_it_keeps_what_it_has_and_leaves_no_process(plan: Callable[.
     assert Results.load(path, "verify").complete
 
 
+@pytest.mark.quick
 def test_interrupted_before_the_first_row(plan: Callable[..., None], tmp_path: Path) -> None:
     def interrupted(device: torch.device) -> Any:
         raise KeyboardInterrupt

@@ -17,6 +17,7 @@ from tests.report.conftest import model_row, results, spread
 E = math.e
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("values", "times", "expected"),
     [
@@ -82,6 +83,7 @@ def pair(old: list, new: list, **environment: object) -> Compared:
     return Compared("old.json", "new.json", "Test GPU", found)
 
 
+@pytest.mark.quick
 def test_a_full_comparison_by_hand() -> None:
     """then / now: slower, faster, tied, and three that were lost, of ditfast and of rivals."""
     times = {

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,71 +52,65 @@ ASK = """<script>addEventListener('load', () => {
 });</script>"""
 # a window is never narrower than 500 pixels, a frame is
 AROUND = """<!doctype html><style>:root { color-scheme: light dark; } iframe { border: 0; }</style>
-<pre id="answer"></pre>
-<script>addEventListener('message', e => { document.querySelector('pre').textContent = e.data; });</script>
-<iframe src="PAGE" width="WIDTH" height="900"></iframe>"""
+<script>addEventListener('message', e => {
+  const frame = [...document.querySelectorAll('iframe')].findIndex(f => f.contentWindow === e.source);
+  document.querySelectorAll('pre')[frame].textContent = e.data;
+});</script>"""
+FRAME = '<pre class="answer"></pre><iframe src="{page}" width="{width}" height="900"></iframe>'
+# a page with every fault
+FAULTY = "<p style='color:#999'>grey</p><div style='width:2000px'>wide</div><img src='data:image/png;base64,AAAA'>"
 
 
 @pytest.fixture(scope="module")
 def browser() -> str:
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if found is None:
+    path = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if path is None:
         pytest.skip(f"needs a headless browser; none of {', '.join(BROWSERS)} is on the PATH")
-    return found
+    return path
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of every suite and a comparison, with the questions in it."""
+    """The page of every suite and a comparison, with the questions in it; a faulty page lies beside it."""
     pytest.importorskip("matplotlib", reason="needs matplotlib, of the extra bench")
-    found = gather(
-        [Run(f"{i}.json", item) for i, item in enumerate(everything())], [Run("old.json", twelve_models())]
-    )
-    text = render(found)["report.html"].decode()
+    runs = [Run(f"{i}.json", item) for i, item in enumerate(everything())]
+    text = render(gather(runs, [Run("old.json", twelve_models())]))["report.html"].decode()
     path = tmp_path_factory.mktemp("page") / "asked.html"
-    path.write_text(
-        text.replace("<head>", "<head>" + WATCH).replace("</body>", ASK + "</body>"), encoding="utf-8"
-    )
+    path.write_text(text.replace("<head>", "<head>" + WATCH).replace("</body>", ASK + "</body>"), encoding="utf-8")
+    faulty = f"<head>{WATCH}</head><body>{FAULTY}<script>none()</script>{ASK}</body>"
+    path.with_name("faulty.html").write_text(faulty, encoding="utf-8")
     return path
 
 
-def ask(browser: str, page: Path, width: int, *options: str) -> dict[str, Any]:
-    profile = page.parent / f"profile-{width}-{len(options)}"
-    around = page.with_name(f"around-{width}.html")
-    around.write_text(AROUND.replace("PAGE", page.name).replace("WIDTH", str(width)), encoding="utf-8")
-    command = [
-        browser,
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--no-first-run",
-    ]
-    command += [
-        f"--user-data-dir={profile}",
-        "--virtual-time-budget=20000",
-        "--window-size=1400,1000",
-        *options,
-    ]
-    ran = subprocess.run(
-        [*command, "--dump-dom", around.as_uri()], capture_output=True, timeout=240, check=False
-    )
-    found = re.search(r'<pre id="answer">(.*?)</pre>', ran.stdout.decode(), re.DOTALL)
-    assert found, ran.stderr.decode()[-2000:]
-    return json.loads(html.unescape(found[1]))  # type: ignore[no-any-return]
+def ask(browser: str, frames: Sequence[tuple[Path, int]], *options: str) -> list[dict[str, Any]]:
+    """The answers of pages, each in a frame of a width, by one start of the browser."""
+    folder = frames[0][0].parent / f"profile-{len(frames)}-{len(options)}"
+    folder.mkdir()
+    around = folder.with_suffix(".html")
+    around.write_text(AROUND + "".join(FRAME.format(page=page.name, width=width) for page, width in frames))
+    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+    command += [f"--user-data-dir={folder}", "--virtual-time-budget=20000", "--window-size=1400,1000", *options]
+    ran = subprocess.run([*command, "--dump-dom", around.as_uri()], capture_output=True, timeout=240, check=False)
+    answers = re.findall(r'<pre class="answer">(.+?)</pre>', ran.stdout.decode(), re.DOTALL)
+    assert len(answers) == len(frames), ran.stderr.decode()[-2000:]
+    return [json.loads(html.unescape(answer)) for answer in answers]
+
+
+@pytest.fixture(scope="module")
+def answers(browser: str, page: Path) -> dict[str, dict[str, Any]]:
+    """Of the page on a desktop, on a phone and in the dark, and of the faulty one."""
+    desktop, phone, faulty = ask(browser, [(page, 1280), (page, 390), (page.with_name("faulty.html"), 1280)])
+    [dark] = ask(browser, [(page, 1280)], "--blink-settings=preferredColorScheme=0")
+    return {"desktop": desktop, "phone": phone, "dark": dark, "faulty": faulty}
 
 
 @pytest.mark.subprocess
-@pytest.mark.parametrize(
-    ("width", "options"),
-    [(1280, ()), (390, ()), (1280, ("--blink-settings=preferredColorScheme=0",))],
-    ids=["desktop", "phone", "dark"],
-)
-def test_the_page_is_readable(browser: str, page: Path, width: int, options: tuple[str, ...]) -> None:
-    answer = ask(browser, page, width, *options)
+@pytest.mark.parametrize(("name", "width"), [("desktop", 1280), ("phone", 390), ("dark", 1280)])
+def test_the_page_is_readable(name: str, width: int, answers: dict[str, dict[str, Any]]) -> None:
+    answer = answers[name]
     assert answer["errors"] == []
     assert answer["width"] == width
-    assert (max(answer["background"]) < 60) == bool(options)
+    assert (max(answer["background"]) < 60) == (name == "dark")
     # what is wider scrolls in a container of its own
     assert answer["scroll"] <= width and answer["wide"] == []
     assert len(answer["images"]) == 10
@@ -130,12 +125,9 @@ def test_the_page_is_readable(browser: str, page: Path, width: int, options: tup
 
 
 @pytest.mark.subprocess
-def test_the_questions_find_what_they_are_for(browser: str, tmp_path: Path) -> None:
+def test_the_questions_find_what_they_are_for(answers: dict[str, dict[str, Any]]) -> None:
     """A page with every fault is caught: otherwise the test above would prove nothing."""
-    body = "<p style='color:#999'>grey</p><div style='width:2000px'>wide</div><img src='data:image/png;base64,AAAA'>"
-    path = tmp_path / "bad.html"
-    path.write_text(f"<head>{WATCH}</head><body>{body}<script>none()</script>{ASK}</body>", encoding="utf-8")
-    answer = ask(browser, path, 1280)
+    answer = answers["faulty"]
     assert any("none is not defined" in error for error in answer["errors"])
     assert answer["wide"] == ["DIV"] and answer["scroll"] > 1280
     assert answer["contrast"][0] == pytest.approx(2.85, abs=0.01)

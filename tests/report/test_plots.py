@@ -39,6 +39,7 @@ def test_colours_are_fixed_distinct_and_ours_are_blue() -> None:
     assert figure.provider_order(["ditfast", "mine", "reference"]) == ["reference", "mine", "ditfast"]
 
 
+@pytest.mark.quick
 def test_a_bar_without_a_tick_is_marked() -> None:
     row = model_row()
     assert bars._bar(row, 1.0) == bars.Bar(1.0)
@@ -85,6 +86,7 @@ def test_every_letter_of_the_plots_is_legible_and_within(figures: list[Any]) -> 
             assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, (plot.name, text)
 
 
+@pytest.mark.quick
 def test_the_throughput_figure_shows_marks_and_speedups(figures: list[Any]) -> None:
     draw(report_of(made.twelve_models()))
     words = [text.get_text() for axes in figures[0].axes for text in axes.texts]

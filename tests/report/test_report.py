@@ -44,6 +44,7 @@ def test_nothing_is_known_of_the_environment() -> None:
     assert "unnamed CPU, an unknown number of threads" in files["report.html"].decode()
 
 
+@pytest.mark.quick
 def test_a_headline_needs_a_tick() -> None:
     slow, fast = model_row("ditfast", 8.0), model_row("ditfast-graph", 4.0, parity=False)
     rivals = [
@@ -70,6 +71,7 @@ def test_a_headline_needs_a_tick() -> None:
                            "1.00x, a tie over diffusers", "88 % of matmul"]  # fmt: skip
 
 
+@pytest.mark.quick
 def test_bad_news_is_on_the_page() -> None:
     rows = [
         model_row("reference", 8.0),
@@ -95,6 +97,7 @@ def test_bad_news_is_on_the_page() -> None:
     assert "(1 row)</summary>" in text and "Not measured" not in text
 
 
+@pytest.mark.quick
 def test_every_row_is_in_the_tables_with_its_reason() -> None:
     results_ = made.twelve_models()
     [machine] = report_of(results_).machines
@@ -140,6 +143,7 @@ def save(folder: Path, *found: Results) -> list[Path]:
     return paths
 
 
+@pytest.mark.quick
 def test_the_command_writes_all_files_and_marks_regressions(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs matplotlib, of the extra bench")
     before, after = model_row(ms=10.0), model_row(ms=20.0)

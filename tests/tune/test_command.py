@@ -17,7 +17,7 @@ from ditfast.testing.operators import Shape
 pytest.importorskip("triton")
 from ditfast.bench.tune import command, measure, plan, table  # noqa: E402
 from ditfast.kernels.configs import tables  # noqa: E402
-from tests.tune.conftest import BRIEF, CPU, FAST, GPU, Doubling, pretend  # noqa: E402
+from tests.tune.made_up import BRIEF, CPU, FAST, GPU, Doubling, pretend  # noqa: E402
 
 
 def invoke(*arguments: str | Path) -> Result:
@@ -30,6 +30,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
 
 
+@pytest.mark.quick
 @pytest.mark.usefixtures("no_gpu")
 def test_a_dry_run_needs_no_gpu() -> None:
     result = invoke("--dry-run", "--model", "DiT-S/8", "--batch", "256")

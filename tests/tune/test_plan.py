@@ -22,7 +22,7 @@ from ditfast.bench.tune import measure, plan  # noqa: E402
 from ditfast.bench.tune import table as tune_table
 from ditfast.bench.tune.measure import choose, measure_task  # noqa: E402
 from ditfast.kernels.configs import tables  # noqa: E402
-from tests.tune.conftest import BRIEF, CPU, FAST, GPU, HEURISTIC, Choice, Doubling, new_table, run, task  # noqa: E402
+from tests.tune.made_up import BRIEF, CPU, FAST, GPU, HEURISTIC, Choice, Doubling, new_table, run, task  # noqa: E402
 
 
 def spread(ms: float) -> Spread:
@@ -30,6 +30,7 @@ def spread(ms: float) -> Spread:
 
 
 
+@pytest.mark.quick
 def test_only_right_candidates_that_run_may_win(tmp_path: Path) -> None:
     """The wrong ones and those that fail would be the fastest; the first reason is in the line."""
     wrong, failing = Choice(4, factor=2.01), Choice(8, error="out of resource: shared memory")
@@ -53,6 +54,7 @@ def test_only_right_candidates_that_run_may_win(tmp_path: Path) -> None:
     assert (outcome.winner, outcome.heuristic, outcome.tried) == ("2 warps", "1 warps", 5)
 
 
+@pytest.mark.quick
 def test_the_heuristic_loses_only_by_more_than_the_noise() -> None:
     times = {"heuristic": spread(1.0), "other": spread(0.97), "slow": spread(2.0)}
     assert choose(times, "heuristic", 0.02) == "other"
@@ -78,6 +80,7 @@ def test_a_heuristic_that_is_wrong_is_replaced(tmp_path: Path) -> None:
     assert "against the heuristic's which does not run" in line
 
 
+@pytest.mark.quick
 def test_a_candidate_that_fails_later_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """When it is captured, or in the middle of the timing."""
     sampler = measure._Contest._sampler
@@ -181,6 +184,7 @@ def interrupting(shape: Shape) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.quick
 def test_an_interruption_keeps_what_there_is_and_a_later_run_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     tasks = [task(hook=interrupting, tokens=tokens) for tokens in (8, 16, 32, 64)]
@@ -242,6 +246,7 @@ def test_a_table_is_never_half_written(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.quick
 def test_a_table_is_data_for_people(tmp_path: Path) -> None:
     table = new_table(tmp_path / "table.json")
     for tokens in (1024, 8, 64):

@@ -52,7 +52,7 @@ FORWARD = ["warm", "--arch", "sm_80", "--model", "DiT-S/8", "--mode", "forward",
 COUNTING = """
 import json, torch, triton
 from triton.runtime import build
-from ditfast.bench import rehearsal
+from ditfast.bench.prove import rehearsal
 from ditfast.bench.options import named_configs
 from ditfast.bench.prove.uncomputed import Uncomputed
 from ditfast.kernels.rehearsal import rehearse
