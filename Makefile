@@ -94,8 +94,10 @@ gpu-stack: $(GPU_STAMP)
 rehearsal: $(GPU_STAMP)
 	$(IN_GPU_STACK) ditfast rehearse --full
 
+# an architecture in each of two processes
 kernels-oldest: $(GPU_STAMP)
-	$(IN_GPU_STACK) ditfast kernels
+	$(IN_GPU_STACK) ditfast kernels --arch sm_80 & other=$$!; \
+	$(IN_GPU_STACK) ditfast kernels --arch sm_90; status=$$?; wait $$other && exit $$status
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
