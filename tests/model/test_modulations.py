@@ -330,7 +330,10 @@ def saved_as_a_model(model, folder):
 
 def saved_by_accelerate(model, folder):
     accelerate = pytest.importorskip("accelerate", reason="needs the package accelerate (make env installs it)")
-    accelerate.Accelerator(cpu=True).save_model(model, folder)
+    try:
+        accelerate.Accelerator(cpu=True).save_model(model, folder)
+    finally:
+        accelerate.state.AcceleratorState._reset_state(True)  # shared by all Accelerators of a process
     return saved_files(folder)
 
 
