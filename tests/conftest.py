@@ -1,8 +1,9 @@
-"""Shared by all tests: two torch threads, a fixed seed, and the markers of what a machine may lack."""
+"""Shared by all tests: torch's threads, a fixed seed, and the markers of what a machine may lack."""
 
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import random
 import shutil
@@ -23,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(2)
+    # of two workers on two cores each has one: threads that wait for each other cost more than they bring
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     # known before a module is collected, so before triton is imported and CUDA looks for devices: in one process
     # kernels are launched or run in Triton's interpreter, and whatever is not a GPU test is the same on every machine
     if not _is_for("gpu", config.option.markexpr):
@@ -50,6 +52,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker(marker)]
         items[:] = [item for item in items if not item.get_closest_marker(marker)]
         config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    # torch, triton and the tests themselves are a million objects, which every full collection would walk
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
