@@ -148,8 +148,8 @@ def named_configs(names: Sequence[str], sizes: Sequence[str], conditioning: str)
 
 def listed(names: str | None, default: Iterable[str]) -> list[str]:
     """The names of an option that takes them by commas, each once; the default ones where it is not given."""
-    parts = default if names is None else names.split(",")
-    return list(dict.fromkeys(name.strip() for name in parts if name.strip()))
+    items = default if names is None else names.split(",")
+    return list(dict.fromkeys(name.strip() for name in items if name.strip()))
 
 
 def chosen_providers(
@@ -162,10 +162,10 @@ def chosen_providers(
     """
     from .cases.providers import PROVIDERS, get_provider
 
-    wanted = listed(names, default)
-    if not wanted:
+    requested = listed(names, default)
+    if not requested:
         raise ValueError(f"--providers must name at least one of {', '.join(PROVIDERS)}, got {names!r}")
-    chosen = [get_provider(name) for name in wanted]
+    chosen = [get_provider(name) for name in requested]
     reasons = {provider.name: provider.unavailable(cases[0], device) for provider in chosen}
     if all(provider.unavailable(case, device) for provider in chosen for case in cases):
         listing = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())

@@ -102,11 +102,11 @@ def test_drawing(timed: Timed, size: str, what: str) -> None:
     def weights() -> list[torch.Tensor]:
         return list(randomize_(model).parameters())
 
-    drawn = timed(
+    tensors = timed(
         weights if what == "weights" else lambda: random_batch(config, 8),
         group=f"{size}, drawing",
         device="cpu",
         dtype=FP32,
         shapes={"x": (8, config.in_channels, *config.latent_hw)} if what == "inputs" else {},
     )
-    assert all(bool(tensor.isfinite().all()) and bool(tensor.any()) for tensor in drawn)
+    assert all(bool(tensor.isfinite().all()) and bool(tensor.any()) for tensor in tensors)

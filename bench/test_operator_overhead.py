@@ -72,17 +72,17 @@ def flat(result: Tensor | Sequence[Tensor]) -> list[Tensor]:
 def test_operator_call(timed: Timed, device: str, name: str, direction: str, shape: Shape, who: str) -> None:
     operator, dtype = OPERATORS[name], DTYPES[device]
     inputs = draw_inputs(operator, shape, dtype, device)
-    wanted = () if direction == FORWARD else operator.differentiable(inputs)
+    differentiable = () if direction == FORWARD else operator.differentiable(inputs)
     if who == "ditfast":
-        wrong = {k: v for k, v in check(operator, shape, dtype, device, wanted=wanted).items() if not v.ok}
-        assert not wrong, f"{name} is not timed: {wrong}"
+        failures = {k: v for k, v in check(operator, shape, dtype, device, wanted=differentiable).items() if not v.ok}
+        assert not failures, f"{name} is not timed: {failures}"
     function, options = operator.fused if who == "ditfast" else operator.formula, operator.options(shape)
-    leaves = {key: value.detach().requires_grad_(key in wanted) for key, value in inputs.items()}
+    leaves = {key: value.detach().requires_grad_(key in differentiable) for key, value in inputs.items()}
 
     def forward() -> Any:
         return function(**leaves, **options)
 
-    leaf_list = [leaves[key] for key in wanted]
+    leaf_list = [leaves[key] for key in differentiable]
     incoming = [torch.randn_like(output) for output in flat(forward())]
 
     def backward() -> Any:
@@ -114,8 +114,8 @@ def test_checks_and_choice(timed: Timed, monkeypatch: pytest.MonkeyPatch, name: 
     first = next(iter(inputs))
     with pytest.raises(TypeError, match=f"{first} must be fp32, bf16, fp16 or fp64, got torch.int32"):
         operator.fused(**{**inputs, first: inputs[first].int()}, **options)
-    done = timed(call, group="checks and choice", device="cpu", dtype=torch.float32, shapes=sizes(inputs))
-    assert done is nothing
+    result = timed(call, group="checks and choice", device="cpu", dtype=torch.float32, shapes=sizes(inputs))
+    assert result is nothing
 
 
 @pytest.mark.parametrize("who", ["switch", "read"])
@@ -126,8 +126,8 @@ def test_use_backend(timed: Timed, who: str) -> None:
         with use_backend("torch"):
             return current_backend()
 
-    call, wanted = (switch, "torch") if who == "switch" else (current_backend, "auto")
-    assert timed(call, group="use_backend", device="cpu", dtype=None, shapes={}) == wanted
+    call, expected = (switch, "torch") if who == "switch" else (current_backend, "auto")
+    assert timed(call, group="use_backend", device="cpu", dtype=None, shapes={}) == expected
     assert current_backend() == "auto"
 
 
@@ -148,8 +148,8 @@ def dispatch_arguments(name: str, device: str) -> tuple[Any, ...]:
     if name == "timestep_embedding":
         return torch.randint(0, 1000, (1,), generator=generator).to(device), 256, 0.0, torch.float32
     operator = OPERATORS["conditioning" if name == "conditioning" else "gated_residual_layer_norm_modulate"]
-    drawn = operator.draw(SHAPES[1], generator).values()
-    arguments = tuple(value.to(device) for value in drawn)
+    inputs = operator.draw(SHAPES[1], generator).values()
+    arguments = tuple(value.to(device) for value in inputs)
     return (*arguments, 1e-6) if name == "adaln_forward" else arguments
 
 
@@ -173,11 +173,11 @@ def test_dispatch(timed: Timed, device: str, name: str, layer: str) -> None:
     tensors = {str(i): value for i, value in enumerate(arguments) if isinstance(value, Tensor)}
     group = f"dispatch of {name}, {device}"
     with use_backend("triton"):
-        found = timed(call, group=group, device=device, dtype=torch.float32, shapes=sizes(tensors))
+        result = timed(call, group=group, device=device, dtype=torch.float32, shapes=sizes(tensors))
     # the public operator leaves out what only the backward reads
-    for got, wanted in zip(flat(found), flat(alone(*arguments)), strict=False):
-        assert (got.shape, got.dtype, got.device) == (wanted.shape, wanted.dtype, wanted.device)
-        assert device == "meta" or torch.equal(got, wanted)
+    for actual, expected in zip(flat(result), flat(alone(*arguments)), strict=False):
+        assert (actual.shape, actual.dtype, actual.device) == (expected.shape, expected.dtype, expected.device)
+        assert device == "meta" or torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("who", ["import ditfast", "bare interpreter"])

@@ -42,7 +42,7 @@ class Caches:
         return self._folder / "inductor"
 
     def fill(self, archives: Iterable[Path]) -> list[str]:
-        """Unpacks archives of :meth:`pack` and of ``ditfast warm``; returns what came, as sentences.
+        """Unpacks archives of :meth:`pack` and of ``ditfast warm``; returns what was added, as sentences.
 
         Raises:
             ValueError: an archive that is damaged or holds no cache.
@@ -62,22 +62,22 @@ class Caches:
         return lines
 
     def pack(self) -> list[Path]:
-        """Writes the archives of what has changed since the last call."""
-        written = []
+        """Writes the archives of the caches that have changed since the last call."""
+        archives = []
         inductor = [(f"{_INDUCTOR_PREFIX}{path.relative_to(self._inductor)}", path) for path in _files(self._inductor)]
         kernels = list(kernel_files(self._kernels))
         if (manifest := self._kernels / MANIFEST).is_file():
             kernels.append((MANIFEST, manifest))
         for stem, files in ((KERNELS, kernels), (INDUCTOR, inductor)):
-            there = [(name, path.stat().st_size) for name, path in files]
-            if there != self._packed.get(stem, []):
-                written += write_archives(files, self._archives, stem)
-                self._packed[stem] = there
-        return written
+            sizes = [(name, path.stat().st_size) for name, path in files]
+            if sizes != self._packed.get(stem, []):
+                archives += write_archives(files, self._archives, stem)
+                self._packed[stem] = sizes
+        return archives
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """What lies in it, but for what is being written and the locks of those that write."""
+    """Its files, except temporary ones and locks."""
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not path.name.endswith((".lock", ".tmp")) and "locks" not in path.parts:
             yield path
@@ -98,7 +98,7 @@ def pack_results(campaign: Campaign, archives: Path) -> list[Path]:
 
 
 def unpack_results(archive: Path, folder: Path) -> None:
-    """Lays the folder of a campaign out from its archive, to be gone on with.
+    """Unpacks a campaign's folder from its archive, to continue it.
 
     Raises:
         ValueError: an archive that is damaged or no campaign's, or a folder that holds a campaign already.
@@ -110,7 +110,7 @@ def unpack_results(archive: Path, folder: Path) -> None:
     staged = folder / ".unpacked"
     shutil.rmtree(staged, ignore_errors=True)
     paths = extract(archive, staged)
-    for path in sorted(paths, key=lambda path: path.name == STATE_FILE):  # at last: it says that the others are there
+    for path in sorted(paths, key=lambda path: path.name == STATE_FILE):  # last: with it the others are complete
         target = folder / path.relative_to(staged.resolve())
         target.parent.mkdir(parents=True, exist_ok=True)
         path.rename(target)

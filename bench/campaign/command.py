@@ -74,8 +74,8 @@ def campaign(
         raise ValueError(f"--budget must be at least a minute, in which the first step fits, got {budget!r}")
     if rehearse and device is not None:
         raise ValueError("--rehearse runs on a CPU, and --device does not go with it")
-    where = parse_device("cpu" if rehearse else device)
-    if where.type != "cuda" and not rehearse:
+    torch_device = parse_device("cpu" if rehearse else device)
+    if torch_device.type != "cuda" and not rehearse:
         raise ValueError("campaign measures a GPU, and there is none; --rehearse tries the plan on a CPU")
     if resume is not None:
         module.unpack_results(resume, out)
@@ -84,17 +84,17 @@ def campaign(
     opened = Campaign.open(out, caches.variables | (REHEARSAL_VARIABLES if rehearse else {}))
     try:
         packed.mkdir(parents=True, exist_ok=True)
-        module.pack_results(opened, packed)  # what cannot be written is to be known at once
+        module.pack_results(opened, packed)  # a folder that cannot be written is an error now, not later
     except OSError as error:
         raise ValueError(f"--archives must be a folder that can be written, got {packed}: {error.strerror}") from error
     for sentence in caches.fill(cache or ()):
         typer.echo(sentence, err=True)
-    steps = plan(str(where), rehearse)
-    warm = False  # whether the caches have been packed since what fills them
+    steps = plan(str(torch_device), rehearse)
+    warm = False  # whether the caches have been packed since the steps that fill them
 
     def renew() -> None:
         nonlocal warm
-        with _unwritten_is_said():
+        with _reporting_write_errors():
             module.pack_results(opened, packed)
             if not warm and all(step.name in opened.steps or opened.is_over(step) for step in steps if step.beside):
                 warm = True  # and no more until the end: it takes time that is for measuring
@@ -104,13 +104,13 @@ def campaign(
     with _alone(out):
         try:
             with terminated_as_interrupted():
-                opened.run(steps, seconds, lambda what: typer.echo(what, err=True), renew)
+                opened.run(steps, seconds, lambda message: typer.echo(message, err=True), renew)
         except KeyboardInterrupt:
             interrupted = True
-        found = figures(steps, opened.steps, load(opened))
+        summary = figures(steps, opened.steps, load(opened))
         rehearsed = "A rehearsal: small models on a CPU, of which nothing counts"
-        print_tables(table(found, rehearsed if rehearse else "What this campaign found"))
-        with _unwritten_is_said():
+        print_tables(table(summary, rehearsed if rehearse else "What this campaign found"))
+        with _reporting_write_errors():
             module.pack_results(opened, packed)
             caches.pack()
     typer.echo(f"results: {out}; archives: {packed}", err=True)
@@ -118,13 +118,13 @@ def campaign(
     if interrupted:
         raise typer.Exit(INTERRUPTED)
     # with an exit code of 0 it was a rival that failed
-    if not has_parity(found) or any(done.state == "failed" and done.exit_code for done in opened.steps.values()):
+    if not has_parity(summary) or any(step.state == "failed" and step.exit_code for step in opened.steps.values()):
         raise typer.Exit(_FAILED)
 
 
 @contextmanager
-def _unwritten_is_said() -> Iterator[None]:
-    """An archive that cannot be written ends no campaign: what was measured lies in its folder."""
+def _reporting_write_errors() -> Iterator[None]:
+    """Prints errors of writing archives, which end no campaign: its folder holds the results."""
     try:
         yield
     except OSError as error:

@@ -1,8 +1,8 @@
-"""A campaign: a plan of steps in order of value within a wall-clock budget, each in a process of its own.
+"""A campaign runs the steps of a plan in order of value within a wall-clock budget, each in its own process.
 
-Its folder holds a result file a step, the logs, campaign.state with what has been done, the compilers' caches, and
-archives of all of it that are renewed after every step. Suites save after every row and go on where they were cut, so
-that a campaign can be interrupted, killed, and run again, here or from its archive elsewhere.
+Its folder holds a result file for each step, the logs, the state of the steps (campaign.state), the compilers' caches,
+and archives of all these, renewed after every step. Suites save after every row and continue where they stopped. A
+campaign may therefore be interrupted or killed, and run again here, or from its archive elsewhere.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ SCHEMA = "ditfast.bench.campaign/2"
 State = Literal["done", "older", "cut", "failed", "skipped"]
 STATE_FILE = "campaign.state"  # not .json: DIR/*.json are results
 
-_GRACE_SECONDS = 20.0  # for a step to save and print after its time is up
-_MIN_SECONDS = 15.0  # importing torch and measuring the limits take as long: less is not worth a start
-_PLANNED_SECONDS = 480.0  # the budget that the steps' limits are made for; a longer one stretches them
+_GRACE_SECONDS = 20.0  # for a step to save and print once its time is up
+_MIN_SECONDS = 15.0  # importing torch and measuring the limits takes as long
+_PLANNED_SECONDS = 480.0  # the steps' limits assume this budget; a longer one stretches them
 _POLL_SECONDS = 0.1
 
 
@@ -42,17 +42,17 @@ class Step:
     """One step.
 
     Attributes:
-        name: of its files and in the state.
-        command: what follows the interpreter; "{json}" stands for its result file, "{seconds}" for its own budget.
-        title: what it finds out, for people.
+        name: of its files, and its key in the state.
+        command: the interpreter's arguments; "{json}" stands for the result file, "{seconds}" for its own budget.
+        title: its purpose, for people.
         limit: seconds that it may take in the first pass.
-        beside: whether it may run beside the steps next to it that say the same, for nothing in them is timed.
-        suite: whether its result file says itself whether it came to its end; an exit code alone does not, for a
-            missed parity and a crash are both 1.
-        left_over: a pattern of the last line of its output that says that there is more to do, or "".
-        serves: the steps that it is for, once all of which are done it has no purpose; none: one of its own.
-        fine: exit codes besides 0 after which it has come to its end (a missed parity is a result).
-        skip: why there is nothing to run here, or "".
+        beside: whether it may run at the same time as adjacent steps with ``beside``; nothing in them is timed.
+        suite: whether its result file records that it is complete. An exit code does not: a missed parity and a crash
+            are both 1.
+        left_over: a pattern; if the last line of output matches, the step has more to do. "": none.
+        serves: the steps that need this one; once all are done it is not run. Empty: it is run for its own sake.
+        fine: exit codes besides 0 of a step that is done (a missed parity is a result).
+        skip: why the step cannot run here, or "".
     """
 
     name: str
@@ -69,7 +69,7 @@ class Step:
 
 @dataclass
 class Done:
-    """What became of a step, in the last attempt; seconds of all of them. "older": done under other sources."""
+    """The outcome of a step's last attempt; ``seconds`` of all attempts. "older": done under other sources."""
 
     state: State
     seconds: float
@@ -79,25 +79,25 @@ class Done:
 
 @dataclass
 class _Running:
-    """A step's process; ``asked``: when it was to end, its time being up."""
+    """A step's process; ``asked_at``: when it was asked to end, its time being up."""
 
     step: Step
     process: subprocess.Popen[bytes]
     start: float
     limit: float
     before: tuple[int, int] | None  # of the result file, when it began
-    asked: float | None = None
+    asked_at: float | None = None
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.start
 
     def end_where_overdue(self, grace: float) -> None:
-        """Asks it to save and end, and ends it where it has not done so in time; waits for nothing."""
-        if self.asked is None and self.seconds > self.limit:
-            self.asked = time.monotonic()
+        """Once its time is up asks it to save and end, and after ``grace`` seconds more kills it; does not wait."""
+        if self.asked_at is None and self.seconds > self.limit:
+            self.asked_at = time.monotonic()
             _ask_to_end(self.process)
-        elif self.asked is not None and time.monotonic() - self.asked > grace:
+        elif self.asked_at is not None and time.monotonic() - self.asked_at > grace:
             _kill_group(self.process)
 
 
@@ -107,9 +107,9 @@ class Campaign:
 
     Attributes:
         folder: where everything goes.
-        environment: of the last start.
-        steps: name -> what became of it.
-        variables: of the environment, set for every step.
+        environment: at the last start.
+        steps: name -> outcome.
+        variables: environment variables of every step.
     """
 
     folder: Path
@@ -119,10 +119,10 @@ class Campaign:
 
     @classmethod
     def open(cls, folder: Path, variables: Mapping[str, str] | None = None) -> Campaign:
-        """A new campaign in the folder, or the one that is there; what was done under other sources is to do again.
+        """The campaign in the folder, or a new one; steps done under other sources are to be run again.
 
         Raises:
-            ValueError: the folder cannot be written, its state is damaged, or it is another machine's.
+            ValueError: the folder cannot be written, its state is damaged, or it is of another machine.
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -134,12 +134,12 @@ class Campaign:
         campaign = cls(folder, collect(), variables=dict(variables or {}))
         path = folder / STATE_FILE
         if path.exists():
-            there = _load(path)
-            differing = differences(there["environment"], campaign.environment)
+            saved = _load(path)
+            differing = differences(saved["environment"], campaign.environment)
             if differing:
                 raise ValueError(f"{folder} holds a campaign of other conditions ({differing}): give another --out")
-            campaign.steps = there["steps"]
-            if changed := renewing(there["environment"], campaign.environment):
+            campaign.steps = saved["steps"]
+            if changed := renewing(saved["environment"], campaign.environment):
                 for done in campaign.steps.values():
                     if done.state in ("done", "failed"):
                         done.state, done.note = "older", changed
@@ -152,7 +152,7 @@ class Campaign:
         write_json(data, self.folder / STATE_FILE)
 
     def result_files(self) -> list[Path]:
-        """The result files there are, in the order of their names."""
+        """The existing result files, ordered by name."""
         return sorted(self.folder.glob("*.json"))
 
     def result_file(self, step: Step) -> Path:
@@ -162,7 +162,7 @@ class Campaign:
         return self.folder / "logs" / f"{step.name}.txt"
 
     def is_over(self, step: Step) -> bool:
-        """Whether nothing is left to do: it is done and what it found is there, or what it serves is over."""
+        """Whether a step need not run: it is done, or every step that it serves is."""
         return self._is_done(step.name) or (step.serves != () and all(map(self._is_done, step.serves)))
 
     def _is_done(self, name: str) -> bool:
@@ -178,16 +178,16 @@ class Campaign:
         grace: float = _GRACE_SECONDS,
         minimum: float = _MIN_SECONDS,
     ) -> None:
-        """Runs what is not done yet: first each step within its limit, then, while time remains, what was cut, and what
-        failed before this call.
+        """Runs the steps that are not done: first each within its limit; then, while time remains, those that were cut,
+        and those that failed before this call.
 
         Args:
             steps: in order of value.
-            budget: seconds for all of it, the last step's saving included.
-            report: told what begins and what became of it.
-            renew: called after every step, for what is kept of it elsewhere.
+            budget: seconds in all, the last step's saving included.
+            report: called with a line when a step begins and when it ends.
+            renew: called after every step, to update archives.
             grace: seconds for a step to save and end once its time is up.
-            minimum: seconds less than which a step is not begun.
+            minimum: a step is not begun with fewer seconds.
 
         Raises:
             KeyboardInterrupt: passed on after the running steps have saved.
@@ -196,22 +196,22 @@ class Campaign:
         stretch = max(budget / _PLANNED_SECONDS, 1.0)
         self._set_damaged_aside(steps, report)
         failed_before = {name for name, done in self.steps.items() if done.state == "failed"}
-        for first in (True, False):
+        for first_pass in (True, False):
             for group in _groups(steps):
                 begun = []
                 for step in group:
                     done = self.steps.get(step.name)
                     failed = done is not None and done.state == "failed"
-                    # it may fail again, and what has not had its turn goes first
-                    if self.is_over(step) or (failed and first == (step.name in failed_before)):
+                    # it may fail again, so steps that have not run yet go first
+                    if self.is_over(step) or (failed and first_pass == (step.name in failed_before)):
                         continue
                     if step.skip:
                         self._note(step, Done("skipped", 0.0, None, step.skip))
-                        if first:
+                        if first_pass:
                             report(f"{step.name}: skipped: {step.skip}")
                         continue
                     remaining = deadline - time.monotonic()
-                    limit = min(remaining, step.limit * stretch) if first else remaining
+                    limit = min(remaining, step.limit * stretch) if first_pass else remaining
                     if limit >= minimum:
                         report(f"{step.name}: up to {limit:.0f} s")
                         begun.append((step, limit))
@@ -222,7 +222,7 @@ class Campaign:
                         renew()
 
     def _set_damaged_aside(self, steps: Sequence[Step], report: Callable[[str], None]) -> None:
-        """Has a step begin anew where its result file cannot be read, which stays beside under another name."""
+        """Renames result files that cannot be read; their steps begin anew."""
         for step in steps:
             path, done = self.result_file(step), self.steps.get(step.name)
             if not step.suite or done is None or done.state == "skipped":
@@ -249,9 +249,9 @@ class Campaign:
                     if code is None:
                         item.end_where_overdue(grace)
                         continue
-                    _kill_group(item.process)  # a worker it left behind would measure on beside the next step
+                    _kill_group(item.process)  # a worker that outlived it would disturb the next step
                     running.remove(item)
-                    done = self._outcome(item, code, item.asked is not None)
+                    done = self._outcome(item, code, item.asked_at is not None)
                     self._note(item.step, done)
                     outcome = ": ".join(filter(None, (f"{done.state} after {done.seconds:.0f} s", done.note)))
                     report(f"{item.step.name}: {outcome}")
@@ -259,20 +259,20 @@ class Campaign:
                     time.sleep(_POLL_SECONDS)
         except BaseException:
             for item in running:
-                code = item.process.poll()  # it may have come to its end since it was asked
+                code = item.process.poll()  # it may have ended by now
                 ended = None if code is None else self._outcome(item, code, False)
                 self._note(item.step, ended or Done("cut", item.seconds, None, "interrupted"))
             _stop([item.process for item in running], grace)
             raise
 
     def _start(self, step: Step, limit: float) -> _Running:
-        # so that a step's own budget ends it in order, with what is ready timed, before it is cut
+        # less than the limit, so that a step ends in order before it is cut, with prepared work timed
         values = {"{json}": str(self.result_file(step)), "{seconds}": f"{max(0.85 * limit, 1.0):.0f}s"}
         command = [sys.executable]
-        for part in step.command:
+        for argument in step.command:
             for name, value in values.items():
-                part = part.replace(name, value)
-            command.append(part)
+                argument = argument.replace(name, value)
+            command.append(argument)
         before = _identity(self.result_file(step))
         with self.log(step).open("ab") as output:
             # a group of its own: the terminal's interruption reaches this process, which passes it on
@@ -283,7 +283,7 @@ class Campaign:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **self.variables},
                 start_new_session=True,
-                preexec_fn=end_with_parent,  # it would measure on beside the next campaign
+                preexec_fn=end_with_parent,  # else it would disturb the next campaign
             )
         return _Running(step, process, time.monotonic(), limit, before)
 
@@ -297,9 +297,9 @@ class Campaign:
         if step.left_over and re.search(step.left_over, last):
             return Done("cut", item.seconds, code, last)
         if step.suite:
-            # every orderly end saves: what lies there untouched is of an earlier attempt
+            # every orderly end saves, so an untouched file is of an earlier attempt
             untouched: tuple[State, str] = ("failed", last)
-            state, note = untouched if _identity(path) == item.before else _said(path)
+            state, note = untouched if _identity(path) == item.before else _state_in(path)
             if state != "done":
                 return Done(state, item.seconds, code, note or f"exit code {code}: {last}")
         return Done("done", item.seconds, code, "" if code == 0 else f"exit code {code}: see {log.name}")
@@ -312,7 +312,7 @@ class Campaign:
 
 
 def _groups(steps: Sequence[Step]) -> list[list[Step]]:
-    """The steps one by one, or, where they say so, with their neighbours."""
+    """The steps in groups that run at the same time: adjacent ones with ``beside``; the others one by one."""
     groups: list[list[Step]] = []
     for step in steps:
         if groups and step.beside and groups[-1][-1].beside:
@@ -323,7 +323,7 @@ def _groups(steps: Sequence[Step]) -> list[list[Step]]:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """What changes whenever a file is written anew."""
+    """A value that changes whenever a file is rewritten."""
     try:
         status = path.stat()
     except OSError:
@@ -331,9 +331,8 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return status.st_mtime_ns, status.st_ino
 
 
-def _said(path: Path) -> tuple[State, str]:
-    """What a suite's result file says: complete, ended in order before that, or with rows that failed and may not fail
-    again."""
+def _state_in(path: Path) -> tuple[State, str]:
+    """(state, note) of a suite's result file: done; cut, if it ended in order; or failed, if rows did."""
     try:
         results = Results.load(path)
     except (ValueError, OSError) as error:
@@ -352,13 +351,13 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def _ask_to_end(process: subprocess.Popen[bytes]) -> None:
-    # not SIGINT, which a shell's background job has its children ignore; and to the step alone, for a worker of
-    # its that died first would be taken for a failure of the provider
+    # not SIGINT, which children of a shell's background job ignore; and only the step, as the death of its worker
+    # would be taken for a failure of the provider
     process.terminate()
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
-    """Asks steps to save and end, then ends them and everything they started."""
+    """Asks steps to save and end, then kills them and everything they started."""
     for process in processes:
         _ask_to_end(process)
     deadline = time.monotonic() + grace
@@ -366,7 +365,7 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
         for process in processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=max(deadline - time.monotonic(), 0))
-    finally:  # also where a second interruption comes
+    finally:  # also after a second interruption
         for process in processes:
             _kill_group(process)
             process.wait()
@@ -378,7 +377,7 @@ def _last_line(log: Path) -> str:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """The checked contents of campaign.state."""
+    """The contents of campaign.state, checked."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:

@@ -1,4 +1,4 @@
-"""What a campaign ends with: each figure with its parity and its rival, or why there is none."""
+"""The table of a campaign: each figure with its parity and its rival, or the reason that it has none."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NAMED = 5  # of what has no parity
 
 
 class Figure(NamedTuple):
-    """A line of the table: ``parity`` is None where nothing was judged; ``older``: of other sources."""
+    """A line of the table: ``parity`` is None if nothing was judged; ``older``: of other sources."""
 
     step: str
     what: str
@@ -35,13 +35,13 @@ def figures(steps: Sequence[Step], done: Mapping[str, Done], results: Mapping[st
 
     Args:
         steps: of the plan.
-        done: name -> what became of it.
-        results: name -> its result file, where there is one.
+        done: name -> outcome.
+        results: name -> result file, if there is one.
     """
     rows: list[Figure] = []
     for step in steps:
-        state, there = done.get(step.name), results.get(step.name)
-        lines = _figures_of(step, there) if there is not None else []
+        state, result = done.get(step.name), results.get(step.name)
+        lines = _figures_of(step, result) if result is not None else []
         if not lines or (state is not None and state.state in ("cut", "failed")):
             lines.append(Figure(step.name, step.title, _state(state, bool(lines)), None, ""))
         rows += lines
@@ -57,12 +57,12 @@ def _state(done: Done | None, has_figures: bool) -> str:
 
 
 def _figures_of(step: Step, results: Results) -> list[Figure]:
-    kept: dict[str, list[Any]] = {}
+    by_reason: dict[str, list[Any]] = {}
     for item in results.older:
-        kept.setdefault(item.why, []).append(item.row)
+        by_reason.setdefault(item.why, []).append(item.row)
     of = {"verify": _verified, "memory": _memory}.get(results.suite, _timed)
     lines = [*of(step, results.rows, "")]
-    for why, rows in kept.items():
+    for why, rows in by_reason.items():
         lines += [figure._replace(older=True) for figure in of(step, rows, f"older: {why}")]
     return lines
 
@@ -81,8 +81,8 @@ def _memory(step: Step, rows: Sequence[Any], note: str) -> Iterable[Figure]:
         if row.is_ours:
             rival = next((other for other in rows if other.key[:-1] == row.key[:-1] and not other.is_ours), None)
             value, beside = (
-                "-" if found is None or found.peak_bytes is None else f"{size(found.peak_bytes)} at its peak"
-                for found in (row, rival)
+                "-" if measured is None or measured.peak_bytes is None else f"{size(measured.peak_bytes)} at its peak"
+                for measured in (row, rival)
             )
             beside = beside if rival is None else f"{rival.provider}: {beside}"
             yield Figure(step.name, _named(row), value, None, beside, "; ".join(filter(None, (row.note, note))))
@@ -102,11 +102,11 @@ def _timed(step: Step, rows: Sequence[Any], note: str) -> Iterable[Figure]:
                 yield Figure(step.name, _named(case[0]), "no row of ditfast", None, "")
             continue
         best = min(ticked, key=lambda row: row.ms.median) if ticked else ours[0]
-        wrong = [row for row in ours if row.status == "error" or (row.ms is not None and row.parity is not True)]
-        notes = [f"{row.provider}: {row.note or 'no parity'}" for row in wrong]
+        failed = [row for row in ours if row.status == "error" or (row.ms is not None and row.parity is not True)]
+        notes = [f"{row.provider}: {row.note or 'no parity'}" for row in failed]
         notes += [f"{row.provider}: {row.note}" for row in case if not row.is_ours and row.note]
         value = _value(best)
-        judged = not wrong if any(row.parity is not None or row.status == "error" for row in ours) else None
+        judged = not failed if any(row.parity is not None or row.status == "error" for row in ours) else None
         remarks = "; ".join(filter(None, [*notes, note]))
         yield Figure(step.name, _named(best), value, judged, _rival(best, case), remarks)
 
@@ -147,12 +147,12 @@ def _named(row: Any) -> str:
     return f"{row.model}, {how}, batch {row.batch}{tokens}, {row.dtype}"
 
 
-def has_parity(found: Iterable[Figure]) -> bool:
-    """Whether nothing of what was judged by these sources failed."""
-    return all(figure.parity is not False for figure in found if not figure.older)
+def has_parity(rows: Iterable[Figure]) -> bool:
+    """Whether no figure of the current sources failed its parity."""
+    return all(figure.parity is not False for figure in rows if not figure.older)
 
 
-def table(found: Sequence[Figure], title: str) -> RenderableType:
+def table(rows: Sequence[Figure], title: str) -> RenderableType:
     """The figures for a terminal or a log."""
     from rich.console import Console
     from rich.markup import escape
@@ -163,8 +163,8 @@ def table(found: Sequence[Figure], title: str) -> RenderableType:
     shown = plain_table()
     for header in ("step", "what", "value", "parity", "rival", ""):
         shown.add_column(header, justify="right" if header == "parity" else "left", no_wrap=header == "step")
-    for index, figure in enumerate(found):
-        first = index == 0 or found[index - 1].step != figure.step
+    for index, figure in enumerate(rows):
+        first = index == 0 or rows[index - 1].step != figure.step
         cells = (figure.step if first else "", figure.what, figure.value)
         shown.add_row(*map(escape, cells), tick(figure.parity, ascii_only), escape(figure.rival), escape(figure.note))
     return Group(line(title, "bold"), shown)

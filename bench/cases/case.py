@@ -161,13 +161,13 @@ def parse_image_size(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[-1])
 
 
-def unknown(what: str, name: str, known: Iterable[str]) -> str:
+def unknown(subject: str, name: str, known: Iterable[str]) -> str:
     """The message for a name that is none of ``known``, with the nearest of them."""
     names = list(known)
     lower = {known.lower(): known for known in names}
     nearest = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.0)
     hint = f"; did you mean {lower[nearest[0]]!r}?" if nearest else ""
-    return f"{what} must be one of {', '.join(names)}, got {name!r}{hint}"
+    return f"{subject} must be one of {', '.join(names)}, got {name!r}{hint}"
 
 
 def make_cases(

@@ -44,6 +44,6 @@ def make_model(spec: str) -> tuple[nn.Module, tuple[Any, ...]]:
 def _find_neighbours(path: str) -> None:
     """Has a user's file find what lies beside it, and a module itself, as ``python file.py`` and ``python -m`` do."""
     folder = Path(path).resolve().parent if path.endswith(".py") else Path.cwd()
-    for position, found in ((0, str(folder)), (len(sys.path) + 1, str(Path.cwd()))):
-        if found not in sys.path:
-            sys.path.insert(position, found)
+    for position, entry in ((0, str(folder)), (len(sys.path) + 1, str(Path.cwd()))):
+        if entry not in sys.path:
+            sys.path.insert(position, entry)

@@ -91,7 +91,7 @@ def bench(
     from ..report.terminal import comparison_table, results_table
     from ..suites.suite import run_suite
 
-    old = None if compare is None else Results.load(compare, "models")
+    baseline = None if compare is None else Results.load(compare, "models")
     check_target(json)
     options.check_continue(resume, json)
     plan = make_plan(
@@ -118,7 +118,7 @@ def bench(
         lambda recorder: measure(plan, recorder),
         lambda results: [
             results_table(results),
-            *([] if old is None or compare is None else [comparison_table(compared(old, results), str(compare))]),
+            *([] if baseline is None else [comparison_table(compared(baseline, results), str(compare))]),
         ],
         path=json,
         steps=steps(plan.cases, plan.providers),
@@ -164,14 +164,14 @@ def _own_model(
     from ..cases.factory import make_model
     from ..suites.own_model import before_after, table
 
-    known = ("provider_module", "dtype", "device", "seconds")
-    others = [name for name in context.params if name not in known and not _is_default(context, name)]
-    if others or len(dtype or ()) > 1:
+    allowed = ("provider_module", "dtype", "device", "seconds")
+    extra = [name for name in context.params if name not in allowed and not _is_default(context, name)]
+    if extra or len(dtype or ()) > 1:
         raise ValueError("--provider-module takes --dtype (once), --device and --seconds, no other options")
-    where = parse_device(device)
-    precision = parse_dtype(dtype[0]) if dtype else torch.bfloat16 if where.type == "cuda" else torch.float32
+    torch_device = parse_device(device)
+    precision = parse_dtype(dtype[0]) if dtype else torch.bfloat16 if torch_device.type == "cuda" else torch.float32
     budget = options.positive("--seconds", seconds, 1.0)
-    report, rows = before_after(*make_model(spec), where, precision, budget)
+    report, rows = before_after(*make_model(spec), torch_device, precision, budget)
     typer.echo(f"{report}\n")
     print_tables(table(rows))
     if any(row.is_ours and row.parity is not True for row in rows):
@@ -260,9 +260,9 @@ def measure(plan: Plan, recorder: Recorder) -> None:
                 return
             else:
                 _measure_case(plan, case, runner, recorder)
-            known = [row for row in recorder.results.rows if row.series == blanks[0].series]
-            short = any(row.batch == case.batch and row.status == "oom" for row in known)
-            fitted = {row.batch for row in known if _in_place_of(case) in row.note}
+            measured = [row for row in recorder.results.rows if row.series == blanks[0].series]
+            short = any(row.batch == case.batch and row.status == "oom" for row in measured)
+            fitted = {row.batch for row in measured if _in_place_of(case) in row.note}
             if short and not fitted:
                 _measure_fitting(plan, case, runner, recorder)
             for batch in sorted(fitted):  # one that was cut: it had not come to all providers
@@ -304,11 +304,11 @@ def _measure_fitting(plan: Plan, case: Case, runner: Runner, recorder: Recorder)
     high = case.batch
     series = blank_row(case, plan.providers[0]).series
     for _ in range(_FIT_TRIES):
-        known = [row for row in recorder.results.rows if row.series == series]
-        short = {row.provider for row in known if row.status == "oom" and row.batch == high}
+        measured = [row for row in recorder.results.rows if row.series == series]
+        short = {row.provider for row in measured if row.status == "oom" and row.batch == high}
         guesses = []
         for provider in short:
-            fit = [(row.batch, row.peak_bytes) for row in known if row.provider == provider and row.peak_bytes]
+            fit = [(row.batch, row.peak_bytes) for row in measured if row.provider == provider and row.peak_bytes]
             low = max((batch for batch, _ in fit), default=0)
             guesses.append(guess_batch(fit, limit, low, high))
         if not guesses or any(guess is None for guess in guesses):
@@ -330,9 +330,9 @@ def _precisions(plan: Plan) -> list[str]:
     from ..cases.case import DTYPES
 
     # a precision that torch.mm does not have, such as a plugin's fp8, has no measured limit and no share
-    known = {*DTYPES, *(("tf32",) if plan.device.type == "cuda" else ())}
+    measurable = {*DTYPES, *(("tf32",) if plan.device.type == "cuda" else ())}
     names = [*plan.settings["dtypes"], *(provider.precision for provider in plan.providers)]
-    return [name for name in dict.fromkeys(names) if name in known]
+    return [name for name in dict.fromkeys(names) if name in measurable]
 
 
 def _until(provider: Provider, deadline: float) -> Provider:
@@ -351,5 +351,5 @@ def _left_out(names: list[str], case: Case, device: torch.device) -> dict[str, s
     from ..cases.providers import PROVIDERS
 
     ask = f"left out by default on a {'GPU' if device.type == 'cuda' else 'CPU'}; --providers {{}} runs it"
-    rest = [provider for provider in PROVIDERS.values() if provider.name not in names]
-    return {provider.name: provider.unavailable(case, device) or ask.format(provider.name) for provider in rest}
+    left_out = [provider for provider in PROVIDERS.values() if provider.name not in names]
+    return {provider.name: provider.unavailable(case, device) or ask.format(provider.name) for provider in left_out}

@@ -65,8 +65,8 @@ def ops(
         for value in values:
             if value is not None and value < 1:
                 raise ValueError(f"{option} must be at least 1, got {value}")
-    where = parse_device(device)
-    gpu = where.type == "cuda"
+    torch_device = parse_device(device)
+    gpu = torch_device.type == "cuda"
     dtypes = [parse_dtype(name) for name in dtype or ()] or [torch.bfloat16 if gpu else torch.float32]
     for name in operator or ():
         if name not in ops_bench.MEASURED:
@@ -88,8 +88,8 @@ def ops(
         for way in directions
     ]
     duration = options.positive("--seconds", seconds, 0.5)
-    if not any(item in chosen for name, way, _, _ in cases for item in ops_bench.providers(name, way, where)):
-        raise ValueError(f"none of the providers {', '.join(chosen)} runs one of these operators on {where}")
+    if not any(item in chosen for name, way, _, _ in cases for item in ops_bench.providers(name, way, torch_device)):
+        raise ValueError(f"none of the providers {', '.join(chosen)} runs one of these operators on {torch_device}")
 
     def measure(recorder: Recorder) -> None:
         def save(rows: list[OpRow]) -> None:
@@ -99,7 +99,7 @@ def ops(
         # what has failed comes last: it may have taken the GPU's context with it
         for name, direction, shape, dtype in sorted(cases, key=lambda item: _case_of(*item) in failed):
             label = f"{name}, {direction}, B={shape.batch} T={shape.tokens} D={shape.width}, {dtype_name(dtype)}"
-            competing = [item for item in ops_bench.providers(name, direction, where) if item in chosen]
+            competing = [item for item in ops_bench.providers(name, direction, torch_device) if item in chosen]
             keys = [ops_bench.blank_row(name, direction, shape, dtype, provider).key for provider in competing]
             if recorder.has(keys):
                 recorder.report(f"{label}: measured before")
@@ -108,8 +108,10 @@ def ops(
                 return
             recorder.set_aside(keys)
             saving = save if recorder.path else None
-            rows = ops_bench.run_operator(OPERATORS[name], direction, shape, dtype, where, duration, chosen, saving)
-            lost = any(row.status == "error" for row in rows) and not computes(where)
+            rows = ops_bench.run_operator(
+                OPERATORS[name], direction, shape, dtype, torch_device, duration, chosen, saving
+            )
+            lost = any(row.status == "error" for row in rows) and not computes(torch_device)
             recorder.add(rows, ops_bench.with_op_shares, so_far=lost)  # of a lost GPU no limits can be measured
             recorder.report(label)
             if lost:
@@ -118,7 +120,7 @@ def ops(
                 return
 
     settings = {
-        "device": str(where),
+        "device": str(torch_device),
         "operators": names,
         "directions": directions,
         "dtypes": list(map(dtype_name, dtypes)),
@@ -128,7 +130,7 @@ def ops(
     }
     results = run_suite(
         "ops",
-        where,
+        torch_device,
         settings,
         measure,
         lambda results: [ops_table(results)],

@@ -61,8 +61,8 @@ def sample(
 
     check_target(json)
     options.check_continue(resume, json)
-    where = parse_device(device)
-    gpu = where.type == "cuda"
+    torch_device = parse_device(device)
+    gpu = torch_device.type == "cuda"
     if not cfg_scale > 1:
         raise ValueError(f"--cfg-scale must be above 1, got {cfg_scale:g}: without guidance ditfast bench measures it")
     chosen = options.listed(providers or None, PROVIDERS)
@@ -85,11 +85,11 @@ def sample(
             if recorder.out_of_time():
                 return
             recorder.set_aside(case.row(name).key for name in chosen)
-            recorder.add(rows(case, chosen, where, duration))
+            recorder.add(rows(case, chosen, torch_device, duration))
             recorder.report(case.label)
 
     settings = {
-        "device": str(where),
+        "device": str(torch_device),
         "models": [config.name for config in configs],
         "batches": sizes,
         "dtype": str(precision).removeprefix("torch."),
@@ -101,7 +101,7 @@ def sample(
     }
     results = run_suite(
         "sample",
-        where,
+        torch_device,
         settings,
         run,
         lambda results: [sample_table(results, cases)],

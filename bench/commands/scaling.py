@@ -102,15 +102,15 @@ def scaling(
     check_target(json)
     options.check_continue(resume, json)
     load_plugins(plugin or ())
-    where = parse_device(device)
-    default = _GPU if where.type == "cuda" else _CPU
+    torch_device = parse_device(device)
+    default = _GPU if torch_device.type == "cuda" else _CPU
     for name in axis or ():
         if name not in _AXES:
             raise ValueError(unknown("--axis", name, _AXES))
     if axis is None and (tokens or batch or width):  # naming values chooses their axes
         axis = [name for name, values in zip(_AXES, (tokens, batch, width), strict=True) if values]
     chosen_dtype = _one("--dtype", [parse_dtype(name) for name in dtype or ()]) or (
-        torch.bfloat16 if where.type == "cuda" else torch.float32
+        torch.bfloat16 if torch_device.type == "cuda" else torch.float32
     )
     chosen_mode = _one("--mode", [parse_mode(name) for name in mode or ()]) or "forward"
     [config] = options.named_configs([model or default.model], ("256",), "adaln_zero")
@@ -126,7 +126,7 @@ def scaling(
         if not axis or name in axis
         for value in sorted(set(values[name]))
     ]
-    chosen = options.chosen_providers(providers, _PROVIDERS, [point.case for point in points], where)
+    chosen = options.chosen_providers(providers, _PROVIDERS, [point.case for point in points], torch_device)
     run = Settings(options.positive("--seconds", seconds, 1.0), isolate=isolate, plugins=tuple(plugin or ()))
     names = [provider.name for provider in chosen]
 
@@ -135,7 +135,7 @@ def scaling(
         from ..measure.runner import Runner
         from ..records.rows import ScalingRow
 
-        with Runner(where, run) as runner:
+        with Runner(torch_device, run) as runner:
             for point in points:
                 blanks = [ScalingRow(point.axis, point.value, blank_row(point.case, item)) for item in chosen]
                 if recorder.has(blank.key for blank in blanks):
@@ -149,7 +149,7 @@ def scaling(
                 recorder.add([ScalingRow(point.axis, point.value, row) for row in rows], with_scaling_shares)
 
     settings = {
-        "device": str(where),
+        "device": str(torch_device),
         "model": config.name,
         "axes": list(dict.fromkeys(point.axis for point in points)),
         "dtype": dtype_name(chosen_dtype),
@@ -160,7 +160,7 @@ def scaling(
     }
     results = run_suite(
         "scaling",
-        where,
+        torch_device,
         settings,
         measure,
         lambda results: [scaling_table(results)],

@@ -87,8 +87,8 @@ class _Weights(TorchDispatchMode):
 
     def __init__(self, model: ditfast.DiT) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        held = [p for name, p in model.named_parameters() if "embedding_table" not in name]
-        self._sizes = {_storage(p): p.nbytes for p in held}
+        parameters = [p for name, p in model.named_parameters() if "embedding_table" not in name]
+        self._sizes = {_storage(p): p.nbytes for p in parameters}
         self._read: set[int] = set()
 
     @property

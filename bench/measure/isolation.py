@@ -1,4 +1,4 @@
-"""Providers in processes of their own: compilation, allocator and faults of one are none of its neighbours' business.
+"""Providers in separate processes: compilation, allocator and faults of one do not affect the others.
 
 A worker serves one provider for a whole run, case after case. It builds the same weights and inputs as every other
 process, judges the provider there, and takes samples when it is asked to, so that the variants of a case still take
@@ -56,11 +56,11 @@ class Worker:
     def __init__(self, provider: str, device: torch.device, seed: int, plugins: Sequence[str] = ()) -> None:
         context = multiprocessing.get_context("spawn")
         self.provider = provider
-        self._connection, theirs = context.Pipe()
-        arguments = (theirs, provider, str(device), seed, tuple(plugins), torch.get_num_threads())
+        self._connection, child_end = context.Pipe()
+        arguments = (child_end, provider, str(device), seed, tuple(plugins), torch.get_num_threads())
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
-        theirs.close()
+        child_end.close()
 
     @property
     def alive(self) -> bool:

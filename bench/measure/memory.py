@@ -97,16 +97,16 @@ def saved_bytes(loss: Callable[[], Tensor], left_out: Iterable[Tensor] = ()) -> 
         raise ValueError(f"loss must return a tensor with a backward, got one without, of shape {tuple(value.shape)}")
     # what was saved by parts of the graph that are gone already is gone too
     tensors = [holder.tensor for reference in holders if (holder := reference()) is not None]
-    known = list(left_out)
+    excluded = list(left_out)
     for node in _nodes(value.grad_fn):
         if isinstance(leaf := getattr(node, "variable", None), Tensor):
-            known.append(leaf)
+            excluded.append(leaf)
         else:  # a Python function's node may hold tensors as attributes, which the hooks do not see
-            held = tree_leaves(getattr(node, "__dict__", {}))
+            values = tree_leaves(getattr(node, "__dict__", {}))
             # a compiled function's fake tensors hold nothing
-            tensors += [item for item in held if isinstance(item, Tensor) and not isinstance(item, FakeTensor)]
+            tensors += [item for item in values if isinstance(item, Tensor) and not isinstance(item, FakeTensor)]
     sizes = dict(map(_storage, tensors))
-    for tensor in known:
+    for tensor in excluded:
         sizes.pop(_storage(tensor)[0], None)
     return sum(sizes.values())
 

@@ -161,7 +161,7 @@ def _standard(judge: Judge, provider: Provider) -> Judgement | None:
 
 
 def failed(row: _Row, error: BaseException) -> _Row:
-    """The row of a provider that raised. Nothing measured before counts any more."""
+    """The row of a provider that raised, without earlier measurements."""
     status, note = explain(error)
     unmeasured = (
         *("ms", "first_call_ms", "images_per_s", "tflops", "rate", "share", "ceiling_share", "ceiling", "noise"),
@@ -195,7 +195,7 @@ def is_oom(error: BaseException) -> bool:
 
 
 def computes(device: torch.device) -> bool:
-    """Whether a device still does: after a CUDA error that sticks, every later call of the process fails."""
+    """Whether a device still computes: after a sticky CUDA error every later call of the process fails."""
     if device.type != "cuda":
         return True
     try:
@@ -206,7 +206,7 @@ def computes(device: torch.device) -> bool:
 
 
 def clear(device: torch.device) -> None:
-    """Frees what is referenced no more."""
+    """Frees unreferenced memory."""
     # compiled code counts towards a limit per function, and a later case would hit it
     if "torch._dynamo" in sys.modules:  # importing it takes a second
         torch._dynamo.reset()

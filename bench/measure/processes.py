@@ -1,4 +1,4 @@
-"""Child processes: they end with their parent, and how one has ended is described."""
+"""Child processes: ending them with their parent, and describing how one ended."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
-    """Has this process get the signal when its parent is killed: it would go on, holding the device. On Linux."""
+    """On Linux, sends this process the signal when its parent is killed; else it would go on, holding the device."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, number)
 

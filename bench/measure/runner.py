@@ -99,7 +99,7 @@ class Runner:
         self,
         case: Case,
         providers: Sequence[Provider],
-        report: Report = lambda what: None,
+        report: Report = lambda step: None,
         out_of_time: Callable[[], bool] = lambda: False,
         save: Callable[[list[ModelRow]], None] | None = None,
     ) -> list[ModelRow]:

@@ -1,1 +1,1 @@
-"""What proves the kernels: ``ditfast verify``, ``ditfast kernels``, ``ditfast rehearse``."""
+"""The commands that prove the kernels: ``ditfast verify``, ``ditfast kernels``, ``ditfast rehearse``."""

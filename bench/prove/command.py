@@ -58,24 +58,24 @@ def verify(
 
     check_target(json)
     options.check_continue(resume, json)
-    where = parse_device(device)
-    wanted = {item.key: item for item in checks(where, dtype)}
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
-    labels = list(dict.fromkeys(item.group[1] for item in wanted.values()))
-    settings = {"device": str(where), "dtype": labels, "jobs": jobs}
+    torch_device = parse_device(device)
+    selected = {item.key: item for item in checks(torch_device, dtype)}
+    if torch_device.type == "cuda":
+        torch.cuda.set_device(torch_device)
+    labels = list(dict.fromkeys(item.group[1] for item in selected.values()))
+    settings = {"device": str(torch_device), "dtype": labels, "jobs": jobs}
     results = begin("verify", settings, json, resume)
     results.environment = collect()
     rows: dict[tuple[object, ...], VerifyRow] = {row.key: row for row in results.rows}
-    missing = [item for key, item in wanted.items() if key not in rows or not rows[key].ok]
-    judging = run_checks(missing, where, jobs)
+    pending = [item for key, item in selected.items() if key not in rows or not rows[key].ok]
+    judging = run_checks(pending, torch_device, jobs)
     try:
         with terminated_as_interrupted(), closing(judging):
             for row in judging:
                 note = f": {row.note}" if row.note else ""
                 typer.echo(f"{'ok  ' if row.ok else 'FAIL'} {row.subject}, {row.backend}, {row.dtype}{note}", err=True)
                 rows[row.key] = row
-                results.rows = [rows[key] for key in wanted if key in rows]
+                results.rows = [rows[key] for key in selected if key in rows]
                 results.older = [item for item in results.older if item.row.key not in rows]
                 if json is not None:
                     results.save(json)
@@ -84,7 +84,7 @@ def verify(
         if not rows:
             typer.echo("interrupted before the first rows", err=True)
             raise typer.Exit(INTERRUPTED) from None
-    results.rows = [rows[key] for key in wanted if key in rows]
+    results.rows = [rows[key] for key in selected if key in rows]
     if json is not None:
         results.save(json)
     print_tables(render(results.rows))

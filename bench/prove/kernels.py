@@ -1,4 +1,4 @@
-"""``ditfast kernels``: every kernel compiled for real GPUs on any machine, beside its budget."""
+"""``ditfast kernels``: compiles every kernel for real GPUs on any machine, and compares it with its budget."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _TELLING = ("LDG", "STG", "LDL", "STL", "HGMMA", "HMMA", "UTMA", "LDGSTS", "MUFU
 def compile_all(
     architectures: Sequence[str],
     cases: Iterable[KernelCase] | None = None,
-    report: Callable[[str], None] = lambda what: None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> list[Report]:
     """Compiles every case for every architecture.
 
     Args:
         architectures: of ``ditfast.kernels.aot.compile.ARCHITECTURES``.
         cases: all of ditfast's by default.
-        report: told of each compilation, for progress.
+        report: called with a line for each compilation.
 
     Raises:
         ValueError: unknown architecture, triton is not installed, or TRITON_INTERPRET is set.

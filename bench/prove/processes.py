@@ -1,7 +1,7 @@
-"""The checks of ``ditfast verify`` in processes of their own: an error that outlives its check costs that check alone.
+"""Runs the checks of ``ditfast verify`` in separate processes: an error that outlives its check fails it alone.
 
-A process takes the checks of one group in turn and hands in each row as it is made. One that dies or hangs is replaced,
-and the next one goes on after the check it was at.
+A process runs the checks of one group in turn and sends each row at once. If it dies or hangs, another process goes on
+after the check it was at.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..measure.processes import describe_exit, end_with_parent
 from ..records.rows import VerifyRow
 from .verify import Check, failed, groups, run_check
 
-# all kernels of all checks together compile within minutes: what takes this long for one of them never ends
+# all kernels of all checks together compile within minutes, so a check that takes this long never ends
 LIMIT_SECONDS = 300.0
 
 _MOST_JOBS = 8  # at once on one GPU: each holds a CUDA context of hundreds of megabytes
@@ -84,27 +84,27 @@ class _Worker:
     """A process that runs checks one after another.
 
     Attributes:
-        connection: where its rows come from.
-        left: the checks without a row; the first of them is the one it is at.
-        over: whether it makes no more rows.
+        connection: receives its rows.
+        left: the checks without a row; the first is running.
+        over: whether it sends no more rows.
     """
 
     def __init__(self, checks: Sequence[Check], device: torch.device, threads: int, limit: float) -> None:
         context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe(duplex=False)
-        arguments = (theirs, tuple(checks), str(device), threads)
+        self.connection, child_end = context.Pipe(duplex=False)
+        arguments = (child_end, tuple(checks), str(device), threads)
         # a daemon: it ends with this process whatever ends that in order; _serve sees to the rest
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
-        theirs.close()
+        child_end.close()
         self.left, self.over, self._begun = list(checks), False, False
         # until it answers for the first time it is importing: that is no check's time
-        self._obstacle = ""  # what it says of why it cannot
+        self._obstacle = ""  # its reason, if it cannot begin
         self._limit, self._since, self._allowed = limit, time.monotonic(), max(limit, LIMIT_SECONDS)
 
     def receive(self) -> list[VerifyRow]:
-        """The rows that have come; where it died or hangs, that of the check it was at among them."""
-        died = self._process.exitcode is not None  # asked first: then all it has sent is here
+        """The rows sent so far; if it died or hangs, also a failed row for the check it was at."""
+        died = self._process.exitcode is not None  # read first: then all its rows have arrived
         rows = []
         try:
             while not self.over and self.connection.poll():
@@ -122,8 +122,8 @@ class _Worker:
             died = True
         overdue = time.monotonic() - self._since > self._allowed
         if not self.over and (died or overdue):
-            how = f"its process died: {describe_exit(self._process.exitcode)}"
-            reason = how if died else f"killed: it had not ended after {self._allowed:.0f} s"
+            death = f"its process died: {describe_exit(self._process.exitcode)}"
+            reason = death if died else f"killed: it had not ended after {self._allowed:.0f} s"
             if self._begun:
                 rows.append(failed(self.left.pop(0), reason))
             else:  # another one would do no better, for one check after another
@@ -133,7 +133,7 @@ class _Worker:
         return rows
 
     def kill(self) -> None:
-        """Ends the process without ado: of a broken CUDA context even the orderly end may hang."""
+        """Kills the process: with a broken CUDA context an orderly end may hang."""
         self._process.kill()
         self._process.join(_STOP_SECONDS)
         self.connection.close()

@@ -1,7 +1,7 @@
 """``ditfast rehearse``: every operator and model design launched on GPUs that are not there (kernels/rehearsal/).
 
-What is proven: each kernel compiles for the architecture as Triton specialises it when it is launched, takes no more
-shared memory than a block may have, and its grid and tensor maps are those that a driver accepts. Nothing is computed.
+It proves that each kernel compiles for the architecture as Triton specialises it when it is launched, takes no more
+shared memory than a block may have, and has a grid and tensor maps that a driver accepts. Nothing is computed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _DEPTH = 2  # blocks: one that is handed a branch, and one that hands one on
 
 
 class Sizes(NamedTuple):
-    """What is varied: (width, heads), batches, tokens of operators, (latent height, width, patch) of models, and head
+    """Sizes to vary: (width, heads), batches, tokens of operators, (latent height, width, patch) of models, and head
     dims of attention beside those of the widths."""
 
     widths: tuple[tuple[int, int], ...]
@@ -70,7 +70,7 @@ FULL = Sizes(
 
 @dataclass(frozen=True)
 class Part:
-    """What one process rehearses: "operators" or "models" in one dtype on one architecture."""
+    """The work of one process: "operators" or "models" in one dtype on one architecture."""
 
     arch: str
     dtype: str
@@ -80,7 +80,7 @@ class Part:
 
 @dataclass
 class Outcome:
-    """What became of a part; ``failures`` are sentences."""
+    """The result of a part; ``failures`` are sentences."""
 
     part: Part
     cases: int = 0
@@ -91,7 +91,7 @@ class Outcome:
 
 
 class Case(NamedTuple):
-    """Something to run; ``launches``: whether a kernel must be launched by it, or none may be."""
+    """A call to run; ``launches``: whether it must launch kernels, or must launch none."""
 
     name: str
     run: Callable[[], Any]
@@ -122,20 +122,20 @@ def rehearse(
         raise ValueError(f"rehearsing kernels needs the package triton: {error}") from None
     if (reason := unavailable()) is not None:
         raise ValueError(f"kernels cannot be rehearsed: {reason}")
-    for name, given, known in (("arch", architectures, GPUS), ("dtype", dtypes, DTYPES)):
-        for value in given or ():
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    for name, requested, choices in (("arch", architectures, GPUS), ("dtype", dtypes, DTYPES)):
+        for value in requested or ():
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
     architectures = architectures or (tuple(GPUS) if full else BRIEF_ARCHITECTURES)
     dtypes = dtypes or (tuple(DTYPES) if full else ("bf16",))
     parts = [Part(*item, full) for item in itertools.product(architectures, dtypes, ("operators", "models"))]
-    # fresh interpreters: what a forked one inherits of threads and drivers is not to be told
+    # fresh interpreters: a forked one would inherit threads and drivers
     pool = ProcessPoolExecutor(
         processes or os.cpu_count(), get_context("spawn"), initializer=end_with_parent, initargs=(signal.SIGKILL,)
     )
     try:
-        for done in as_completed([pool.submit(rehearse_part, part) for part in parts]):
-            yield done.result()
+        for future in as_completed([pool.submit(rehearse_part, part) for part in parts]):
+            yield future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -150,22 +150,23 @@ def rehearse_part(part: Part) -> Outcome:
     if part.full:
         sizes = FULL if part.arch in BRIEF_ARCHITECTURES else NARROW
     cases = operator_cases(dtype, sizes) if part.subject == "operators" else model_cases(dtype, sizes)
-    with rehearsal.rehearse(part.arch) as seen, Uncomputed():
+    with rehearsal.rehearse(part.arch) as recorded, Uncomputed():
         for precision in ("highest", "high") if dtype == torch.float32 else ("highest",):
             with float32_precision(precision):
                 for case in cases:
-                    where = f"{case.name} on {part.arch}" + (", TF32" if precision == "high" else "")
-                    before = seen.launches
+                    label = f"{case.name} on {part.arch}" + (", TF32" if precision == "high" else "")
+                    before = recorded.launches
                     outcome.cases += 1
                     try:
                         case.run()
-                    except Exception as error:  # whatever it is, on a GPU it would have been met there
+                    except Exception as error:  # it would be raised on a GPU too
                         text = " ".join(str(error).split())[:300]
-                        outcome.failures.append(f"{where}: {type(error).__name__}: {text}")
+                        outcome.failures.append(f"{label}: {type(error).__name__}: {text}")
                     else:
-                        if (seen.launches > before) != case.launches:
-                            outcome.failures.append(f"{where}: launched {seen.launches - before} kernels")
-        outcome.launches, outcome.tensor_maps, outcome.compilations = seen.launches, seen.tensor_maps, seen.compilations
+                        if (recorded.launches > before) != case.launches:
+                            outcome.failures.append(f"{label}: launched {recorded.launches - before} kernels")
+        outcome.launches, outcome.tensor_maps = recorded.launches, recorded.tensor_maps
+        outcome.compilations = recorded.compilations
     return outcome
 
 
@@ -294,12 +295,12 @@ def unreached(outcomes: Sequence[Outcome]) -> list[str]:
     from ditfast.kernels.configs.gemm import PERSISTENT
     from ditfast.kernels.rehearsal import GPUS
 
-    known = set(kernel_functions())
+    all_kernels = set(kernel_functions())
     missing = []
     for arch in dict.fromkeys(outcome.part.arch for outcome in outcomes):
-        wanted = known if GPUS[arch].capability[0] in PERSISTENT else known - {"_gemm_tma_kernel"}
-        seen = {item.kernel for outcome in outcomes if outcome.part.arch == arch for item in outcome.compilations}
-        missing += [f"{name} was never launched on {arch}" for name in sorted(wanted - seen)]
+        expected = all_kernels if GPUS[arch].capability[0] in PERSISTENT else all_kernels - {"_gemm_tma_kernel"}
+        launched = {item.kernel for outcome in outcomes if outcome.part.arch == arch for item in outcome.compilations}
+        missing += [f"{name} was never launched on {arch}" for name in sorted(expected - launched)]
     return missing
 
 

@@ -1,4 +1,4 @@
-"""Running code for its kernel launches alone: what torch itself would compute is left out."""
+"""Running code for its kernel launches alone, without torch's own computations."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _DRAWS = ("randn", "rand")
 
 class Uncomputed(TorchDispatchMode):
     """Within a ``with`` block torch's operators on CPU tensors give results of the right shape, strides and dtype, and
-    values that nobody wrote; views, Python numbers and ditfast's own operators are what they are elsewhere.
+    uninitialised values; views, Python numbers and ditfast's own operators work as usual.
 
-    A model of any size and batch runs in milliseconds, and memory that nobody writes is never taken.
+    A model of any size and batch runs in milliseconds; memory that is never written is never allocated.
     """
 
     def __init__(self) -> None:
@@ -28,18 +28,18 @@ class Uncomputed(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "ditfast":
-            with self:  # for what its implementation asks of torch
+            with self:  # also within its implementation
                 return func._op_dk(torch._C.DispatchKey.CPU, *args, **kwargs)
-        written = [index for index, item in enumerate(func._schema.arguments) if _is_written(item)]
-        if written and torch.Tag.inplace_view not in func.tags:
+        written_indices = [index for index, item in enumerate(func._schema.arguments) if _is_written(item)]
+        if written_indices and torch.Tag.inplace_view not in func.tags:
             names = [argument.name for argument in func._schema.arguments]
-            targets = [args[index] if index < len(args) else kwargs[names[index]] for index in written]
+            targets = [args[index] if index < len(args) else kwargs[names[index]] for index in written_indices]
             return targets[0] if len(func._schema.returns) == 1 else tuple(targets)
-        if written or _gives_views(func) or not _gives_tensors(func):
+        if written_indices or _gives_views(func) or not _gives_tensors(func):
             return func(*args, **kwargs)
         if not any(isinstance(value, Tensor) for value in tree_leaves(args)):
-            drawn = func._schema.name.removeprefix("aten::") in _DRAWS
-            return torch.empty(args[0], dtype=kwargs.get("dtype")) if drawn else func(*args, **kwargs)
+            is_random = func._schema.name.removeprefix("aten::") in _DRAWS
+            return torch.empty(args[0], dtype=kwargs.get("dtype")) if is_random else func(*args, **kwargs)
         shapes = func(*tree_map(_to_meta, args), **tree_map(_to_meta, kwargs))
         return tree_map(_from_meta, shapes)
 

@@ -50,7 +50,7 @@ class Check:
 
     Attributes:
         subject, backend, dtype: of the row.
-        group: what shares a process: a family of operators, or the models, in one working dtype.
+        group: its checks share a process: a family of operators, or the models, in one working dtype.
         judge: makes the verdicts by name on a device; a partial of a module's function, so that it can be pickled.
     """
 
@@ -70,7 +70,7 @@ def checks(device: torch.device, dtypes: Sequence[str] | None = None) -> list[Ch
     """All rows of ``ditfast verify`` in the order of its table, operators first.
 
     Args:
-        device: where they are to run.
+        device: of the checks.
         dtypes: of "fp32", "bf16", "fp16"; all three by default.
 
     Raises:
@@ -83,20 +83,20 @@ def checks(device: torch.device, dtypes: Sequence[str] | None = None) -> list[Ch
     return [*_operator_checks(device, chosen), *_model_checks(chosen)]
 
 
-def groups(found: Iterable[Check]) -> list[list[Check]]:
+def groups(items: Iterable[Check]) -> list[list[Check]]:
     """The checks that share a process, in the order of their first ones."""
     parts: dict[tuple[str, str], list[Check]] = {}
-    for item in found:
+    for item in items:
         parts.setdefault(item.group, []).append(item)
     return list(parts.values())
 
 
 def run_check(item: Check, device: torch.device) -> VerifyRow:
-    """Its row; where an exception ends it, one that has failed and says so."""
+    """The row of a check; a failed one with the reason, if it raises."""
     try:
         verdicts = item.judge(device)
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # a kernel's fault is its own check's, not the next one's
+            torch.cuda.synchronize(device)  # a kernel's fault must fail this check, not the next
         name, verdict = max(verdicts.items(), key=lambda pair: (not pair[1].ok, _share(pair[1])))
     except Exception as exception:  # whatever it is, the other checks are to run
         return failed(item, f"{type(exception).__name__}: {exception}")
@@ -107,7 +107,7 @@ def run_check(item: Check, device: torch.device) -> VerifyRow:
 
 
 def failed(item: Check, reason: str) -> VerifyRow:
-    """The row of a check that came to no verdict; its note is one line of the reason."""
+    """The row of a check without a verdict; its note is the reason in one line."""
     note = " ".join(reason.split())
     if len(note) > _NOTE_LENGTH:  # the beginning says what, the end of a compiler's message why
         note = f"{note[: _NOTE_LENGTH * 2 // 3]} ... {note[-_NOTE_LENGTH // 3 + 5 :]}"
@@ -117,7 +117,7 @@ def failed(item: Check, reason: str) -> VerifyRow:
 def _operator_checks(device: torch.device, dtypes: Sequence[str]) -> Iterator[Check]:
     """One an operator, backend and dtype.
 
-    Kernels run on a GPU, or in Triton's interpreter where it is on; elsewhere there are rows of the formulas only.
+    Kernels run on a GPU, or in Triton's interpreter if it is on; otherwise only the formulas have rows.
     """
     on_gpu = device.type == "cuda" or launch.rehearsed is not None
     interpreted = device.type == "cpu" and interpreter_unavailable() is None
@@ -148,14 +148,14 @@ def _judge_operator(name: str, backend: str, label: str, mixed: bool, device: to
     slow = backend == "interpreter" and name not in _ROW_OPERATORS
     shapes = [shape for shape in (_SMALL if slow else _SHAPES) if not (coarse and shape.mean)]
     # without gradients other code runs: a library's epilogue, or a kernel that stores less
-    wanted: list[tuple[tuple[str, ...] | None, str]] = [(None, "")]
+    subsets: list[tuple[tuple[str, ...] | None, str]] = [(None, "")]
     if operator.gradients and name not in _ROW_OPERATORS:
-        wanted.append(((), ", inference"))
+        subsets.append(((), ", inference"))
     with use_backend("triton" if backend in ("kernel", "interpreter") else "auto"):
         return {
-            f"{tensor} at B={shape.batch} T={shape.tokens} D={shape.width}{where}": verdict
+            f"{tensor} at B={shape.batch} T={shape.tokens} D={shape.width}{suffix}": verdict
             for shape in shapes
-            for subset, where in wanted
+            for subset, suffix in subsets
             for tensor, verdict in check(operator, shape, dtype, device, mixed, subset).items()
         }
 
@@ -200,10 +200,10 @@ def run_model(model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> dict[str, Te
     output = model(x, t, y)
     results["output"] = output.detach()
     incoming = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(output)
-    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    named = {name: parameter for name, parameter in named.items() if not name.endswith(VANISHING)}
-    gradients = torch.autograd.grad(output, list(named.values()), incoming)
-    return results | {f"d_{name}": gradient for name, gradient in zip(named, gradients, strict=True)}
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parameters = {name: parameter for name, parameter in parameters.items() if not name.endswith(VANISHING)}
+    gradients = torch.autograd.grad(output, list(parameters.values()), incoming)
+    return results | {f"d_{name}": gradient for name, gradient in zip(parameters, gradients, strict=True)}
 
 
 def render(rows: Sequence[VerifyRow]) -> Table:
@@ -223,5 +223,5 @@ def render(rows: Sequence[VerifyRow]) -> Table:
 
 
 def _share(verdict: Verdict) -> float:
-    """Of the bound; the worst tensor is the one furthest past it, or closest to it."""
+    """The error as a share of its bound; the worst tensor has the largest."""
     return verdict.error / verdict.bound if verdict.bound else (0.0 if verdict.ok else float("inf"))

@@ -1,1 +1,1 @@
-"""What is kept of a measurement: rows, derived columns, result files and their comparison."""
+"""The records of measurements: rows, derived columns, result files and their comparison."""

@@ -39,7 +39,7 @@ class Change:
 
     @property
     def is_regression(self) -> bool:
-        """Whether it is ditfast that became slower; a rival that did tells of the machine or its versions."""
+        """Whether ditfast became slower; a slower rival points to the machine or its versions."""
         return self.verdict == "slower" and timed(self.row).is_ours
 
 
@@ -84,8 +84,8 @@ def compare(old: Results, new: Results) -> Comparison:
         ValueError: two different suites, or one whose rows have no time.
     """
     if old.suite != new.suite or new.suite not in COMPARABLE:
-        wanted = f"two runs of one of the suites {', '.join(COMPARABLE)}"
-        raise ValueError(f"only {wanted} can be compared, got {old.suite} and {new.suite}")
+        expected = f"two runs of one of the suites {', '.join(COMPARABLE)}"
+        raise ValueError(f"only {expected} can be compared, got {old.suite} and {new.suite}")
     then = {row.key: row for row in old.rows}
     now = {row.key: row for row in new.rows}
     before = {key: row for key, row in then.items() if timed(row).ms is not None}

@@ -98,12 +98,12 @@ class Results:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is no result of ditfast bench: not valid JSON ({error})") from error
         name = data.get("schema") if isinstance(data, dict) else None
-        wanted = {schema(suite): suite for suite in suites or SUITES}
-        if not isinstance(name, str) or name not in wanted:
-            one_of = "the schema" if len(wanted) == 1 else "one of the schemas"
-            raise ValueError(f"{path} must have {one_of} {', '.join(map(repr, wanted))}, got {name!r}")
+        by_schema = {schema(suite): suite for suite in suites or SUITES}
+        if not isinstance(name, str) or name not in by_schema:
+            one_of = "the schema" if len(by_schema) == 1 else "one of the schemas"
+            raise ValueError(f"{path} must have {one_of} {', '.join(map(repr, by_schema))}, got {name!r}")
         try:
-            return _from_dict(wanted[name], {key: value for key, value in data.items() if key != "schema"})
+            return _from_dict(by_schema[name], {key: value for key, value in data.items() if key != "schema"})
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
 

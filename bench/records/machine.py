@@ -17,7 +17,7 @@ def part(environment: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def is_traced(results: Results) -> bool:
-    """Whether nothing ran: counted on meta tensors, on whatever machine."""
+    """Whether the results were traced on meta tensors, so that nothing ran."""
     return results.suite == "cost" or results.settings.get("device") == "meta"
 
 

@@ -52,6 +52,6 @@ def _parse_dataclass(kind: Any, value: Any, where: str) -> Any:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _check(fits: bool, where: str, wanted: str, value: Any) -> None:
+def _check(fits: bool, where: str, expected: str, value: Any) -> None:
     if not fits:
-        raise ValueError(f"{where} must be {wanted}, got {str(value)[:60]!r}")
+        raise ValueError(f"{where} must be {expected}, got {str(value)[:60]!r}")

@@ -97,8 +97,8 @@ def row_name(row: ModelRow | OpRow | ScalingRow) -> str:
     """The case and the provider of a row with a time."""
     if isinstance(row, ScalingRow):
         return f"{row.axis} {row.value:,}: {case_name(row.row)}, {row.row.provider}"
-    named = op_case_name(row) if isinstance(row, OpRow) else case_name(row)
-    return f"{named}, {row.provider}"
+    case = op_case_name(row) if isinstance(row, OpRow) else case_name(row)
+    return f"{case}, {row.provider}"
 
 
 def listed(items: Sequence[str], limit: int = 6) -> str:

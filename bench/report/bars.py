@@ -76,25 +76,25 @@ def memory_plots(machine: Machine, palette: Palette) -> list[Plot]:
         for name, title in (("peak_bytes", "Peak memory"), ("saved_bytes", "Saved for the backward")):
             if not any(getattr(row, name) for row in rows):
                 continue
-            what = f"{mode_name(mode)}, {dtype}, batch {batch}"
+            case = f"{mode_name(mode)}, {dtype}, batch {batch}"
             device = max((row.device_bytes or 0 for row in rows), default=0)
             limit = f"; the device has {size(device)}" if device else ""
             meaning = f"Bytes at their most, weights included{limit}"
             if name == "saved_bytes":
                 meaning = "What the forward keeps for the backward, parameters left out"
             meaning += "; traced, not measured." if machine.is_traced else "; of each provider on its own."
-            note = f"{machine.short_conditions}; {what}. {meaning}"
+            note = f"{machine.short_conditions}; {case}. {meaning}"
             bars = {(model_name(row), row.provider): _memory_bar(row, getattr(row, name)) for row in rows}
             groups_of = _ordered(rows)
-            png, width = _draw(f"{title}: {what}, {machine.where}", "GiB", groups_of, {}, bars, palette, note)
-            alt = f"Bars: {title.lower()} in GiB of {_whom(bars)}; {what}, {machine.where}."
+            png, width = _draw(f"{title}: {case}, {machine.where}", "GiB", groups_of, {}, bars, palette, note)
+            alt = f"Bars: {title.lower()} in GiB of {_whom(bars)}; {case}, {machine.where}."
             plots.append(
-                _plot(f"memory-{name.split('_')[0]}", title, "memory", machine, what, alt, png, width)
+                _plot(f"memory-{name.split('_')[0]}", title, "memory", machine, case, alt, png, width)
             )
     return plots
 
 
-def _throughput(machine: Machine, what: str, rows: Sequence[ModelRow], palette: Palette) -> Plot:
+def _throughput(machine: Machine, case: str, rows: Sequence[ModelRow], palette: Palette) -> Plot:
     bars = {}
     for row in rows:
         # the slower quartile is the lower rate
@@ -103,18 +103,18 @@ def _throughput(machine: Machine, what: str, rows: Sequence[ModelRow], palette: 
         )
         bars[model_name(row), row.provider] = _bar(row, row.images_per_s, *ends)
     below = {
-        model_name(found.case): found.speedup_text.replace(", a tie", " tie") for found in headlines(rows)
+        model_name(headline.case): headline.speedup_text.replace(", a tie", " tie") for headline in headlines(rows)
     }
-    note = f"{_conditions(machine, what, rows)} Beneath each model: the best ticked ditfast over the fastest rival."
-    title = f"Throughput: {what}, on {machine.label}"
+    note = f"{_conditions(machine, case, rows)} Beneath each model: the best ticked ditfast over the fastest rival."
+    title = f"Throughput: {case}, on {machine.label}"
     png, width = _draw(title, "images/s", _ordered(rows), below, bars, palette, note)
-    said = ", ".join(f"{name} {text}" for name, text in below.items() if text != "-")
-    alt = f"Bars: images/s of {_whom(bars)}; {what}, on {machine.label}."
-    alt += f" Best of ditfast over the fastest rival: {said}." if said else ""
-    return _plot("throughput", "Throughput", "models", machine, what, alt, png, width)
+    speedups = ", ".join(f"{name} {text}" for name, text in below.items() if text != "-")
+    alt = f"Bars: images/s of {_whom(bars)}; {case}, on {machine.label}."
+    alt += f" Best of ditfast over the fastest rival: {speedups}." if speedups else ""
+    return _plot("throughput", "Throughput", "models", machine, case, alt, png, width)
 
 
-def _shares(machine: Machine, what: str, rows: Sequence[ModelRow], palette: Palette) -> Plot:
+def _shares(machine: Machine, case: str, rows: Sequence[ModelRow], palette: Palette) -> Plot:
     bars = {}
     for row in rows:
         bar = _bar(row, None if row.ceiling_share is None else row.ceiling_share * 100)
@@ -124,11 +124,11 @@ def _shares(machine: Machine, what: str, rows: Sequence[ModelRow], palette: Pale
     limits = (
         "Limits, measured in the same run: the matmul, or where marked c, the copy, reading the weights once."
     )
-    note = f"{_conditions(machine, what, rows, quartiles=False)} {limits}"
-    title = f"Share of the measured limit: {what}, on {machine.label}"
+    note = f"{_conditions(machine, case, rows, quartiles=False)} {limits}"
+    title = f"Share of the measured limit: {case}, on {machine.label}"
     png, width = _draw(title, "% of the limit", _ordered(rows), {}, bars, palette, note, linear=True)
-    alt = f"Bars: share of the measured limit in percent of {_whom(bars)}; {what}, on {machine.label}."
-    return _plot("share", "Share of the limit", "models", machine, what, alt, png, width)
+    alt = f"Bars: share of the measured limit in percent of {_whom(bars)}; {case}, on {machine.label}."
+    return _plot("share", "Share of the limit", "models", machine, case, alt, png, width)
 
 
 def _bar(row: ModelRow, value: float | None, low: float | None = None, high: float | None = None) -> Bar:
@@ -144,7 +144,7 @@ def _memory_bar(row: MemoryRow, value: int | None) -> Bar:
     return Bar(None, mark=STATUS_SHORT.get(row.status, "no tick" if lacks_bytes(row) else "not counted"))
 
 
-def _conditions(machine: Machine, what: str, rows: Sequence[ModelRow], quartiles: bool = True) -> str:
+def _conditions(machine: Machine, case: str, rows: Sequence[ModelRow], quartiles: bool = True) -> str:
     medians = median_of([row.ms.samples for row in rows if row.ms])
     medians += "; error bars: quartiles" if quartiles else ""
     missing = sorted(
@@ -152,7 +152,7 @@ def _conditions(machine: Machine, what: str, rows: Sequence[ModelRow], quartiles
     )
     absent = f" Not available: {', '.join(missing)}." if missing else ""
     marks = "Hatched: no parity tick (✗ failed, ? not judged)."
-    return f"{machine.short_conditions}; {what}. {medians}. {marks}{absent}"
+    return f"{machine.short_conditions}; {case}. {medians}. {marks}{absent}"
 
 
 def _draw(
@@ -236,12 +236,12 @@ def _draw_row(
 
 
 def _plot(
-    kind: str, title: str, group: str, machine: Machine, what: str, alt: str, png: bytes, width: float
+    kind: str, title: str, group: str, machine: Machine, case: str, alt: str, png: bytes, width: float
 ) -> Plot:
     # the number first: it stays whatever the label's length and letters
-    name = slug(f"{kind} {machine.number} {what} {machine.label}")
-    caption = f"{title}: {what}, {machine.where}."
-    return Plot(name, f"{title}: {what}", group, machine.label, alt, caption, png, width)
+    name = slug(f"{kind} {machine.number} {case} {machine.label}")
+    caption = f"{title}: {case}, {machine.where}."
+    return Plot(name, f"{title}: {case}", group, machine.label, alt, caption, png, width)
 
 
 def _ordered(rows: Iterable[ModelRow | MemoryRow]) -> list[str]:

@@ -26,10 +26,10 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """A page, plots and tables for READMEs of result files.
+    """A page, plots and tables for READMEs from result files.
 
-    Writes report.html, plots/*.png and table.md; plots that only an earlier report in DIR had are removed.
-    Regressions against an older run are marked in the page and in the tables; the exit code tells of errors only.
+    Writes report.html, plots/*.png and table.md, and removes the other plots of an earlier report in DIR. The page and
+    the tables mark regressions against an older run; the exit code tells of errors only.
     """
     from .data import gather
     from .write import prepare, render, require_matplotlib, write
@@ -45,7 +45,7 @@ def report(
 
 
 def readme(
-    readme: Annotated[Path, typer.Argument(help="The file with the markers.", metavar="README.md")],
+    readme: Annotated[Path, typer.Argument(help="The page with the markers, such as README.md.", metavar="PAGE.md")],
     results: Annotated[
         list[Path], typer.Argument(help="The result files to render.", metavar="RESULTS.json...")
     ],
@@ -53,7 +53,7 @@ def readme(
         bool, typer.Option("--check", help="Write nothing; exit 1 where the file would change.")
     ] = False,
 ) -> None:
-    """Render result files into the README's table, between its two markers."""
+    """Render result files into the table of a page, between its two markers."""
     import os
 
     from ...files import write_bytes
@@ -77,7 +77,7 @@ def readme(
 
 
 def _load(paths: Iterable[Path]) -> list[Run]:
-    """The runs by their files' names; of files of one name, by their paths."""
+    """The runs, named by their files; files of the same name are named by their paths."""
     from ..records.files import Results
     from .data import Run
 

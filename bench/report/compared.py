@@ -1,4 +1,4 @@
-"""A run beside an older one: what became worse comes first; only ditfast's own rows are called regressions."""
+"""A run beside an older one: losses come first; only ditfast's own rows are called regressions."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .tables import Cell, Table, blank, columns_of
 
 
 def comparison_table(pair: Compared) -> Table:
-    """Every row of both runs; what became worse comes first."""
+    """Every row of both runs; losses come first."""
     order = {"slower": 0, "faster": 1, "tie": 2}
     comparison = pair.comparison
     rows = [
-        [Cell(row_name(row)), *blank(4), _worse(row, what)]
-        for gone, what in ((comparison.lost, "no longer runs"), (comparison.unticked, "parity lost"))
-        for row in gone
+        [Cell(row_name(row)), *blank(4), _worse(row, loss)]
+        for affected, loss in ((comparison.lost, "no longer runs"), (comparison.unticked, "parity lost"))
+        for row in affected
     ]
     for change in sorted(comparison.changes, key=lambda change: order[change.verdict]):
         numbers = [digits(change.old_ms), digits(change.new_ms), factor(change.speedup)]
@@ -36,8 +36,8 @@ def _notes(pair: Compared) -> list[str]:
     return notes + [f"Conditions differ: {condition}." for condition in pair.comparison.conditions]
 
 
-def _worse(row: Any, what: str) -> Cell:
-    return Cell(f"✗ {what}", "bad") if timed(row).is_ours else Cell(f"{what} (a rival)", "quiet")
+def _worse(row: Any, loss: str) -> Cell:
+    return Cell(f"✗ {loss}", "bad") if timed(row).is_ours else Cell(f"{loss} (a rival)", "quiet")
 
 
 def _verdict(change: Change) -> Cell:

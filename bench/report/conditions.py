@@ -1,4 +1,4 @@
-"""Under which conditions a result was made, in words; whatever an environment lacks is left out."""
+"""The conditions of a result, in words; values that an environment lacks are left out."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _READINGS = (
 
 
 def version(environment: dict[str, Any]) -> str:
-    """Version, commit and what differs from it: ditfast 0.1 (1a2b3c4d5 with uncommitted changes, source 0f1e2d3c)."""
+    """Version, commit and changes since: ditfast 0.1 (1a2b3c4d5 with uncommitted changes, source 0f1e2d3c)."""
     commit, dirty, source = (environment.get(name) for name in ("commit", "dirty", "source"))
     changed = "with uncommitted changes" if dirty else ""
-    where = [" ".join(filter(None, [one_line(commit)[:9] if commit else "", changed]))]
+    details = [" ".join(filter(None, [one_line(commit)[:9] if commit else "", changed]))]
     if source and (dirty or not commit):
         # the commit alone does not tell the code
-        where.append(f"source {one_line(source)[:8]}")
-    inner = ", ".join(filter(None, where))
+        details.append(f"source {one_line(source)[:8]}")
+    inner = ", ".join(filter(None, details))
     return f"ditfast {one_line(environment.get('ditfast') or 'of an unknown version')}" + (
         f" ({inner})" if inner else ""
     )
@@ -46,34 +46,34 @@ def short_conditions(machine: Machine) -> str:
 
 
 def conditions(machine: Machine) -> list[tuple[str, str]]:
-    """(name, value) of everything that was in force; what is unknown is left out."""
+    """(name, value) of every condition that is known."""
     environment = machine.environment
     gpu, cpu, packages = (part(environment, name) for name in ("gpu", "cpu", "packages"))
-    found = [("device", machine.label), *_drivers(machine)]
+    pairs = [("device", machine.label), *_drivers(machine)]
     if is_gpu(machine.runs[0].results):
         memory, power = gpu.get("memory_bytes"), gpu.get("power_limit_w")
         if _is_number(memory):
-            found.append(("memory", f"{memory / 2**30:.0f} GiB"))
+            pairs.append(("memory", f"{memory / 2**30:.0f} GiB"))
         if _is_number(power):
-            found.append(("power limit", f"{power:g} W"))
+            pairs.append(("power limit", f"{power:g} W"))
         if cpu.get("model"):
-            found.append(("host", f"{cpu['model']}, {cpu.get('torch_threads')} threads"))
-    found += [(name, str(packages[name])) for name in _PACKAGES if packages.get(name)]
-    found.append(("ditfast", version(environment).removeprefix("ditfast ")))
-    found += [
+            pairs.append(("host", f"{cpu['model']}, {cpu.get('torch_threads')} threads"))
+    pairs += [(name, str(packages[name])) for name in _PACKAGES if packages.get(name)]
+    pairs.append(("ditfast", version(environment).removeprefix("ditfast ")))
+    pairs += [
         (name, str(environment[key]))
         for key, name in (("python", "Python"), ("os", "system"))
         if environment.get(key)
     ]
     if (limits := limits_text(machine.ceilings)) is not None:
-        found.append(("limits, measured in the same runs", limits))
+        pairs.append(("limits, measured in the same runs", limits))
     for run in machine.runs:
         before, after = (_reading(run.results.readings, when) for when in ("before", "after"))
         if before or after:
-            found.append(
+            pairs.append(
                 (f"clocks, {run.name}", f"before: {before or 'not read'}; after: {after or 'not read'}")
             )
-    return found
+    return pairs
 
 
 def limits_text(ceilings: Ceilings | None) -> str | None:
@@ -93,11 +93,11 @@ def _drivers(machine: Machine) -> list[tuple[str, str]]:
 
 
 def _reading(readings: Sequence[dict[str, Any]], when: str) -> str:
-    """The first reading before, or the last one after; empty where there is none."""
-    found = [reading for reading in readings if reading.get("when") == when]
-    if not found:
+    """The first reading before, or the last one after; empty if there is none."""
+    matching = [reading for reading in readings if reading.get("when") == when]
+    if not matching:
         return ""
-    chosen = found[0 if when == "before" else -1]
+    chosen = matching[0 if when == "before" else -1]
     values = [(text, chosen.get(key)) for key, text in _READINGS]
     return ", ".join(text.format(f"{value:,.0f}") for text, value in values if _is_number(value))
 

@@ -21,37 +21,37 @@ _AXIS = {"tokens": "tokens of an image", "batch": "images in a batch", "width": 
 def scaling_plots(machine: Machine, palette: Palette) -> list[Plot]:
     """Log-log curves with their exponents: a figure for each mode and dtype, a panel for each axis."""
     groups: dict[tuple[str, str], dict[tuple[Axis, str], list[Curve]]] = {}
-    for (axis, held, mode, dtype), found in curves(machine.rows("scaling")).items():
-        drawn = [curve for curve in found if curve.measured]
-        if drawn:
-            groups.setdefault((mode, dtype), {})[axis, held] = drawn
+    for (axis, held, mode, dtype), group in curves(machine.rows("scaling")).items():
+        measured = [curve for curve in group if curve.measured]
+        if measured:
+            groups.setdefault((mode, dtype), {})[axis, held] = measured
     plots = []
     for (mode, dtype), panels in groups.items():
-        what = f"{mode_name(mode)}, {dtype}"
+        case = f"{mode_name(mode)}, {dtype}"
         columns = min(3, len(panels))
         rows = -(-len(panels) // columns)
-        title = f"Scaling: {what}, on {machine.label}"
+        title = f"Scaling: {case}, on {machine.label}"
         samples = [
-            p.row.ms.samples for found in panels.values() for c in found for p in c.measured if p.row.ms
+            p.row.ms.samples for group in panels.values() for c in group for p in c.measured if p.row.ms
         ]
         note = (
-            f"{machine.short_conditions}; {what}. {median_of(samples)}; error bars: quartiles. Exponents: least "
+            f"{machine.short_conditions}; {case}. {median_of(samples)}; error bars: quartiles. Exponents: least "
             "squares in log-log over all points, stated from three points and r² 0.95 on. "
             "Hollow points: no parity tick."
         )
-        if any(p.row.status == "oom" for found in panels.values() for c in found for p in c.points):
+        if any(p.row.status == "oom" for group in panels.values() for c in group for p in c.points):
             note += " Where the memory did not suffice there is no point."
         frame = Frame(title, 3.7 * columns, [3.0] * rows, columns, [], note, gap=0.85, titled=True)
-        for axes, ((axis, held), found) in zip(frame.axes, panels.items(), strict=False):
-            _panel(axes, axis, held, found, palette)
+        for axes, ((axis, held), group) in zip(frame.axes, panels.items(), strict=False):
+            _panel(axes, axis, held, group, palette)
         for axes in frame.axes[len(panels) :]:
             axes.set_visible(False)
-        said = "; ".join(
-            f"{axis}: {_legend(c)}" for (axis, _), found in panels.items() for c in found if c.exponent
+        exponents = "; ".join(
+            f"{axis}: {_legend(c)}" for (axis, _), group in panels.items() for c in group if c.exponent
         )
-        alt = f"Curves of time against {', '.join(axis for axis, _ in panels)}; {what}, on {machine.label}."
-        alt += f" {said}." if said else ""
-        name = slug(f"scaling {machine.number} {what} {machine.label}")
+        alt = f"Curves of time against {', '.join(axis for axis, _ in panels)}; {case}, on {machine.label}."
+        alt += f" {exponents}." if exponents else ""
+        name = slug(f"scaling {machine.number} {case} {machine.label}")
         plots.append(Plot(name, title, "scaling", machine.label, alt, f"{title}.", frame.png(), frame.width))
     return plots
 
@@ -103,5 +103,5 @@ def _apart(values: Sequence[int]) -> list[int]:
 
 
 def _legend(curve: Curve) -> str:
-    said = "no power law" if curve.exponent is None else f"exponent {curve.exponent:.2f}"
-    return f"{curve.provider}, {said}"
+    exponent = "no power law" if curve.exponent is None else f"exponent {curve.exponent:.2f}"
+    return f"{curve.provider}, {exponent}"

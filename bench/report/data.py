@@ -14,31 +14,31 @@ from .conditions import short_conditions
 
 @dataclass(frozen=True)
 class Run:
-    """A result file: its name, and what it holds."""
+    """A result file: its name and its content."""
 
     name: str
     results: Results
 
     @property
     def remarks(self) -> list[str]:
-        """What a reader must know before using it."""
-        found = []
+        """Sentences that a reader must know before using the run."""
+        remarks = []
         if not self.results.complete:
-            found.append(f"{self.name} is not complete: it holds what was measured until it stopped.")
+            remarks.append(f"{self.name} is not complete: it holds what was measured until it stopped.")
         if self.results.parts > 1:
-            found.append(
+            remarks.append(
                 f"{self.name} was measured in {self.results.parts} parts by as many processes, one after another."
             )
-        return found
+        return remarks
 
 
 @dataclass
 class Machine:
-    """The runs of one device under the same versions, no row twice; or what the same versions computed without one.
+    """The runs of one device under the same versions, no row twice; or runs that were computed without a device.
 
     Attributes:
-        label: the device, and why it is there more than once; no two of a report are equal.
-        identity: what the runs have in common; equal for a case that was measured again.
+        label: the device, and what tells it from another machine of the same device; unique in a report.
+        identity: what the runs have in common; equal if a case was measured again.
         number: counts the machines of a report from 1.
     """
 
@@ -55,7 +55,7 @@ class Machine:
 
     @property
     def ceilings(self) -> Ceilings | None:
-        """The highest of those measured in its runs."""
+        """The highest limits measured in its runs."""
         best = None
         for run in self.runs:
             if run.results.ceilings is not None:
@@ -72,7 +72,7 @@ class Machine:
 
     @property
     def is_traced(self) -> bool:
-        """Whether nothing of it was measured."""
+        """Whether its runs were computed, not measured."""
         return is_traced(self.runs[0].results)
 
     @property
@@ -101,7 +101,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Report:
-    """What is rendered: the machines that measured, what was computed without one, and the comparisons."""
+    """The content of a report: the machines that measured, the computed runs, and the comparisons."""
 
     machines: list[Machine]
     computed: list[Machine]
@@ -121,12 +121,12 @@ def gather(runs: Iterable[Run], old: Iterable[Run] = ()) -> Report:
     runs = list(runs)
     if not runs:
         raise ValueError("at least one result file is needed, got none")
-    found = _grouped([run for run in runs if not is_traced(run.results)], "measured")
+    measured = _grouped([run for run in runs if not is_traced(run.results)], "measured")
     computed = _grouped([run for run in runs if is_traced(run.results)], "computed")
-    found.sort(key=lambda machine: not machine.is_gpu)
-    for number, machine in enumerate([*found, *computed], 1):
+    measured.sort(key=lambda machine: not machine.is_gpu)
+    for number, machine in enumerate([*measured, *computed], 1):
         machine.number = number
-    return Report(found, computed, [pair for item in old for pair in _compare(item, found)])
+    return Report(measured, computed, [pair for item in old for pair in _compare(item, measured)])
 
 
 def _grouped(runs: Iterable[Run], verb: str) -> list[Machine]:

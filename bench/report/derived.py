@@ -1,4 +1,4 @@
-"""What tables and plots derive from rows: curves with their fits, the largest shapes, who shows no bytes."""
+"""Values derived from rows for tables and plots: curves with their fits, the largest shapes, rows without bytes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Curve:
     """The points of one provider along one axis, all else the same.
 
     Attributes:
-        exponent: of the power law; None where none is stated.
-        r_squared: of the fit; None where fewer than two points ran.
+        exponent: of the power law; None if none is stated.
+        r_squared: of the fit; None if fewer than two points ran.
     """
 
     provider: str
@@ -30,7 +30,7 @@ class Curve:
 
 
 def curve_case(item: ScalingRow) -> tuple[Axis, str, str, str]:
-    """(axis, what is held, mode, dtype) of a point."""
+    """(axis, the values held constant, mode, dtype) of a point."""
     row = item.row
     held = {
         "tokens": f"{row.model}, batch {row.batch}",
@@ -45,7 +45,7 @@ def curves(rows: Iterable[ScalingRow]) -> dict[tuple[Axis, str, str, str], list[
     cases: dict[tuple[Axis, str, str, str], dict[str, list[ScalingRow]]] = {}
     for item in rows:
         cases.setdefault(curve_case(item), {}).setdefault(item.row.provider, []).append(item)
-    return {case: [_curve(name, points) for name, points in found.items()] for case, found in cases.items()}
+    return {case: [_curve(name, points) for name, points in by_provider.items()] for case, by_provider in cases.items()}
 
 
 def points_text(curve: Curve) -> str:
@@ -63,14 +63,14 @@ def largest_ops(rows: Iterable[OpRow]) -> list[list[OpRow]]:
         groups.setdefault((row.operator, row.direction, row.dtype), {}).setdefault(shape, []).append(row)
     largest = []
     for shapes in groups.values():
-        ran = [shape for shape, members in shapes.items() if any(row.ms for row in members)]
-        if ran:
-            largest.append(shapes[max(ran, key=lambda shape: shape[0] * shape[1] * shape[2])])
+        measured = [shape for shape, members in shapes.items() if any(row.ms for row in members)]
+        if measured:
+            largest.append(shapes[max(measured, key=lambda shape: shape[0] * shape[1] * shape[2])])
     return largest
 
 
 def lacks_bytes(row: MemoryRow) -> bool:
-    """Whether it is a row of ditfast that ran and shows no bytes, as without a parity tick."""
+    """Whether a row of ditfast ran but has no bytes, as without a parity tick."""
     return row.is_ours and row.status == "ok" and row.peak_bytes is None and row.saved_bytes is None
 
 

@@ -47,7 +47,7 @@ class Plot:
     Attributes:
         name: of its file, without the suffix.
         group: the page's section: "models", "ops", "scaling" or "memory".
-        caption: what the page says beneath it.
+        caption: the text beneath it on the page.
         width: inches, at which its letters have their size.
     """
 
@@ -76,7 +76,7 @@ class Palette:
 
 
 def provider_order(providers: Iterable[str]) -> list[str]:
-    """Rivals first, as in the list of colours; ours last, where the eye ends."""
+    """Rivals first, in the order of the colours; ours last."""
     known = list(_COLORS)
 
     def order(name: str) -> tuple[bool, int, str]:

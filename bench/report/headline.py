@@ -108,7 +108,7 @@ def is_compiled(provider: str) -> bool:
 
 
 def rate(row: ModelRow | None, named: bool = False) -> str:
-    """Images/s of a row, or why there are none; ``named`` adds the provider."""
+    """Images/s of a row, or the reason that there are none; ``named`` adds the provider."""
     if row is None or row.status == "unavailable":
         return "not measured"
     if row.ms is None:

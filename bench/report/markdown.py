@@ -112,9 +112,9 @@ def _operator(members: Sequence[OpRow], providers: Sequence[str]) -> list[str]:
     by = {row.provider: row for row in members}
     spreads = [by[name].ms if name in by else None for name in providers]
     times = ["-" if spread is None else digits(spread.median) for spread in spreads]
-    ran = [row for row in members if row.is_ours and row.ms]
+    measured = [row for row in members if row.is_ours and row.ms]
     # the fastest with its tick; without one, what ran stands there unticked
-    ours = min(ran, key=lambda row: (row.parity is not True, row.ms.median if row.ms else 0.0), default=None)
+    ours = min(measured, key=lambda row: (row.parity is not True, row.ms.median if row.ms else 0.0), default=None)
     if ours is None:
         return [op_case_name(members[0]), *times, "-", "-", "-", "-"]
     rate = f"{digits(ours.rate)} {ours.unit}" + ("" if ours.provider == "ditfast" else f" ({ours.provider})")
@@ -130,8 +130,8 @@ def _operator(members: Sequence[OpRow], providers: Sequence[str]) -> list[str]:
 
 def _scaling(machine: Machine) -> list[str]:
     rows = []
-    for (axis, held, mode, dtype), found in curves(machine.rows("scaling")).items():
-        for curve in found:
+    for (axis, held, mode, dtype), group in curves(machine.rows("scaling")).items():
+        for curve in group:
             if not curve.measured:
                 continue
             case = [axis, f"{held}, {mode_name(mode)}, {dtype}", curve.provider]

@@ -1,4 +1,4 @@
-"""``report.html``: one page that holds everything and asks nothing of the network."""
+"""``report.html``: one page that holds everything and loads nothing from the network."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _machine(anchor: str, machine: Machine, plots: Sequence[Plot], report: Repor
 
 
 def _unmeasured(machine: Machine) -> list[str]:
-    """What no table says: that nothing was measured, and whom the default options left out, with the reason."""
+    """Sentences on what no table has: nothing measured at all, and providers left out by default, with reasons."""
     settings = [run.results.settings.get("providers_left_out") for run in machine.of("models")]
     reasons = {name: why for left_out in settings if isinstance(left_out, dict) for name, why in left_out.items()}
     shown = {row.provider for row in machine.rows("models")}
@@ -133,7 +133,7 @@ def _figure(plot: Plot) -> str:
 
 
 def _table(table: Table, closed: bool | None = None) -> str:
-    """In a container that scrolls on its own; a long one folded."""
+    """A table in a scrolling container; a long one is folded."""
     head = "".join(
         f"<th{_class(['number'] if numeric else [])}>{escape(name)}</th>" for name, numeric in table.columns
     )
@@ -154,7 +154,7 @@ def _table(table: Table, closed: bool | None = None) -> str:
 def _row(row: Sequence[Cell], table: Table) -> str:
     cells = []
     for cell, (_, numeric) in zip(row, table.columns, strict=True):
-        names = [name for name, wanted in ((cell.tone, cell.tone), ("number", numeric)) if wanted]
+        names = [name for name, applies in ((cell.tone, cell.tone), ("number", numeric)) if applies]
         names += ["long"] if len(cell.text) > _LONG else []
         cells.append(f"<td{_class(names)}>{escape(cell.text)}</td>")
     return "".join(cells)

@@ -1,4 +1,4 @@
-"""The README's table of results, rendered from the committed result files."""
+"""``ditfast bench readme``: the table of results in a page, rendered from result files."""
 
 from __future__ import annotations
 
@@ -17,43 +17,43 @@ _NO_GPU = ["GPU: DiT-XL/2, 256 px, bf16", *["not measured yet"] * 4, "-", "-"]
 
 
 def render(readme: str, results: Mapping[str, Results]) -> str:
-    """The README with the block between its markers replaced.
+    """A page with the block between its markers replaced.
 
     Args:
-        readme: its text, with one line ``BEGIN`` and below it one line ``END``.
-        results: link, relative to the README -> the file's content. The suite models makes the table; files of
-            the other suites are linked.
+        readme: the page's text, with one line ``BEGIN`` and below it one line ``END``.
+        results: link, relative to the page -> the file's content. The suite models makes the table; files of the
+            other suites are linked.
 
     Raises:
-        ValueError: no results, or a marker that is missing, there twice, or after the other.
+        ValueError: no results, or markers that are missing, repeated or in the wrong order.
     """
     before, after = _split(readme)
     return f"{before}{BEGIN}\n\n{block(results)}\n\n{END}{after}"
 
 
 def block(results: Mapping[str, Results]) -> str:
-    """The table, the conditions of each device with its files, and what the columns say."""
-    report = gather(Run(link, found) for link, found in results.items())
+    """The table, a note on its columns, and each device's conditions and files."""
+    report = gather(Run(link, content) for link, content in results.items())
     measured = [machine for machine in report.machines if machine.rows("models")]
     rows = [] if any(machine.is_gpu for machine in measured) else [_NO_GPU]
-    shown = _chosen(measured)
-    rows += [[_case(machine, found), *found.cells] for machine, found in shown]
+    chosen = _chosen(measured)
+    rows += [[_case(machine, headline), *headline.cells] for machine, headline in chosen]
     columns = [("images/s", False), *((name, True) for name in COLUMNS)]
     lines = []
     for machine in report.machines:
-        cases = [found for owner, found in shown if owner is machine]
+        cases = [headline for owner, headline in chosen if owner is machine]
         lines.append(f"- {_conditions(machine, cases)}")
     lines += [f"- {escape(machine.short_conditions)}: {_links(machine.runs)}." for machine in report.computed]
     return "\n\n".join([pipes(columns, rows), NOTE, "\n".join(lines)])
 
 
 def _chosen(machines: Iterable[Machine]) -> list[tuple[Machine, Headline]]:
-    """The cases; of one measured again under the same conditions, the run with most rivals, then with most rows."""
+    """The cases; if one was measured again under the same conditions, its run with most rivals, then most rows."""
     best: dict[tuple[object, ...], tuple[tuple[int, int], Machine, Headline]] = {}
     for machine in machines:
         for headline in headlines(machine.rows("models")):
-            ran = [row for row in headline.rows if row.ms is not None]
-            worth = (sum(not row.is_ours for row in ran), len(ran))
+            measured = [row for row in headline.rows if row.ms is not None]
+            worth = (sum(not row.is_ours for row in measured), len(measured))
             case = (machine.identity, headline.case.case)
             if case not in best or worth > best[case][0]:
                 best[case] = (worth, machine, headline)
@@ -76,7 +76,7 @@ def first_difference(old: str, new: str) -> str | None:
 
 
 def _split(readme: str) -> tuple[str, str]:
-    """What stands before and after the block."""
+    """The text before and after the block."""
     for marker in (BEGIN, END):
         if readme.count(marker) != 1:
             raise ValueError(f"README must hold {marker!r} once, got {readme.count(marker)}")
@@ -86,8 +86,8 @@ def _split(readme: str) -> tuple[str, str]:
     return before, rest.partition(END)[2]
 
 
-def _case(machine: Machine, found: Headline) -> str:
-    row = found.case
+def _case(machine: Machine, headline: Headline) -> str:
+    row = headline.case
     name = model_name(row) if row.conditioning != "adaln_zero" else row.model
     size = [] if name != row.model and tuple(row.latent_size) != (32, 32) else [pixels(row.latent_size)]
     mode = [] if row.mode == "forward" else [mode_name(row.mode)]
@@ -95,11 +95,11 @@ def _case(machine: Machine, found: Headline) -> str:
 
 
 def _conditions(machine: Machine, cases: Sequence[Headline]) -> str:
-    """What was in force, of the cases in the table; a machine without one has links alone."""
+    """The conditions of a machine's cases in the table; a machine without cases has links alone."""
     if machine.rows("models") and not cases:
         return f"{escape(machine.short_conditions)}. Rows: {_links(machine.runs)}."
     parts = [machine.short_conditions]
-    rows = [row for found in cases for row in found.rows]
+    rows = [row for headline in cases for row in headline.rows]
     if (limits := limits_text(machine.ceilings)) is not None:
         parts.append(f"limits measured in the same runs: {limits}")
     noises = [row.noise for row in rows if row.noise is not None]
@@ -112,11 +112,11 @@ def _conditions(machine: Machine, cases: Sequence[Headline]) -> str:
 
 
 def _ticks(rows: Sequence[ModelRow]) -> str:
-    ran = [row for row in rows if row.is_ours and row.ms is not None]
-    unticked = [f"{model_name(row)} batch {row.batch}, {row.provider}" for row in ran if row.parity is not True]
+    measured = [row for row in rows if row.is_ours and row.ms is not None]
+    unticked = [f"{model_name(row)} batch {row.batch}, {row.provider}" for row in measured if row.parity is not True]
     if unticked:
         return f"no parity tick: {listed(unticked)}"
-    return "every row of ditfast with its parity tick" if ran else "no row of ditfast ran"
+    return "every row of ditfast with its parity tick" if measured else "no row of ditfast ran"
 
 
 def _links(runs: Sequence[Run]) -> str:

@@ -53,8 +53,8 @@ def roofline_plots(machine: Machine, computed: Sequence[Machine], palette: Palet
 def located(rows: Iterable[ModelRow], costs: Iterable[CostRow]) -> list[Point]:
     """(FLOP/byte, TFLOP/s, row) of the providers that were traced on the same model, batch, dtype and mode.
 
-    Those under a compiler launch something else than was traced, and one that computes in another precision than
-    its case moves other bytes: both are left out.
+    Left out are compiled providers, which launch other kernels than were traced, and those that compute in another
+    precision than their case, which move other bytes.
     """
     known = {row.key: row for row in costs}
     points = []
@@ -67,7 +67,7 @@ def located(rows: Iterable[ModelRow], costs: Iterable[CostRow]) -> list[Point]:
 
 
 def lacks_costs(machine: Machine, computed: Sequence[Machine]) -> bool:
-    """Whether costs are all that is missing for the models to be on a roofline."""
+    """Whether only costs are missing for a roofline of the models."""
     rows = machine.rows("models")
     could = machine.is_gpu and machine.ceilings is not None and any(map(_locatable, rows))
     return could and not located(rows, _costs(machine, computed)[1])
@@ -78,12 +78,12 @@ def _locatable(row: ModelRow) -> bool:
 
 
 def _costs(machine: Machine, computed: Sequence[Machine]) -> tuple[str, list[CostRow]]:
-    """(version of ditfast, rows): of the version that was measured, or else of the first one given."""
+    """(version of ditfast, rows): of the measured version, or else of the first one in ``computed``."""
     versions = {group.number: version(group.environment) for group in computed if group.rows("cost")}
     if not versions:
         return "", []
-    own = version(machine.environment)
-    chosen = own if own in versions.values() else next(iter(versions.values()))
+    current = version(machine.environment)
+    chosen = current if current in versions.values() else next(iter(versions.values()))
     return chosen, [
         row for group in computed if versions.get(group.number) == chosen for row in group.rows("cost")
     ]
@@ -144,16 +144,17 @@ def _models_roofline(
 ) -> Plot:
     from matplotlib.lines import Line2D
 
-    every = sorted({row.batch for _, _, row in points})
-    batches = every[-_MOST_BATCHES:]
+    all_batches = sorted({row.batch for _, _, row in points})
+    batches = all_batches[-_MOST_BATCHES:]
     shown = [point for point in points if point[2].batch in batches]
     providers = provider_order(row.provider for _, _, row in shown)
     sizes = [name for name in (*_SIZES, "other") if any(_size(row) == name for _, _, row in shown)]
     marker = {name: MARKERS[index] for index, name in enumerate((*_SIZES, "other"))}
-    what = f"{mode_name(mode)}, {dtype}"
-    title = f"Roofline of the models: {what}, on {machine.label}"
+    case = f"{mode_name(mode)}, {dtype}"
+    title = f"Roofline of the models: {case}, on {machine.label}"
+    batches_text = _batches_text(batches, all_batches)
     note = (
-        f"{machine.short_conditions}; {what}. {_limits(ceilings)} {_drawn(batches, every)} FLOP/byte: computed, by "
+        f"{machine.short_conditions}; {case}. {_limits(ceilings)} {batches_text} FLOP/byte: computed, by "
         f"tracing the eager models with {traced_by}; a graph replays the same launches, what is compiled is left out. "
         "Hollow: no parity tick. The larger a mark, the more tokens."
     )
@@ -166,8 +167,8 @@ def _models_roofline(
     ]
     frame = Frame(title, 3.7 * max(2, len(batches)), [3.4], len(batches), legend, note, titled=True)
     for axes, batch in zip(frame.axes, batches, strict=True):
-        drawn = [point for point in shown if point[2].batch == batch]
-        for x, y, row in drawn:
+        in_batch = [point for point in shown if point[2].batch == batch]
+        for x, y, row in in_batch:
             side = 4 if row.tokens <= 32 else 6 if row.tokens <= 128 else 8
             axes.plot(
                 [x],
@@ -178,12 +179,12 @@ def _models_roofline(
                 markerfacecolor=palette[row.provider] if row.parity else "white",
                 linestyle="",
             )
-        precisions = list(dict.fromkeys(row.precision for _, _, row in drawn))
-        _roofs(axes, ceilings, precisions, [(x, y) for x, y, _ in drawn])
+        precisions = list(dict.fromkeys(row.precision for _, _, row in in_batch))
+        _roofs(axes, ceilings, precisions, [(x, y) for x, y, _ in in_batch])
         axes.set_title(f"batch {batch}", size=TEXT)
-    alt = f"{title}: {count(len(shown), 'point')}, and the measured limits. {_drawn(batches, every)}"
+    alt = f"{title}: {count(len(shown), 'point')}, and the measured limits. {batches_text}"
     alt += f" {_limits(ceilings)}"
-    name = slug(f"roofline models {machine.number} {what} {machine.label}")
+    name = slug(f"roofline models {machine.number} {case} {machine.label}")
     return Plot(name, title, "models", machine.label, alt, f"{title}.", frame.png(), frame.width)
 
 
@@ -218,12 +219,12 @@ def _limits(ceilings: Ceilings) -> str:
     return f"Limits measured in the same runs: {limits_text(ceilings)}."
 
 
-def _drawn(batches: Sequence[int], every: Sequence[int]) -> str:
-    """Which batches are in the figure."""
+def _batches_text(batches: Sequence[int], all_batches: Sequence[int]) -> str:
+    """A sentence on the batches in the figure."""
     text = f"{'Batch' if len(batches) == 1 else 'Batches'} {', '.join(map(str, batches))}"
-    return (
-        f"{text}." if len(batches) == len(every) else f"{text}, the largest of {', '.join(map(str, every))}."
-    )
+    if len(batches) == len(all_batches):
+        return f"{text}."
+    return f"{text}, the largest of {', '.join(map(str, all_batches))}."
 
 
 def _size(row: ModelRow) -> str:

@@ -138,7 +138,7 @@ def memory_tables(machine: Machine) -> list[Table]:
 
 
 def host_tables(machine: Machine) -> list[Table]:
-    """The host's time of eager calls, and of the operators of which ditfast's consist."""
+    """The host's time of eager calls, and of the operators in ditfast's calls."""
     rows: list[HostRow] = machine.rows("host")
     if not rows:
         return []
@@ -234,7 +234,7 @@ def _times(row: ModelRow | OpRow | SampleRow) -> list[Cell]:
 
 
 def _status(row: ModelRow | OpRow | SampleRow | MemoryRow, text: str = "") -> Cell:
-    """``text``, or the peak; where it did not run, that."""
+    """``text``, or the peak; or why the row did not run."""
     if row.status != "ok":
         return Cell(STATUS[row.status], "quiet" if row.status == "unavailable" else "bad")
     return Cell(size(row.peak_bytes) if isinstance(row, MemoryRow) else text)

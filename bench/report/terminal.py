@@ -19,7 +19,7 @@ from ..records.text import STATUS, digits, model_name, size
 
 
 def results_table(results: Results, ascii_only: bool | None = None) -> RenderableType:
-    """The rows that ran or failed, and below them the limits, the noise, and who is missing and why."""
+    """The rows that ran or failed; below them the limits, the noise, and the absent providers with reasons."""
     shown = [row for row in results.rows if row.status != "unavailable"]
     kinds = list(dict.fromkeys((row.mode, row.dtype) for row in shown))
     parts: list[RenderableType] = []
@@ -98,7 +98,7 @@ def tick(parity: bool | None, ascii_only: bool) -> str:
 
 
 def speedup(row: ModelRow | OpRow | OwnRow | SampleRow) -> str:
-    """The speed-up cell, which says where it is a tie."""
+    """The speed-up cell; a tie is marked."""
     if row.speedup is None:
         return ""
     if is_tie(row.speedup, row.noise or 0.0):
@@ -120,14 +120,14 @@ def _notes(results: Results) -> list[str]:
     absent = {row.provider: row.note for row in results.rows if row.status == "unavailable"}
     in_part = {row.provider for row in results.rows if row.status != "unavailable"} & absent.keys()
     for name, reason in {**results.settings.get("providers_left_out", {}), **absent}.items():
-        missing = [f"{model_name(row)} batch {row.batch}" for row in results.rows if _is_absent(row, name)]
-        where = f" ({', '.join(missing)})" if name in in_part else ""
-        lines.append(f"Not measured: {name}{where}: {reason}")
+        cases = [f"{model_name(row)} batch {row.batch}" for row in results.rows if _is_absent(row, name)]
+        detail = f" ({', '.join(cases)})" if name in in_part else ""
+        lines.append(f"Not measured: {name}{detail}: {reason}")
     return lines + _largest_batches(results)
 
 
 def closing_notes(results: Results) -> list[str]:
-    """What every measured suite says below its tables: limits, clocks, parts, interruption."""
+    """The lines below the tables of every measured suite: limits, clocks, parts, interruption."""
     lines = []
     if results.ceilings is not None:
         matmul = ", ".join(f"{name} {rate:.3g} TFLOP/s" for name, rate in results.ceilings.matmul_tflops.items())
@@ -137,8 +137,8 @@ def closing_notes(results: Results) -> list[str]:
     for name, unit in (("sm_clock_mhz", "MHz"), ("power_draw_w", "W"), ("temperature_c", "C"), ("load_1m", "")):
         values = [f"{reading.get('when')} {reading[name]:g}" for reading in results.readings if reading.get(name)]
         if values:
-            what = name.rpartition("_")[0].replace("_", " ")
-            lines.append(f"{what}{f', {unit}' if unit else ' of the host'}: {', '.join(values)}")
+            quantity = name.rpartition("_")[0].replace("_", " ")
+            lines.append(f"{quantity}{f', {unit}' if unit else ' of the host'}: {', '.join(values)}")
     if results.parts > 1:
         lines.append(f"Measured in {results.parts} parts, one after another.")
     whys = Counter(item.why for item in results.older)
@@ -149,12 +149,12 @@ def closing_notes(results: Results) -> list[str]:
 
 
 def _largest_batches(results: Results) -> list[str]:
-    """Where a batch did not fit: the largest one that did."""
+    """The largest batch that fits, for cases with one that did not."""
     lines = []
     short = dict.fromkeys((row.series, model_name(row), row.provider) for row in results.rows if row.status == "oom")
     for series, label, provider in short:
-        ran = [row.batch for row in results.rows if row.ms and (row.series, row.provider) == (series, provider)]
-        largest = f"the largest measured batch that fits is {max(ran)}" if ran else "no measured batch fits"
+        fitting = [row.batch for row in results.rows if row.ms and (row.series, row.provider) == (series, provider)]
+        largest = f"the largest measured batch that fits is {max(fitting)}" if fitting else "no measured batch fits"
         lines.append(f"{label}, {series[-1]}, {provider}: {largest}")
     return lines
 

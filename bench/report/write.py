@@ -69,7 +69,7 @@ def draw(report: Report) -> list[Plot]:
         plots += memory_plots(machine, palette)
     for machine in report.computed:
         plots += memory_plots(machine, palette)
-    return _named_apart(plots)
+    return _with_unique_names(plots)
 
 
 def write(files: dict[str, bytes], out: Path) -> None:
@@ -96,15 +96,15 @@ def _earlier(manifest: Path) -> set[str]:
     )
 
 
-def _named_apart(plots: list[Plot]) -> list[Plot]:
+def _with_unique_names(plots: list[Plot]) -> list[Plot]:
     """The plots; a name that another has already is numbered."""
-    found: dict[str, Plot] = {}
+    unique: dict[str, Plot] = {}
     for plot in plots:
         name, number = plot.name, 2
-        while name in found:
+        while name in unique:
             name, number = f"{plot.name}-{number}", number + 1
-        found[name] = replace(plot, name=name)
-    return list(found.values())
+        unique[name] = replace(plot, name=name)
+    return list(unique.values())
 
 
 def _providers(report: Report) -> set[str]:

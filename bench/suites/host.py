@@ -132,9 +132,9 @@ def _times(calls: Mapping[str, Call], seconds: float) -> tuple[dict[str, Spread]
         sample = sampler(call, _CPU, _process_clock)
 
         def noting(count: int) -> float:
-            taken = sample(count)
-            least[name] = min(least.get(name, math.inf), taken / count * 1e3)
-            return taken
+            elapsed = sample(count)
+            least[name] = min(least.get(name, math.inf), elapsed / count * 1e3)
+            return elapsed
 
         return noting
 
@@ -248,9 +248,9 @@ def _layers() -> Iterator[dict[str, _Calls]]:
         calls["launcher"].append((function, args, kwargs))
 
     def note_launch(_: str, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kernel, *rest = args
+        kernel, *operands = args
         grid, options = kwargs["grid"], {name: kwargs[name] for name in kwargs if name not in ("grid", "warmup")}
-        calls["launch"].append((lambda *arguments, **named: kernel[grid](*arguments, **named), tuple(rest), options))
+        calls["launch"].append((lambda *args, **options: kernel[grid](*args, **options), tuple(operands), options))
 
     with ExitStack() as stack:
         for owner, names in launchers.items():

@@ -1,8 +1,8 @@
-"""What each provider needs, case by case, and the largest batch that fits: the rows of ``ditfast bench memory``.
+"""The rows of ``ditfast bench memory``: the memory that each provider needs, and the largest batch that fits.
 
-On a GPU every provider runs in a process of its own, and so does every batch that is tried in the search: what ran
-out of memory, or broke it into pieces, is none of the next one's business. On meta tensors nothing runs: what the
-forward of a training step would keep on a GPU is traced, attention as one kernel.
+On a GPU every provider, and every batch tried in the search, runs in its own process: running out of memory or
+fragmenting it must not affect the next one. On meta tensors nothing runs: the tensors that the forward of a training
+step would keep on a GPU are traced, attention as one kernel.
 """
 
 from __future__ import annotations

@@ -175,8 +175,8 @@ def _measure(case: _Case, functions: dict[str, Callable[..., Any]], rows: dict[s
             # on the very shape that is timed: launch configurations depend on it
             # and the implementation on whether gradients are wanted
             if name != "gemm" and rows[name].parity is None:
-                judged, wanted = replace(case.operator, fused=function), _wanted(case.direction)
-                verdicts = check(judged, shape, dtype, case.device, wanted=wanted)
+                judged, gradients = replace(case.operator, fused=function), _gradients(case.direction)
+                verdicts = check(judged, shape, dtype, case.device, wanted=gradients)
                 parity = all(verdict.ok for verdict in verdicts.values())
                 rows[name] = replace(rows[name], parity=parity, note="" if parity else _failing(verdicts))
             maker = partial(_call, function, case.operator, shape, pool, case.direction)
@@ -189,8 +189,8 @@ def _measure(case: _Case, functions: dict[str, Callable[..., Any]], rows: dict[s
     if repeated is not None:
         samplers = with_repeat(samplers, repeated)
     measured = measure(samplers, case.device, case.seconds)
-    again = measured.times.pop(f"{repeated}{AGAIN}", None)
-    share = noise(measured.times[repeated], again) if repeated in measured.times and again else None
+    second = measured.times.pop(f"{repeated}{AGAIN}", None)
+    share = noise(measured.times[repeated], second) if repeated in measured.times and second else None
     for name, failure in measured.failures.items():
         if name in rows:
             rows[name] = failed(rows[name], failure)
@@ -211,11 +211,11 @@ def launch_once(
     if attention.is_attention(operator.name):
         functions["ditfast-triton"] = attention.implementation("ditfast-triton")
     for function in functions.values():
-        check(replace(operator, fused=function), shape, dtype, device, wanted=_wanted(direction))
+        check(replace(operator, fused=function), shape, dtype, device, wanted=_gradients(direction))
         _call(function, operator, shape, [draw_inputs(operator, shape, dtype, device)], direction)(0)
 
 
-def _wanted(direction: Direction) -> tuple[str, ...] | None:
+def _gradients(direction: Direction) -> tuple[str, ...] | None:
     return () if direction == "forward" else None
 
 

@@ -83,8 +83,8 @@ def _rows(
             status, note = explain(error)
             rows[name] = replace(rows[name], status=status, note=note)
     measured = measure(with_repeat(running, "before") if "before" in running else running, device, seconds)
-    again = measured.times.pop("before" + AGAIN, None)
-    share = noise(measured.times["before"], again) if again and "before" in measured.times else None
+    second = measured.times.pop("before" + AGAIN, None)
+    share = noise(measured.times["before"], second) if second and "before" in measured.times else None
     for name, spread in measured.times.items():
         rows[name] = replace(rows[name], status="ok", ms=spread, noise=share)
     try:

@@ -175,8 +175,8 @@ def rows(
             results[name] = replace(case.row(name), status=status, note=note)
     first = next(iter(running), None)
     measured = measure(with_repeat(running, first) if first else running, device, seconds)
-    again = measured.times.pop(f"{first}{AGAIN}", None)
-    share = noise(measured.times[first], again) if first in measured.times and again else None
+    second = measured.times.pop(f"{first}{AGAIN}", None)
+    share = noise(measured.times[first], second) if first in measured.times and second else None
     for name, spread in measured.times.items():
         rate = images_per_second(case.batch, spread.median)
         results[name] = replace(results[name], status="ok", ms=spread, images_per_s=rate, noise=share)

@@ -1,4 +1,4 @@
-"""What every measured suite shares: limits, conditions before and after, saving after every row, going on later."""
+"""Common to all measured suites: limits, conditions before and after, saving after every row, continuing later."""
 
 from __future__ import annotations
 
@@ -56,19 +56,19 @@ class Recorder:
         self._known = {row.key: row for row in self.results.rows}
 
     def has(self, keys: Iterable[tuple[object, ...]]) -> bool:
-        """Whether an earlier part has all of these rows; one that failed is tried again."""
+        """Whether an earlier part has all of these rows; failed rows do not count."""
         rows = [self._known.get(key) for key in keys]
         return all(row is not None and getattr(row, "row", row).status != "error" for row in rows)
 
     def set_aside(self, keys: Iterable[tuple[object, ...]]) -> None:
-        """Makes older rows of those there are of a case that begins again: they were not timed beside its new ones."""
+        """Turns the rows of a case that begins again into older ones: they were not timed beside its new rows."""
         rows = {key: self._known.pop(key) for key in keys if key in self._known}
         others = [item for item in self.results.older if item.row.key not in rows]
         self.results.older = others + [Older(row, _UNFINISHED) for row in rows.values()]
         self.results.rows = list(self._known.values())
 
     def out_of_time(self) -> bool:
-        """Whether the budget is spent; asked before each thing to begin, which must then be left out."""
+        """Whether the budget is spent; asked before each case or provider, which must then be left out."""
         self.cut = self.cut or (self.deadline is not None and time.monotonic() > self.deadline)
         return self.cut
 
@@ -97,10 +97,10 @@ class Recorder:
         """
         added = {row.key: row for row in rows}
         places = [place for place, key in enumerate(self._known) if key in added]
-        there = list(self._known.items())
-        place = places[0] if places else len(there)
-        after = [item for item in there[place:] if item[0] not in added]
-        self._known = dict([*there[:place], *added.items(), *after])
+        entries = list(self._known.items())
+        place = places[0] if places else len(entries)
+        after = [item for item in entries[place:] if item[0] not in added]
+        self._known = dict([*entries[:place], *added.items(), *after])
         self.results.rows = list(self._known.values())
         self.results.older = [item for item in self.results.older if item.row.key not in self._known]
         if shares is not None:

@@ -1,1 +1,1 @@
-"""``ditfast tune``: candidate launch configurations, measured and judged, and the table of the best."""
+"""``ditfast tune``: measures and judges candidate launch configurations, and writes the table of the best."""

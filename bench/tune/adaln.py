@@ -1,7 +1,7 @@
-"""Tuning of the adaLN kernels (kernels/adaln.py): lanes of a row, rows of a program, warps.
+"""Tunes the adaLN kernels (kernels/adaln.py): lanes of a row, rows of a program, warps.
 
-Their keys hold width and tokens but no batch: a backward's rows decide the order of its sums, which must not change
-with the batch, and a forward's follow from the batch by the heuristic and are left to it.
+Their keys hold width and tokens but no batch. A backward's rows set the order of its sums, which must not change with
+the batch. A forward's rows depend on the batch, and the heuristic chooses them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _EPS = 1e-6
 
 @dataclass(frozen=True)
 class AdaLNForward(Family[RowConfig]):
-    """Gated residual and modulated norm together, which a model runs twice a block; at ``batch`` alone."""
+    """Gated residual and modulated norm together, run twice in a block; only at ``batch``."""
 
     batch: int = 64
     operator: str = "adaln_fwd"
@@ -72,7 +72,7 @@ class AdaLNForward(Family[RowConfig]):
 
 @dataclass(frozen=True)
 class AdaLNBackward(AdaLNForward):
-    """Its backward with all that a training block asks for: every gradient, and the norm once more."""
+    """Its backward with all outputs of a training block: every gradient, and the norm once more."""
 
     operator: str = "adaln_bwd"
 
@@ -115,7 +115,7 @@ class AdaLNBackward(AdaLNForward):
 
 
 def _covers(width: int) -> Iterator[tuple[tuple[int, int], int]]:
-    """((block, tail), warps): a row in one block, or in a block and a tail, by warps that fit its block."""
+    """((block, tail), warps): a row in one block, or in a block and a tail; the warps fit the block."""
     lower = 1 << (width.bit_length() - 1)
     rest = width - lower
     least, most = spaces.LANE_ELEMENTS

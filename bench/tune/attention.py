@@ -1,8 +1,8 @@
-"""Tuning of attention: the tiles of this project's kernels (kernels/attention.py), then which implementation is taken.
+"""Tunes attention: the tiles of this project's kernels (kernels/attention.py), then the choice of the implementation.
 
 Keys hold the head dim and the tokens, no batch: a sample's results must not change with its neighbours. Tiles come
-first in the plan: the choice is made with those in force. Parity is judged on the first and the last samples of a large
-batch, of a launch over the whole of it.
+first in the plan, and the choice uses them. Parity of a large batch is judged on its first and last samples, of a
+launch over the whole batch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _END_SAMPLES = 4  # judged at either end
 
 @dataclass(frozen=True)
 class _Attention(Family[C]):
-    """On the packed projection (B, T, 3, H, head_dim) without a bias; at ``batch`` alone."""
+    """On the packed projection (B, T, 3, H, head_dim) without a bias; only at ``batch``."""
 
     operator: str = ""
     batch: int = 64
@@ -103,7 +103,7 @@ class AttentionForward(_Attention[AttentionConfig]):
 
 @dataclass(frozen=True)
 class AttentionBackward(AttentionForward):
-    """The tiles of one of the backward's two launches, timed together with the other as it is in force."""
+    """The tiles of one of the backward's two launches, timed together with the other as currently configured."""
 
     operator: str = "attention_dq"
 
@@ -138,7 +138,7 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionChoice(_Attention[Choice]):
-    """The implementation: of the forward alone, or with a backward that gives the same gradients every time."""
+    """The implementation: of the forward alone, or with a backward whose gradients are the same in every run."""
 
     operator: str = "attention_inference"
 
@@ -154,7 +154,7 @@ class AttentionChoice(_Attention[Choice]):
         return (Choice(name) for name in get_args(AttentionBackend) if self._fits(name, shape, dtype, target))
 
     def _fits(self, name: AttentionBackend, shape: Shape, dtype: torch.dtype, target: Target) -> bool:
-        """Whether an implementation is here and takes the shape; without a GPU, all but packages that are absent."""
+        """Whether an implementation is available and takes the shape; without a GPU, if its package is installed."""
         if name == "triton":
             return _head_dim(shape) <= choice.MAX_HEAD_DIM
         if backends.case_reason(name, _head_dim(shape), dtype, False, self.training, target.major) is not None:
@@ -203,5 +203,5 @@ def _head_dim(shape: Shape) -> int:
 
 
 def ends(x: Tensor) -> Tensor:
-    """The first and the last _END_SAMPLES samples; all where there are no more."""
+    """The first and the last _END_SAMPLES samples; all samples of a small batch."""
     return x if len(x) <= 2 * _END_SAMPLES else torch.cat([x[:_END_SAMPLES], x[-_END_SAMPLES:]])

@@ -90,18 +90,18 @@ def tune(
     }
     dtypes = [parse_dtype(name) for name in dtype or ("bf16",)]
     tasks = module.plan(configs, dtypes, tuple(dict.fromkeys(batch or module.BATCHES)))
-    where = _gpu(device)
+    cuda_device = _gpu(device)
     if dry_run:
-        target = module.ARCHITECTURES[gpu or "sm_90"] if gpu or where is None else module.target_of(where)
+        target = module.ARCHITECTURES[gpu or "sm_90"] if gpu or cuda_device is None else module.target_of(cuda_device)
         print_tables(plan_table(tasks, target))
         return
     if gpu is not None:
         raise ValueError("--gpu is for --dry-run: tune measures the GPU at hand")
-    if where is None:
+    if cuda_device is None:
         raise ValueError("tune measures a GPU, and there is none; --dry-run lists the plan")
     try:
         with terminated_as_interrupted():
-            failed = _measure(tasks, where, out, again, seconds)
+            failed = _measure(tasks, cuda_device, out, again, seconds)
     except KeyboardInterrupt:
         typer.echo("interrupted; what was measured is kept", err=True)
         raise typer.Exit(_INTERRUPTED) from None
@@ -113,7 +113,7 @@ def tune(
 
 
 def _gpu(name: str | None) -> torch.device | None:
-    """The CUDA device of --device, or None where there is none."""
+    """The CUDA device of --device, or None if there is none."""
     from ...environment import parse_device
 
     device = parse_device(name)
@@ -125,7 +125,7 @@ def _gpu(name: str | None) -> torch.device | None:
 def _measure(
     tasks: Sequence[Task], device: torch.device, out: Path | None, again: bool, seconds: float | None
 ) -> bool:
-    """Runs what the table lacks; returns whether nothing came of it."""
+    """Measures the tasks that the table lacks; returns whether all of them failed."""
     import torch
 
     from ditfast.kernels.configs.tables import table_path
@@ -138,18 +138,19 @@ def _measure(
         torch.cuda.set_device(device)
     target = module.target_of(device)
     table = Table.open(out or table_path(target.name), target.name, collect())
-    left = [task for task in tasks if again or not table.has(task.key)]
-    typer.echo(f"{target.name}: {len(left)} shapes, {len(tasks) - len(left)} measured before; {table.path}", err=True)
+    pending = [task for task in tasks if again or not table.has(task.key)]
+    before = len(tasks) - len(pending)
+    typer.echo(f"{target.name}: {len(pending)} shapes, {before} measured before; {table.path}", err=True)
     measured, failed = module.run(
-        left, target, device, table, lambda what: typer.echo(what, err=True), budget=seconds
+        pending, target, device, table, lambda line: typer.echo(line, err=True), budget=seconds
     )
-    rest = len(left) - measured - failed
-    typer.echo(f"{table.path}: {measured} shapes measured, {failed} failed, {rest} left for another run")
+    remaining = len(pending) - measured - failed
+    typer.echo(f"{table.path}: {measured} shapes measured, {failed} failed, {remaining} left for another run")
     return failed > 0 and measured == 0
 
 
 def plan_table(tasks: Sequence[Task], target: Target) -> RenderableType:
-    """What would be measured on a GPU: each key with its shape and its candidates, the heuristic's first."""
+    """The plan for a GPU: each key with its shape and its candidates, the heuristic's first."""
     from rich.console import Group
 
     from ...console import line, plain_table

@@ -1,4 +1,4 @@
-"""What ``ditfast tune`` must know of an operator: shapes, inputs, candidates and formula, and its key in a table."""
+"""An operator as ``ditfast tune`` sees it: shapes, inputs, candidates and formula, and its key in a table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ C = TypeVar("C", bound=tuple[Any, ...])
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU, as far as candidates depend on it: its name, compute capability (major) and multiprocessors."""
+    """The properties of a GPU that candidates depend on: name, compute capability (major) and multiprocessors."""
 
     name: str
     major: int
@@ -36,7 +36,7 @@ class Family(ABC, Generic[C]):
 
     @abstractmethod
     def shapes(self, config: DiTConfig, batch: int) -> list[Shape]:
-        """What a model runs at a batch."""
+        """The shapes of a model at a batch."""
 
     @abstractmethod
     def key(self, shape: Shape, dtype: torch.dtype) -> str:
@@ -48,11 +48,11 @@ class Family(ABC, Generic[C]):
 
     @abstractmethod
     def heuristic(self, shape: Shape, dtype: torch.dtype, target: Target) -> C:
-        """The choice where no table has one."""
+        """The choice without a table."""
 
     @abstractmethod
     def space(self, shape: Shape, dtype: torch.dtype, target: Target) -> Iterable[C]:
-        """What else to try, most promising first."""
+        """The other configurations to try, most promising first."""
 
     def candidates(self, shape: Shape, dtype: torch.dtype, target: Target) -> dict[str, C]:
         """Label -> configuration, the heuristic's first."""
@@ -61,11 +61,11 @@ class Family(ABC, Generic[C]):
 
     @abstractmethod
     def fields(self, config: C) -> tables.Fields:
-        """What a table says of a configuration."""
+        """A configuration as a table's entry."""
 
     @abstractmethod
     def label(self, config: C) -> str:
-        """A configuration in a few words, the same only where the launch is."""
+        """A configuration in a few words; equal labels mean equal launches."""
 
     @abstractmethod
     def draw(self, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
@@ -73,19 +73,19 @@ class Family(ABC, Generic[C]):
 
     @abstractmethod
     def call(self, config: C, inputs: Inputs) -> Any:
-        """What is timed: one call of the operator as ``config`` says, whatever a table says."""
+        """The timed call: the operator with ``config``, without regard to tables."""
 
     @abstractmethod
     def results(self, config: C, inputs: Inputs) -> Results:
-        """The outputs of :meth:`call`, of the rows that are judged."""
+        """The outputs of :meth:`call` for the judged rows."""
 
     def judged(self, inputs: Inputs) -> Inputs:
-        """What :meth:`formula` takes for the rows that are judged: all of them, where an fp64 oracle fits."""
+        """The inputs of :meth:`formula` for the judged rows: all rows, if an fp64 oracle fits in memory."""
         return inputs
 
     @abstractmethod
     def formula(self, judged: Inputs) -> Results:
-        """The same results by plain PyTorch, in the dtype of the inputs."""
+        """The results in plain PyTorch, in the dtype of the inputs."""
 
     def conditions(self, dtype: torch.dtype) -> AbstractContextManager[None]:
         """Switches of torch under which a table's entries in ``dtype`` are looked up."""
@@ -93,6 +93,6 @@ class Family(ABC, Generic[C]):
 
 
 def normal(size: tuple[int, ...], like: Tensor, seed: int) -> Tensor:
-    """Standard normal values with the dtype and device of ``like``; other ones than draw_inputs' of the same seed."""
+    """Standard normal values in ``like``'s dtype and on its device; they differ from draw_inputs' of the same seed."""
     generator = torch.Generator(like.device).manual_seed(seed + 1_000_000)
     return torch.randn(size, generator=generator, device=like.device).to(like.dtype)

@@ -1,8 +1,8 @@
-"""Tuning of the GEMMs with an epilogue (kernels/configs/gemm.py): the library's kernels, or Triton's with which tiles.
+"""Tunes the GEMMs with an epilogue (kernels/configs/gemm.py): the library's kernels, or the tiles of Triton's.
 
-Parity is judged on the first and the last rows of a matrix that is too large for an fp64 oracle. The operator runs on
-the whole of it, so that what is judged is the launch that is timed; each output row depends on its own row alone, and
-the partial sums of a tile on the tile's rows.
+A matrix that is too large for an fp64 oracle is judged on its first and last rows. The operator runs on the whole
+matrix, so the judged launch is the timed one. Each output row depends only on the same row of the input, and the
+partial sums of a tile only on the tile's rows.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class LinearGelu(_Gemm):
 
 @dataclass(frozen=True)
 class LinearGatedResidual(_Gemm):
-    """residual + gate * (x W^T + b), with the branch saved where its gate learns."""
+    """residual + gate * (x W^T + b), with the branch saved if its gate learns."""
 
     operator: str = "linear_gated_residual"
     save: bool = False
@@ -221,13 +221,13 @@ def _by_layer(parts: Iterable[Tensor]) -> Results:
 
 
 def ends(x: Tensor, rows: int | None = None, tile: int = 1) -> Tensor:
-    """The first and the last _END_ROWS rows of a matrix; all of it where it has no more, or a ragged last tile.
+    """The first and the last _END_ROWS rows of a matrix; all rows of a small one, or of one with a ragged last tile.
 
     Args:
-        rows: of the matrix, where ``x`` has one row for each ``tile`` of them.
+        rows: of the matrix, if ``x`` has one row for each ``tile`` of them.
     """
     rows = len(x) if rows is None else rows
     if rows <= 2 * _END_ROWS or rows % 128:
         return x
-    kept = _END_ROWS // tile
-    return torch.cat([x[:kept], x[-kept:]])
+    count = _END_ROWS // tile
+    return torch.cat([x[:count], x[-count:]])

@@ -1,4 +1,4 @@
-"""One shape tuned: every candidate judged against fp64, the right ones timed side by side, the best one named."""
+"""Tunes one shape: judges every candidate against fp64, times the right ones side by side, and names the best."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MAX_POOL = 192
 
 @dataclass(frozen=True)
 class Task:
-    """One key to fill: an operator at one shape, that of the first ``model`` in the plan that needs it."""
+    """One key to fill: an operator at one shape; ``model`` is the first in the plan that needs it."""
 
     family: Family[Any]
     shape: Shape
@@ -43,12 +43,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What measuring a task found.
+    """The measurement of a task.
 
     Attributes:
         winner, heuristic: labels.
-        heuristic_ms: None where the heuristic's choice does not run, or is wrong.
-        noise: of the heuristic's choice timed twice; of the fastest where that one does not run.
+        heuristic_ms: None if the heuristic's choice does not run, or is wrong.
+        noise: of the heuristic's choice timed twice; of the fastest, if that one does not run.
         tried: candidates, the heuristic's included.
         out: label of a candidate that does not run or is wrong -> why.
     """
@@ -76,7 +76,7 @@ class Outcome:
 
 
 class OutOfTime(Exception):
-    """The deadline passed within a task, which is left unmeasured."""
+    """The deadline passed within a task, which stays unmeasured."""
 
 
 class GpuLost(RuntimeError):
@@ -99,18 +99,18 @@ def measure_task(
     """
     with torch.no_grad(), task.family.conditions(task.dtype):
         contest = _Contest(task, target, device, deadline)
-        right = contest.right()
+        passing = contest.right()
         quick: dict[str, Spread] = {}
-        for first in range(0, len(right), _GROUP):
-            quick |= contest.timed(right[first : first + _GROUP], seconds[0])
+        for first in range(0, len(passing), _GROUP):
+            quick |= contest.timed(passing[first : first + _GROUP], seconds[0])
         best = sorted(quick, key=lambda name: quick[name].median)[:_FINALISTS]
         heuristic = next(iter(contest.configs))
         base = heuristic if heuristic in quick or not best else best[0]
         times = contest.timed(list(dict.fromkeys([base, *best])), seconds[1], twice=base) if best else {}
-    again = times.pop(base + AGAIN, None)
+    second = times.pop(base + AGAIN, None)
     if not times:
         raise RuntimeError(f"no candidate is right and runs; {_listed(contest.out, len(contest.configs))}")
-    share = noise(times[base], again) if base in times and again is not None else None
+    share = noise(times[base], second) if base in times and second is not None else None
     winner = choose(times, base, share)
     return Outcome(
         winner=winner,
@@ -125,7 +125,7 @@ def measure_task(
 
 
 def choose(times: dict[str, Spread], base: str, share: float | None) -> str:
-    """The fastest where it is faster than ``base`` by more than the noise, a share; else ``base``."""
+    """The fastest, if it is faster than ``base`` by more than the noise (a share); else ``base``."""
     fastest = min(times, key=lambda name: times[name].median)
     if base not in times:
         return fastest
@@ -133,7 +133,7 @@ def choose(times: dict[str, Spread], base: str, share: float | None) -> str:
 
 
 class _Contest:
-    """The candidates of a task by their labels, the inputs, and who is out and why."""
+    """The candidates of a task by their labels, the inputs, and ``out``: rejected candidates with reasons."""
 
     def __init__(self, task: Task, target: Target, device: torch.device, deadline: float | None) -> None:
         self.task, self.family, self.device, self.deadline = task, task.family, device, deadline
@@ -152,28 +152,28 @@ class _Contest:
             try:
                 with _Poisoned():
                     results = self.family.results(config, self.pool[0])
-                wrong = self._wrong(results, yardstick, oracle)
-                if wrong:
-                    self.out[name] = wrong
-            except Exception as error:  # a candidate's failure is its own: too much shared memory, say
-                self._leaves(name, error)
+                reason = self._wrong(results, yardstick, oracle)
+                if reason:
+                    self.out[name] = reason
+            except Exception as error:  # such as too much shared memory: only this candidate fails
+                self._reject(name, error)
         return [name for name in self.configs if name not in self.out]
 
     def timed(self, names: Sequence[str], seconds: float, twice: str | None = None) -> dict[str, Spread]:
-        """Times of candidates, interleaved, without those that fail; ``twice`` a second time, for the noise."""
+        """Interleaved times of the candidates that do not fail; ``twice`` is timed twice, for the noise."""
         samplers: dict[str, Sampler] = {}
         for name in names:
             self._check_time()
             try:
                 samplers[name] = self._sampler(self.configs[name])
             except Exception as error:  # whatever a capture forbids
-                self._leaves(name, error)
+                self._reject(name, error)
         self._check_time()
         if twice is not None and twice in samplers:
             samplers = with_repeat(samplers, twice)
         measured = measure(samplers, self.device, seconds)
         for name, failure in measured.failures.items():
-            self._leaves(name.removesuffix(AGAIN), failure)
+            self._reject(name.removesuffix(AGAIN), failure)
         return {name: spread for name, spread in measured.times.items() if name.removesuffix(AGAIN) not in self.out}
 
     def _pool(self) -> list[Inputs]:
@@ -185,7 +185,7 @@ class _Contest:
         return [first, *(self.family.draw(task.shape, task.dtype, self.device, seed) for seed in range(1, count))]
 
     def _wrong(self, results: Results, yardstick: Results, oracle: Results) -> str:
-        """How results break the numerics rule, or ""."""
+        """The violation of the numerics rule as a sentence, or ""."""
         if results.keys() != oracle.keys():
             return f"wrong: results must be {', '.join(oracle)}, got {', '.join(results)}"
         for name, value in results.items():
@@ -195,7 +195,7 @@ class _Contest:
         return ""
 
     def _sampler(self, config: Any) -> Sampler:
-        """On a GPU of whole rounds over the inputs, replayed from a graph: the host's launches do not count."""
+        """On a GPU it replays rounds over all inputs from a graph, so that the host's launches do not count."""
         count = len(self.pool)
 
         def call(number: int) -> object:
@@ -207,13 +207,13 @@ class _Contest:
         rounds = sampler(lambda number: replay(), self.device)
 
         def sample(calls: int) -> float:
-            whole = max(1, round(calls / count))
-            return rounds(whole) / (whole * count) * calls
+            repeats = max(1, round(calls / count))
+            return rounds(repeats) / (repeats * count) * calls
 
         return sample
 
-    def _leaves(self, name: str, error: BaseException) -> None:
-        """Takes a candidate out; raises where every launch after it would fail as well."""
+    def _reject(self, name: str, error: BaseException) -> None:
+        """Rejects a candidate; raises if every launch after it would fail as well."""
         self.out[name] = explain(error)[1]
         if not computes(self.device):
             raise GpuLost(f"{self.task.key}: {name} left the GPU in an error: {self.out[name]}") from None

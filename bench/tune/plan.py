@@ -1,6 +1,6 @@
-"""``ditfast tune``: the plan, in order of value, and its run, which saves each shape's winner as it is found.
+"""``ditfast tune``: the plan in order of value, and its run, which saves the winner of each shape at once.
 
-It can be cut short at any time and gone on with later.
+A run may be interrupted at any time and continued later.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .linear import LinearGatedResidual, LinearGelu, LinearGeluBackward, Modulat
 from .measure import GpuLost, OutOfTime, Task, measure_task
 from .table import Table
 
-#: In order of value: what ditfast.DiT runs, then what only a caller of ditfast.ops does.
+#: In order of value: the operators of ditfast.DiT, then those that only callers of ditfast.ops use.
 FAMILIES: tuple[tuple[Family[Any], ...], ...] = (
     (
         LinearGelu(),
@@ -50,8 +50,8 @@ SECONDS = (0.05, 0.3)
 
 def target_of(device: torch.device) -> Target:
     """The GPU behind a CUDA device."""
-    found = gpu(device.index or 0)
-    return Target(found.name, found.capability[0], found.multiprocessors)
+    properties = gpu(device.index or 0)
+    return Target(properties.name, properties.capability[0], properties.multiprocessors)
 
 
 def plan(
@@ -86,8 +86,8 @@ def run(
     """Measures the tasks in turn, each winner saved in the table; returns how many were measured and how many failed.
 
     Args:
-        report: told of every task, in a line.
-        budget: seconds after which it ends; the shape in hand is left unmeasured.
+        report: called with a line for every task.
+        budget: seconds after which the run ends; the shape in hand stays unmeasured.
         seconds: for each candidate, in a first round and among the best; SECONDS by default.
 
     Raises:
@@ -103,7 +103,7 @@ def run(
             break
         except GpuLost:
             raise
-        except Exception as error:  # inputs that do not fit, say: the next shape is another matter
+        except Exception as error:  # such as inputs that do not fit: the next shape may
             failed += 1
             line = f"not measured: {explain(error)[1]}"
         else:

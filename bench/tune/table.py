@@ -1,4 +1,4 @@
-"""The table that ``ditfast tune`` writes: one line a shape, saved whole after each, and what can be skipped later."""
+"""The table of ``ditfast tune``: one line for each shape, saved after each; a later run skips measured shapes."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Table:
     """A GPU's table, on disk from the first entry on.
 
     Attributes:
-        environment: of this run, the last that wrote.
-        versions: under which a measurement counts as this run's.
+        environment: of the last run that wrote, which is this one.
+        versions: of this run; a measurement under the same versions is not repeated.
     """
 
     path: Path
@@ -40,10 +40,10 @@ class Table:
 
     @classmethod
     def open(cls, path: Path, gpu: str, environment: dict[str, Any]) -> Table:
-        """The table that is there, to be extended, or a new one.
+        """The table in the file, to be extended, or a new one.
 
         Raises:
-            ValueError: it is damaged or another GPU's, or could not be written; names the file.
+            ValueError: it is damaged, of another GPU, or cannot be written; names the file.
         """
         if path.parent == tables.CONFIGS:
             with contextlib.suppress(OSError):  # an installation without tables has no folder for them
@@ -52,10 +52,10 @@ class Table:
             raise ValueError(f"--out must be a file in a folder that exists and can be written, got {path}")
         table = cls(path, gpu, environment, versions())
         if path.exists():
-            there = tables.read_table(path)
-            if there["gpu"] != gpu:
-                raise ValueError(f"{path} is the table of {there['gpu']!r}, this GPU is {gpu!r}: give another --out")
-            table.entries, table.measured = there["entries"], there["measured"]
+            saved = tables.read_table(path)
+            if saved["gpu"] != gpu:
+                raise ValueError(f"{path} is the table of {saved['gpu']!r}, this GPU is {gpu!r}: give another --out")
+            table.entries, table.measured = saved["entries"], saved["measured"]
         return table
 
     def has(self, key: str) -> bool:
@@ -64,10 +64,10 @@ class Table:
         return key in self.entries and all(record.get(name) == value for name, value in self.versions.items())
 
     def add(self, key: str, fields: tables.Fields, times: Mapping[str, float | None], shape: str) -> None:
-        """Takes a shape's winner, saves, and has whatever is launched from now on look it up.
+        """Adds a shape's winner and saves the table; launches use it from now on.
 
         Args:
-            times: "ms", "heuristic_ms" and "noise"; the latter two None where the heuristic's choice does not run.
+            times: "ms", "heuristic_ms" and "noise"; the latter two None if the heuristic's choice does not run.
             shape: the sizes that were measured.
         """
         self.entries[key] = fields
@@ -84,18 +84,18 @@ class Table:
 
 
 def versions() -> dict[str, str]:
-    """What a time stems from besides the GPU: torch, triton, and a digest of the kernels' code (no tables)."""
+    """The versions that a time depends on: torch, triton, and a digest of the kernels' code (no tables)."""
     import triton
 
     digest = hashlib.sha256()
-    here = Path(tables.__file__).parent
-    for path in (*sorted(here.parent.glob("*.py")), *sorted(here.glob("*.py"))):
+    folder = Path(tables.__file__).parent
+    for path in (*sorted(folder.parent.glob("*.py")), *sorted(folder.glob("*.py"))):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return {"torch": str(torch.__version__), "triton": str(triton.__version__), "kernels": digest.hexdigest()[:12]}
 
 
 def refresh() -> None:
-    """Has the tables read again, and configurations chosen again."""
+    """Drops cached tables and choices of configurations."""
     for cached in _CACHES:
         cached.cache_clear()
     attention_choice.forget()

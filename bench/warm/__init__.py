@@ -1,1 +1,1 @@
-"""``ditfast warm``: kernels compiled ahead, and a Triton cache that is carried to another machine."""
+"""``ditfast warm``: compiles kernels ahead, and carries a Triton cache to another machine."""

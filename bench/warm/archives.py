@@ -1,7 +1,7 @@
 """Archives (.tar.xz) of many small files: the same bytes for the same files, never half written, safe to unpack.
 
-Files are compressed in chunks, each an xz stream of its own, on all cores: an archive is its chunks one after another,
-which every tar and xz reads as one. So the size of each is known before archives are filled up to a limit.
+Files are compressed in chunks on all cores. Each chunk is an xz stream; an archive is its chunks in sequence, which
+every tar and xz reads as one. The size of each chunk is thus known when archives are filled up to a limit.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ def write_archive(files: Iterable[tuple[str, Path]], archive: Path) -> int:
 def write_archives(
     files: Iterable[tuple[str, Path]], folder: Path, stem: str, limit: int = 15_000_000
 ) -> list[Path]:
-    """Packs files into as few archives as stay below a limit, and removes those of an earlier call that are no more.
+    """Packs files into as few archives as stay below a limit, and removes the other archives of earlier calls.
 
-    A file that is too large on its own is left out: STEM.left-out.txt beside the archives names it, and a warning does.
+    A file too large for an archive is left out; STEM.left-out.txt beside the archives and a warning name it.
 
     Args:
         files: (name in the archive, the file).
         folder: where archives go.
-        stem: STEM.tar.xz is the archive; where one does not suffice, STEM-1.tar.xz, STEM-2.tar.xz and so on.
-        limit: bytes below which each archive stays.
+        stem: STEM.tar.xz is the archive; several are STEM-1.tar.xz, STEM-2.tar.xz and so on.
+        limit: each archive has fewer bytes.
 
     Returns:
-        The archives, in order; none where there are no files.
+        The archives, in order; none if there are no files.
 
     Raises:
         ValueError: a name that is absolute, leaves its folder or comes twice.
@@ -80,11 +80,11 @@ def write_archives(
         parts[-1].append(chunk.data)
         filled += len(chunk.data)
     numbers = [""] if len(parts) == 1 else [f"-{number}" for number in range(1, len(parts) + 1)]
-    written = [folder / f"{stem}{number}{SUFFIX}" for number in numbers[: len(parts)]]
-    for part, archive in zip(parts, written, strict=True):
+    archives = [folder / f"{stem}{number}{SUFFIX}" for number in numbers[: len(parts)]]
+    for part, archive in zip(parts, archives, strict=True):
         _write(part, archive)
     for archive in folder.glob(f"*{SUFFIX}"):
-        if archive not in written and re.fullmatch(re.escape(stem) + r"(-\d+)?", archive.name[: -len(SUFFIX)]):
+        if archive not in archives and re.fullmatch(re.escape(stem) + r"(-\d+)?", archive.name[: -len(SUFFIX)]):
             archive.unlink()
     note = folder / f"{stem}.left-out.txt"
     if left_out:
@@ -92,7 +92,7 @@ def write_archives(
         warnings.warn(f"{note}: {len(left_out)} files are above {limit} bytes, and in no archive", stacklevel=2)
     else:
         note.unlink(missing_ok=True)
-    return written
+    return archives
 
 
 def read_archive(archive: Path) -> list[tuple[str, bytes]]:
@@ -101,10 +101,10 @@ def read_archive(archive: Path) -> list[tuple[str, bytes]]:
     Raises:
         ValueError: an archive that is damaged or no .tar.xz, or that holds links, devices or names outside a folder.
     """
-    found = []
+    files = []
     data, raw = archive.read_bytes(), bytearray()
     try:
-        while data:  # what follows a stream must be one: lzma.open would drop what is not
+        while data:  # after a stream must come another: lzma.open would drop anything else
             stream = lzma.LZMADecompressor(lzma.FORMAT_XZ)
             raw += stream.decompress(data)
             if not stream.eof:
@@ -119,10 +119,10 @@ def read_archive(archive: Path) -> list[tuple[str, bytes]]:
                 content = tar.extractfile(member) if member.isreg() else None
                 if content is None or not _is_inside(member.name):
                     raise ValueError(f"{archive}: {member.name!r} is no file within the folder to unpack in")
-                found.append((member.name, content.read()))
+                files.append((member.name, content.read()))
     except (lzma.LZMAError, tarfile.TarError, EOFError) as error:
         raise ValueError(f"{archive} is damaged, or no {SUFFIX} archive: {error}") from None
-    return found
+    return files
 
 
 def extract(archive: Path, folder: Path) -> list[Path]:
@@ -151,7 +151,7 @@ def _is_inside(name: str) -> bool:
 
 
 def _checked(files: Iterable[tuple[str, Path]]) -> Files:
-    """Sorted by name."""
+    """The files sorted by name, their names checked."""
     ordered = sorted(files)
     names = [name for name, _ in ordered]
     for name in names:
@@ -179,7 +179,7 @@ def _chunks(files: Files, size: int) -> Iterator[_Chunk]:
 
 
 def _fitting(chunks: Iterable[_Chunk], room: int) -> Iterator[_Chunk]:
-    """The chunks, those that are too large file by file."""
+    """The chunks; those too large for the room are split into single files."""
     for chunk in chunks:
         if len(chunk.data) > room and len(chunk.files) > 1:
             yield from map(_chunk, ([file] for file in chunk.files))

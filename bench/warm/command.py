@@ -1,4 +1,4 @@
-"""``ditfast warm``: the kernels of models and commands compiled ahead, without a GPU, and carried to where one is."""
+"""``ditfast warm``: compiles kernels of models and commands without a GPU, and carries them to machines with one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 from .. import options
 
 if TYPE_CHECKING:
-    from .compile import Compiled, Found
+    from .compile import Compiled, Launches
     from .parts import Part
 
 _FAILED = 1
@@ -127,10 +127,10 @@ def _checked(
     archive: Path | None,
     jobs: int | None,
 ) -> tuple[dict[str, list[Part]], int | None]:
-    """The parts of each architecture.
+    """The parts of each architecture, and the processes.
 
     Raises:
-        ValueError: an option is wrong, or nothing can be compiled here; says which and why.
+        ValueError: an option is wrong, or nothing can be compiled here; the message says why.
     """
     from ..cases.case import DTYPES, parse_dtype, parse_mode, unknown
     from .archives import SUFFIX
@@ -184,38 +184,38 @@ def _warm(arch: str, parts: Sequence[Part], cache: Path, jobs: int | None) -> bo
     from .compile import Workers, unique
 
     begin = time.monotonic()
-    found: list[Found] = []
+    launches: list[Launches] = []
     compiled: list[Compiled] = []
     workers = Workers(arch, cache, jobs)
     with progress(len(parts), f"{arch}: what is launched") as step:
         for item in workers.find(parts):
-            found.append(item)
+            launches.append(item)
             step(f"{arch}: {item.part.label} launches {len(item.kernels)} kernels")
-    kernels = unique(found)
+    kernels = unique(launches)
     try:
         with progress(len(kernels), f"{arch}: compiling") as step:
             for result in workers.compile(kernels):
                 compiled.append(result)
                 step(f"{arch}: {result.kernel.name}{' (in the cache)' if result.hit else ''}")
-    finally:  # an interrupted run says what there is as well
+    finally:  # an interrupted run has a manifest too
         folders = [result.folder for result in compiled if result.folder]
-        whole = len(compiled) == len(kernels) and all(result.folder for result in compiled)
-        labels = [item.part.label for item in found if whole and not item.failures]
+        complete = len(compiled) == len(kernels) and all(result.folder for result in compiled)
+        labels = [item.part.label for item in launches if complete and not item.failures]
         manifest = kernel_cache.make_manifest(arch, labels, folders)
         write_json(kernel_cache.merged(kernel_cache.read_manifest(cache), manifest), cache / kernel_cache.MANIFEST)
-    return _report(arch, found, compiled, cache, time.monotonic() - begin)
+    return _report(arch, launches, compiled, cache, time.monotonic() - begin)
 
 
-def _report(arch: str, found: Sequence[Found], compiled: Sequence[Compiled], cache: Path, seconds: float) -> bool:
-    """Prints what came of it; returns whether something failed. That tuning asks for too much is no failure."""
+def _report(arch: str, launches: Sequence[Launches], compiled: Sequence[Compiled], cache: Path, seconds: float) -> bool:
+    """Prints failures and counts; returns whether something failed. A candidate that the GPU refuses is none."""
     refused = [result for result in compiled if result.refused and result.kernel.candidate]
-    failures = [failure for item in found for failure in item.failures]
+    failures = [failure for item in launches for failure in item.failures]
     failures += [f"{item.kernel.name}: {item.failure}" for item in compiled if item.failure and item not in refused]
     for failure in failures:
         typer.echo(f"FAIL {arch}, {failure}", err=True)
     hits = sum(result.hit for result in compiled)
-    made = sum(bool(result.folder) for result in compiled) - hits
-    text = f"{arch}: {made} kernels compiled, {hits} taken from the cache, {seconds:.0f} s; {cache}"
+    compiled_now = sum(bool(result.folder) for result in compiled) - hits
+    text = f"{arch}: {compiled_now} kernels compiled, {hits} taken from the cache, {seconds:.0f} s; {cache}"
     if refused:
         text += f"; {len(refused)} candidates of tune take more than the GPU has"
     typer.echo(text)

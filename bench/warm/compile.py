@@ -1,8 +1,9 @@
-"""``ditfast warm``: what GPUs would compile at first use, compiled ahead without one.
+"""``ditfast warm`` compiles kernels ahead of their first use, without a GPU.
 
-First every part is rehearsed without compiling (``jit_cache_hook`` answers in the compiler's place), which takes
-milliseconds a model and says which specialisations it launches. Then each of these is compiled once, in parallel, by
-Triton's own ``preload``, and its launcher is built. What Triton's cache has is a hit: a run that is cut short goes on.
+First every part is rehearsed without compiling: ``jit_cache_hook`` answers in the compiler's place. That takes
+milliseconds a model and yields the specialisations that it launches. Then Triton's ``preload`` compiles each of them
+once, in parallel, and builds its launcher. Kernels in Triton's cache are not compiled again, so an interrupted run goes
+on where it was.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Kernel:
-    """One specialisation: a kernel's module and name, and what Triton's ``preload`` compiles it from.
+    """One specialisation: a kernel's module and name, and the text that Triton's ``preload`` takes.
 
-    ``candidate``: only tuning asks for it, so it may be one that the GPU refuses.
+    ``candidate``: only tuning launches it, so the GPU may refuse it.
     """
 
     module: str
@@ -44,8 +45,8 @@ class Kernel:
 
 
 @dataclass
-class Found:
-    """What a part launches; ``failures`` are sentences."""
+class Launches:
+    """The kernels that a part launches; ``failures`` are sentences."""
 
     part: Part
     kernels: list[Kernel] = field(default_factory=list)
@@ -54,9 +55,9 @@ class Found:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of a kernel: whether the cache had it, the cache's folder, and why it cannot be launched, or "".
+    """A kernel's result: whether it was in the cache, its folder there, and why it cannot be launched, or "".
 
-    ``refused``: it is compiled, and takes more than the GPU has.
+    ``refused``: it is compiled, but needs more than the GPU has.
     """
 
     kernel: Kernel
@@ -72,26 +73,26 @@ class Workers:
     def __init__(self, arch: str, cache: Path, processes: int | None = None) -> None:
         self._arch, self._cache, self._processes = arch, cache, processes or cpu_cores()
 
-    def find(self, parts: Iterable[Part]) -> Iterator[Found]:
-        """What each part launches, as it ends."""
-        for part, found, reason in self._each(find, parts):
-            yield found or Found(part, failures=[f"{part.label}: {reason}"])
+    def find(self, parts: Iterable[Part]) -> Iterator[Launches]:
+        """The launches of each part, as it ends."""
+        for part, launches, reason in self._each(find, parts):
+            yield launches or Launches(part, failures=[f"{part.label}: {reason}"])
 
     def compile(self, kernels: Iterable[Kernel]) -> Iterator[Compiled]:
-        """Each kernel, as it ends."""
+        """The result of each kernel, as it ends."""
         for kernel, compiled, reason in self._each(compile_kernel, kernels):
             yield compiled or Compiled(kernel, failure=reason)
 
     def _each(
         self, function: Callable[[_Item], _Result], items: Iterable[_Item]
     ) -> Iterator[tuple[_Item, _Result | None, str]]:
-        """(item, result, why there is none), as they end.
+        """(item, result or None, the reason for None), as they end.
 
-        A process that dies takes all the others' work with it, so what is left has a second try.
+        A process that dies breaks the pool with all its work, so the remaining items have a second try.
         """
-        left, reason = list(items), ""
+        remaining, reason = list(items), ""
         for _ in range(2):
-            # fresh interpreters: what a forked one inherits of threads and drivers is not to be told
+            # fresh interpreters: a forked one would inherit threads and drivers
             pool = ProcessPoolExecutor(
                 self._processes, get_context("spawn"), initializer=_begin, initargs=(self._arch, str(self._cache))
             )
@@ -99,7 +100,7 @@ class Workers:
             try:
                 futures: dict[Future[_Result], _Item] = {}
                 with suppress(BrokenExecutor):
-                    for item in left:
+                    for item in remaining:
                         futures[pool.submit(function, item)] = item
                 for future in as_completed(futures):
                     try:
@@ -107,21 +108,21 @@ class Workers:
                     except BrokenExecutor as error:
                         reason = explain(error)[1]
                         continue
-                    left.remove(futures[future])
+                    remaining.remove(futures[future])
                     yield futures[future], result, ""
                 ended = True
             finally:
                 pool.shutdown(wait=ended, cancel_futures=True)
-            if not left:
+            if not remaining:
                 return
-        for item in left:
+        for item in remaining:
             yield item, None, reason
 
 
-def unique(found: Iterable[Found]) -> list[Kernel]:
-    """Each specialisation once; a candidate only where nothing but tuning launches it."""
+def unique(launches: Iterable[Launches]) -> list[Kernel]:
+    """Each specialisation once; it is a candidate if only tuning launches it."""
     kernels: dict[tuple[str, str, str], Kernel] = {}
-    for kernel in (kernel for item in found for kernel in item.kernels):
+    for kernel in (kernel for item in launches for kernel in item.kernels):
         key = kernel.module, kernel.name, kernel.specialisation
         if key not in kernels or not kernel.candidate:
             kernels[key] = kernel
@@ -134,7 +135,7 @@ _held = ExitStack()  # a worker rehearses until it ends
 def _begin(arch: str, cache: str) -> None:
     end_with_parent(signal.SIGKILL)
     os.environ["TRITON_CACHE_DIR"] = cache  # before triton is imported
-    # an interruption is the parent's: a kernel that is being compiled is compiled to its end, and kept
+    # the parent handles interruptions: the kernel in hand is compiled to its end
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     from ditfast.kernels.rehearsal import rehearse
@@ -142,29 +143,29 @@ def _begin(arch: str, cache: str) -> None:
     _held.enter_context(rehearse(arch))
 
 
-def find(part: Part) -> Found:
-    """What a part launches; to be called within a rehearsal."""
-    found = Found(part)
-    seen: dict[tuple[str, str, str], Kernel] = {}
-    with _instead_of_compiling(seen, candidate=part.purpose == "tune"), Uncomputed():
+def find(part: Part) -> Launches:
+    """The kernels that a part launches; to be called within a rehearsal."""
+    launches = Launches(part)
+    kernels: dict[tuple[str, str, str], Kernel] = {}
+    with _instead_of_compiling(kernels, candidate=part.purpose == "tune"), Uncomputed():
         for name, run in runs(part):
             try:
                 run()
-            except Exception as error:  # whatever it is, the GPU would meet it too
-                found.failures.append(f"{part.label}, {name}: {explain(error)[1]}")
-    found.kernels = list(seen.values())
-    return found
+            except Exception as error:  # it would fail on the GPU too
+                launches.failures.append(f"{part.label}, {name}: {explain(error)[1]}")
+    launches.kernels = list(kernels.values())
+    return launches
 
 
 @contextmanager
-def _instead_of_compiling(seen: dict[tuple[str, str, str], Kernel], candidate: bool) -> Iterator[None]:
-    """Within a ``with`` block what would be compiled is noted, and neither compiled nor launched."""
+def _instead_of_compiling(kernels: dict[tuple[str, str, str], Kernel], candidate: bool) -> Iterator[None]:
+    """Within a ``with`` block kernels are noted, and neither compiled nor launched."""
     import triton
 
     def note(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         function = fn.jit_function
         specialisation = compile["specialization_data"]
-        seen.setdefault(
+        kernels.setdefault(
             (function.__module__, function.__name__, specialisation),
             Kernel(function.__module__, function.__name__, specialisation, candidate),
         )

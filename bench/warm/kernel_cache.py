@@ -1,13 +1,13 @@
-"""A Triton cache to carry: which files are needed, whether it fits another machine, and packing it.
+"""Carrying a Triton cache to another machine: the files it needs, whether they fit there, packing and unpacking.
 
-What Triton looks a compiled kernel up by (triton 3.6 and 3.7, ``compiler.get_cache_key``): every file of its wheel that
-compiles, libtriton.so among them, so that the wheel for another Python is another key; the kernel's source, its line in
-the file, and those of what it calls, but not the path; the specialisation and the options of the launch; the
-architecture, ptxas's version; the environment variables that change what is compiled. A launcher's key is its C
-source and the platform, and its file is named after the Python it was built for.
+Triton looks a compiled kernel up by a key (triton 3.6 and 3.7, ``compiler.get_cache_key``) made of: every file of its
+wheel that takes part in compiling, libtriton.so among them, so the wheel for another Python makes another key; the
+source and line numbers, but not the path, of the kernel and the functions it calls; the specialisation and the options
+of the launch; the architecture; ptxas's version; the environment variables that change compilation. A launcher's key is
+its C source and the platform, and its file is named after the Python it was built for.
 
-In the cache a kernel is a folder named by that key. Its group file lists the others by absolute paths, which
-:func:`unpack` writes anew.
+In the cache a kernel is a folder named by its key. Its group file lists the other files by absolute paths, which
+:func:`unpack` rewrites.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from .archives import SUFFIX, read_archive, write_archive
 SCHEMA = "ditfast.kernel-cache/1"
 MANIFEST = "ditfast-cache.json"
 _GROUP = "__grp__"
-# that become options of a launch
+# environment variables that become options of a launch
 _OPTIONS = ("PTXAS_OPTIONS", "TRITON_DEBUG", "TRITON_INSTRUMENTATION_MODE")
 
 
 def kernel_files(cache: Path, folders: Collection[str] | None = None) -> Iterator[tuple[str, Path]]:
-    """(name in an archive, file) of what launches need: cubins, their metadata and groups, and launchers.
+    """(name in an archive, file) of the files that launches need: cubins, their metadata and groups, and launchers.
 
     Args:
-        folders: of kernels, by name; all by default. Launchers come along in any case.
+        folders: names of kernels' folders; all by default. Launchers are always included.
     """
     launcher = sysconfig.get_config_var("EXT_SUFFIX") or ".so"
     for folder in sorted(path for path in cache.glob("*") if path.is_dir()):
@@ -50,7 +50,7 @@ def kernel_files(cache: Path, folders: Collection[str] | None = None) -> Iterato
 
 
 def pack(cache: Path, archive: Path, folders: Collection[str] | None = None) -> int:
-    """Packs what launches need, and the manifest where there is one, into a .tar.xz; returns its size in bytes."""
+    """Packs the files that launches need, and the manifest if there is one, into a .tar.xz; returns its bytes."""
     files = list(kernel_files(cache, folders))
     if (cache / MANIFEST).is_file():
         files.append((MANIFEST, cache / MANIFEST))
@@ -58,20 +58,20 @@ def pack(cache: Path, archive: Path, folders: Collection[str] | None = None) -> 
 
 
 def unpack(source: Path | Iterable[Path], cache: Path) -> int:
-    """Adds kernels to a Triton cache, at whatever path it lies; returns how many came.
+    """Adds kernels to a Triton cache at any path; returns how many were added.
 
     Args:
-        source: an archive of :func:`pack`, a folder that holds such archives, a copied cache, or several of these. The
-            archives among which one cache was divided must come together.
+        source: an archive of :func:`pack`, a folder of such archives, a copied cache, or several of these. Archives of
+            one divided cache must be passed together.
 
     Raises:
-        ValueError: an archive that is damaged; no kernels at all.
-        OSError: what cannot be read or written.
+        ValueError: an archive is damaged, or there are no kernels.
+        OSError: a file cannot be read or written.
     """
     sources = [source] if isinstance(source, Path) else list(source)
     contents = [item for path in sources for item in _contents(path)]
     files = dict(contents)
-    manifests = [found for name, data in contents if name == MANIFEST and (found := _manifest(data)) is not None]
+    manifests = [parsed for name, data in contents if name == MANIFEST and (parsed := _manifest(data)) is not None]
     groups = {}
     for name, data in files.items():
         path = cache / name
@@ -82,15 +82,15 @@ def unpack(source: Path | Iterable[Path], cache: Path) -> int:
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(data, path)
-    count = sum(_place(path, data) for path, data in groups.items())  # at last: a group is what Triton looks for
+    count = sum(_place(path, data) for path, data in groups.items())  # last: Triton looks for the group
     if not count:
         raise ValueError(f"{', '.join(map(str, sources))} must hold compiled kernels, got none")
-    there = read_manifest(cache)
+    current = read_manifest(cache)
     for manifest in manifests:
-        if there is None or not fits(manifest) or fits(there):  # what does not fit says nothing of what does
-            there = merged(there, manifest)
-    if there is not None:
-        write_json(there, cache / MANIFEST)
+        if current is None or not fits(manifest) or fits(current):  # a misfit must not replace a fitting manifest
+            current = merged(current, manifest)
+    if current is not None:
+        write_json(current, cache / MANIFEST)
     return count
 
 
@@ -104,20 +104,20 @@ def _contents(source: Path) -> list[tuple[str, bytes]]:
 
 
 def _place(path: Path, data: bytes) -> bool:
-    """Writes a group file for the folder it now lies in; not where its kernel is missing, which Triton would miss."""
+    """Writes a group file with the paths of its new folder, unless its kernel is missing there; returns whether."""
     try:
         names = [Path(name).name for name in json.loads(data)["child_paths"]]
     except (ValueError, KeyError, TypeError):
         return False
-    here = {name: str(path.parent.absolute() / name) for name in names if (path.parent / name).is_file()}
-    if not {".cubin", ".json"} <= {Path(name).suffix for name in here}:
+    paths = {name: str(path.parent.absolute() / name) for name in names if (path.parent / name).is_file()}
+    if not {".cubin", ".json"} <= {Path(name).suffix for name in paths}:
         return False
-    write_bytes(json.dumps({"child_paths": here}).encode(), path)
+    write_bytes(json.dumps({"child_paths": paths}).encode(), path)
     return True
 
 
 def read_manifest(cache: Path) -> dict[str, Any] | None:
-    """What :func:`make_manifest` said of a cache, or None."""
+    """The manifest of a cache, or None if it has none."""
     try:
         return _manifest((cache / MANIFEST).read_bytes())
     except OSError:
@@ -125,28 +125,28 @@ def read_manifest(cache: Path) -> dict[str, Any] | None:
 
 
 def _manifest(data: bytes) -> dict[str, Any] | None:
-    """A manifest, or None where it is none or damaged: it only informs."""
+    """A manifest, or None if the data is not one: it only informs, so damage is no error."""
     try:
-        found = json.loads(data)
-        parse(dict[str, Any], found, "manifest")
-        parse(dict[str, dict[str, list[str]]], found["architectures"], "architectures")
-        identity = parse(dict[str, Any], found["identity"], "identity")
+        manifest = json.loads(data)
+        parse(dict[str, Any], manifest, "manifest")
+        parse(dict[str, dict[str, list[str]]], manifest["architectures"], "architectures")
+        identity = parse(dict[str, Any], manifest["identity"], "identity")
         complete = {"triton", "build", "python", "platform", "ptxas", "variables", "sources"} <= identity.keys()
     except (ValueError, KeyError):
         return None
-    return found if found.get("schema") == SCHEMA and complete else None
+    return manifest if manifest.get("schema") == SCHEMA and complete else None
 
 
 def make_manifest(architecture: str, warmed: Iterable[str], folders: Iterable[str]) -> dict[str, Any]:
-    """What a cache made in this process holds, JSON-ready.
+    """The manifest of a cache filled by this process, JSON-ready.
 
     Args:
         architecture: such as sm_90.
-        warmed: what is compiled as a whole, in words.
+        warmed: labels of the parts that are compiled as a whole.
         folders: of the kernels.
 
     Returns:
-        ``schema``; ``identity``: all that kernels are looked up by (see above) but for the launch itself, as
+        ``schema``; ``identity``: everything that kernels are looked up by (see above) except the launch itself, as
         ``triton`` and its ``build``, ``python``, ``platform``, ``ptxas``, ``variables`` and ``sources`` (a digest of
         each kernel's); ``architectures``: name -> ``warmed`` and ``kernels``, their folders.
     """
@@ -155,8 +155,7 @@ def make_manifest(architecture: str, warmed: Iterable[str], folders: Iterable[st
 
 
 def merged(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
-    """A cache's manifest after another run: where nothing by which kernels are looked up has changed, what was there
-    before counts too."""
+    """A cache's manifest after another run: with the old entries, if both have the same identity."""
     if old is None or old["identity"] != new["identity"]:
         return new
     architectures = dict(old["architectures"])
@@ -167,27 +166,27 @@ def merged(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
 
 
 def fits(manifest: dict[str, Any]) -> str:
-    """Why a cache's kernels would not be taken in this process, in words, or ""."""
+    """Why this process would not use a cache's kernels, as a sentence, or ""."""
     try:
-        here, there = _identity(), manifest["identity"]
+        current, cached = _identity(), manifest["identity"]
     except ImportError:
         return "triton is not installed"
     except _Interpreting as error:
         return str(error)
-    for field, what in (("triton", "triton"), ("python", "Python"), ("platform", "the platform")):
-        if here[field] != there[field]:
-            return f"made with {what} {there[field]}, and here is {here[field]}"
-    if here["build"] != there["build"]:
-        return f"made with another build of triton {here['triton']}"
-    if here["ptxas"] != there["ptxas"]:
-        return f"made with ptxas {there['ptxas']}, and here is {here['ptxas']} (TRITON_PTXAS_PATH)"
-    names = sorted(dict(here["variables"].items() ^ there["variables"].items()))
+    for field, label in (("triton", "triton"), ("python", "Python"), ("platform", "the platform")):
+        if current[field] != cached[field]:
+            return f"made with {label} {cached[field]}, and here is {current[field]}"
+    if current["build"] != cached["build"]:
+        return f"made with another build of triton {current['triton']}"
+    if current["ptxas"] != cached["ptxas"]:
+        return f"made with ptxas {cached['ptxas']}, and here is {current['ptxas']} (TRITON_PTXAS_PATH)"
+    names = sorted(dict(current["variables"].items() ^ cached["variables"].items()))
     if names:
         return f"made with other values of {', '.join(names)}"
-    changed = sorted(name for name, digest in here["sources"].items() if there["sources"].get(name) != digest)
+    changed = sorted(name for name, digest in current["sources"].items() if cached["sources"].get(name) != digest)
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        return f"{len(changed)} of {len(here['sources'])} kernels have changed: {', '.join(changed[:3])}{more}"
+        return f"{len(changed)} of {len(current['sources'])} kernels have changed: {', '.join(changed[:3])}{more}"
     return _other_gpu(manifest["architectures"])
 
 
@@ -196,26 +195,26 @@ def _other_gpu(architectures: Iterable[str]) -> str:
 
     if not torch.cuda.is_available():
         return ""
-    found = "sm_{}{}".format(*torch.cuda.get_device_capability())
-    return "" if found in architectures else f"made for {', '.join(architectures)}, and the GPU is {found}"
+    arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    return "" if arch in architectures else f"made for {', '.join(architectures)}, and the GPU is {arch}"
 
 
 def facts(cache: Path) -> dict[str, Any]:
-    """What ``ditfast info`` says of a Triton cache.
+    """The report of ``ditfast info`` on a Triton cache.
 
     Returns:
-        ``folder``; ``kernels``: how many of ditfast's it holds, of whatever version; ``warmed``: architecture -> what
-        was compiled ahead for it; ``missing``: how many kernels of that are there no more; ``misfit``: why that would
-        not be taken here, "" where it would. The last three are None where nothing was compiled ahead.
+        ``folder``; ``kernels``: how many kernels of ditfast it holds, of any version; ``warmed``: architecture ->
+        labels of the parts compiled ahead; ``missing``: how many of their kernels are no longer there; ``misfit``: why
+        this process would not use them, or "". The last three are None if nothing was compiled ahead.
     """
     manifest = read_manifest(cache)
     names = set(kernel_functions())
     groups = [path for path in cache.glob(f"*/{_GROUP}*.json") if path.stem.removeprefix(_GROUP) in names]
     warmed, missing = None, None
     if manifest is not None:
-        there = {path.parent.name for path in cache.glob(f"*/{_GROUP}*.json")}
+        present = {path.parent.name for path in cache.glob(f"*/{_GROUP}*.json")}
         warmed = {name: entry["warmed"] for name, entry in manifest["architectures"].items()}
-        missing = sum(len({*entry["kernels"]} - there) for entry in manifest["architectures"].values())
+        missing = sum(len({*entry["kernels"]} - present) for entry in manifest["architectures"].values())
     return {
         "folder": str(cache),
         "kernels": len(groups),
@@ -225,16 +224,16 @@ def facts(cache: Path) -> dict[str, Any]:
     }
 
 
-def render(found: dict[str, Any]) -> str:
-    """The same as lines for people."""
-    lines = ["Triton's cache", f"  {found['folder']}: {found['kernels']} compiled kernels of ditfast"]
-    for name, what in (found["warmed"] or {}).items():
-        lines.append(f"  compiled ahead for {name}: {'; '.join(what) or 'a part, cut short'}")
-    if found["warmed"] is not None:
-        misfit = f"  not all of which are taken here: {found['misfit']}"
-        lines.append(misfit if found["misfit"] else "  which are taken here")
-    if found["missing"]:
-        lines.append(f"  but {found['missing']} of them are missing")
+def render(report: dict[str, Any]) -> str:
+    """The report as lines for people."""
+    lines = ["Triton's cache", f"  {report['folder']}: {report['kernels']} compiled kernels of ditfast"]
+    for name, labels in (report["warmed"] or {}).items():
+        lines.append(f"  compiled ahead for {name}: {'; '.join(labels) or 'a part, cut short'}")
+    if report["warmed"] is not None:
+        misfit = f"  not all of which are taken here: {report['misfit']}"
+        lines.append(misfit if report["misfit"] else "  which are taken here")
+    if report["missing"]:
+        lines.append(f"  but {report['missing']} of them are missing")
     return "\n".join(lines)
 
 
@@ -264,7 +263,7 @@ def _identity() -> dict[str, Any]:
 
 
 def _ptxas() -> str:
-    """The versions of those that Triton runs: before Blackwell, and from there on."""
+    """The versions of both ptxas that Triton runs: before Blackwell, and since."""
     from triton.backends.nvidia.compiler import get_ptxas_version
 
     versions = []

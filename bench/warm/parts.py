@@ -1,4 +1,4 @@
-"""What ``ditfast warm`` launches, by purpose: the calls of the models and commands themselves, on a GPU rehearsed."""
+"""The calls that ``ditfast warm`` makes on a rehearsed GPU, by purpose: those of the models and commands themselves."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
     from ..tune.family import Target
     from ..tune.measure import Task
 
-#: what --for takes; without it the models' own forward and training
+#: the values of --for; without it the models' own forward and training
 PURPOSES = ("verify", "bench", "tune")
-#: of the models: tiles change with the rows, and at XL/2 no batch between launches anything else
+#: the models' batches: tiles change with the rows, and at XL/2 no batch between these launches other kernels
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_DEPTH = 2  # no block after the second launches anything else
+_DEPTH = 2  # later blocks launch the same kernels as the second
 _OPS_BATCHES = (8, 256)  # of ``ditfast bench ops`` on a GPU
-_CPU = torch.device("cpu")  # which a rehearsal takes for its GPU
+_CPU = torch.device("cpu")  # a rehearsal takes it for its GPU
 
 Run = tuple[str, Callable[[], object]]
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one process launches in turn.
+    """The calls that one process makes in turn.
 
     Attributes:
         arch: such as sm_90.
@@ -51,7 +51,7 @@ class Part:
         dtype: torch's.
         config: None for verify, which has models of its own.
         mode: of bench, and of the models.
-        batches: none where the purpose has its own.
+        batches: empty for those of the purpose.
     """
 
     arch: str
@@ -63,7 +63,7 @@ class Part:
 
     @property
     def label(self) -> str:
-        """In a few words, without the architecture."""
+        """A short description, without the architecture."""
         size = ""
         if self.config is not None:
             height, width = (VAE_FACTOR * size for size in self.config.latent_hw)
@@ -82,12 +82,12 @@ def plan(
     batches: Sequence[int] = (),
     verify_dtypes: Sequence[torch.dtype] = (),
 ) -> list[Part]:
-    """The parts, in the order given.
+    """The parts, in the order of the arguments.
 
     Args:
-        purposes: of PURPOSES; none: the models' own forward and training.
-        batches: in place of those that each purpose has.
-        verify_dtypes: of verify, in place of ``dtypes``.
+        purposes: of PURPOSES; empty for the models' own forward and training.
+        batches: replace those of each purpose.
+        verify_dtypes: replace ``dtypes`` for verify.
     """
     parts: list[Part] = []
     for purpose in purposes or ("model",):
@@ -100,20 +100,20 @@ def plan(
 
 
 def runs(part: Part) -> Iterator[Run]:
-    """(what, the call) of everything in a part; to be called within a rehearsal."""
+    """(description, call) of every launch in a part; to be called within a rehearsal."""
     if part.purpose == "verify":
         for item in verify.checks(_CPU, [dtype_name(part.dtype)]):
             yield f"{item.subject}, {item.backend}, {item.dtype}", partial(item.judge, _CPU)
         return
     assert part.config is not None
     config = replace(part.config, depth=min(part.config.depth, _DEPTH))
-    found = {"model": _model, "bench": _benchmarked, "tune": _candidates}[part.purpose](config, part)
-    for name, run in found:
+    calls = {"model": _model, "bench": _benchmarked, "tune": _candidates}[part.purpose](config, part)
+    for name, run in calls:
         yield name, partial(_with_modulations_of, part.config.depth, run)
 
 
 def _with_modulations_of(depth: int, run: Callable[[], object]) -> None:
-    """Runs what a shortened model launches: of its modulations the whole's, whose number is part of their kernel."""
+    """Runs a shortened model with as many modulations as the whole has: their kernel depends on the number."""
 
     def deep(linears: Sequence[nn.Linear], c: Tensor) -> Tensor | None:
         *blocks, final = linears
@@ -125,14 +125,14 @@ def _with_modulations_of(depth: int, run: Callable[[], object]) -> None:
 
 
 def _model(config: DiTConfig, part: Part) -> Iterator[Run]:
-    """Forward also guided and with modulations given, as sampling has it; training also under autocast."""
+    """Forward, also guided and with modulations passed in, as in sampling; training, also under autocast."""
     run = rehearsal.train if is_training(part.mode or "forward") else rehearsal.infer
     for batch in part.batches or BATCHES:
         yield f"batch {batch}", partial(run, config, batch, part.dtype)
 
 
 def _benchmarked(config: DiTConfig, part: Part) -> Iterator[Run]:
-    """``ditfast bench models`` of one mode; with forward and train, those directions of ``ditfast bench ops``."""
+    """``ditfast bench models`` in one mode; for forward and train also that direction of ``ditfast bench ops``."""
     mode = part.mode or "forward"
     for batch in part.batches or defaults(torch.device("cuda"), full=True).batches:
         case = Case(config, batch, part.dtype, mode)
@@ -142,18 +142,18 @@ def _benchmarked(config: DiTConfig, part: Part) -> Iterator[Run]:
         return
     assert part.config is not None
     sizes, layers = (config.num_tokens, config.hidden_size), part.config.depth + 1
-    own = [
+    model_shapes = [
         Shape(batch, *sizes, num_heads=config.num_heads, ratio=4, layers=layers)
         for batch in part.batches or _OPS_BATCHES
     ]
     for name in ops.MEASURED:
-        for shape in (*own, *(attention.SHAPES if name == "self_attention" else ())):
+        for shape in (*model_shapes, *(attention.SHAPES if name == "self_attention" else ())):
             call = partial(ops.launch_once, OPERATORS[name], directions[mode], shape, part.dtype, _CPU)
             yield f"{name} at B={shape.batch} T={shape.tokens} D={shape.width}", call
 
 
 def _benchmark(case: Case) -> None:
-    """What the provider ditfast launches; not the optimiser, none of whose kernels are ours."""
+    """The launches of the provider ditfast, without the optimiser, which has no kernels of ours."""
     inputs = make_inputs(case, _CPU, 0)
     model = build_model(case.config, _CPU, case.dtype, 0)
     variant = get_provider("ditfast").build(Workload(case, _CPU, model, [inputs]))
@@ -164,7 +164,7 @@ def _benchmark(case: Case) -> None:
 
 
 def _candidates(config: DiTConfig, part: Part) -> Iterator[Run]:
-    """Every candidate of ``ditfast tune``, as far as kernels of ours are part of it."""
+    """Every candidate of ``ditfast tune`` with the kernels of ours that it launches."""
     from ditfast.kernels.rehearsal import GPUS
 
     from ..tune.family import Target
@@ -182,6 +182,6 @@ def _tune(task: Task, target: Target) -> None:
     with torch.no_grad(), family.conditions(task.dtype):
         inputs = family.draw(task.shape, task.dtype, _CPU, 0)
         for config in family.candidates(task.shape, task.dtype, target).values():
-            # a library that is not here, or takes no CPU tensors, is no concern of ours
+            # a library may be absent or take no CPU tensors
             with nullcontext() if getattr(config, "candidate", "triton") == "triton" else suppress(Exception):
                 family.call(config, inputs)

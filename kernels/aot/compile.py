@@ -162,9 +162,9 @@ def violations(report: Report) -> list[str]:
         reasons.append(f"resident warps {report.resident_warps}, at least {budget.resident_warps} wanted")
     if report.wide < budget.wide:
         reasons.append(f"{report.wide:.0%} of global bytes in 128-bit accesses, at least {budget.wide:.0%} wanted")
-    for wanted in budget.instructions:
-        if not any(name.startswith(wanted) for name in report.instructions):
-            reasons.append(f"no {wanted} instruction")
+    for instruction in budget.instructions:
+        if not any(name.startswith(instruction) for name in report.instructions):
+            reasons.append(f"no {instruction} instruction")
     return reasons
 
 

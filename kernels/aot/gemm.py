@@ -32,15 +32,15 @@ _OPERATORS = {
 def cases(width: int) -> Iterator[KernelCase]:
     """Of one model width: both architectures, few rows and many, tiles that straddle samples, an fp32 stream beside
     bf16, and fp32 with TF32 and without."""
-    many = _BATCHES[-1] * _TOKENS
+    large = _BATCHES[-1] * _TOKENS
     for arch in _MULTIPROCESSORS:
         for operator in _OPERATORS:
             for batch in _BATCHES:
                 yield _gemm(operator, width, arch, batch * _TOKENS, torch.bfloat16)
             for tf32 in (False, True):
-                yield _gemm(operator, width, arch, many, torch.float32, tf32=tf32)
+                yield _gemm(operator, width, arch, large, torch.float32, tf32=tf32)
             if "gated_residual" in operator:
-                yield _gemm(operator, width, arch, many, torch.bfloat16, stream=torch.float32)
+                yield _gemm(operator, width, arch, large, torch.bfloat16, stream=torch.float32)
         yield _gemm("linear_gated_residual", width, arch, 64 * 257, torch.bfloat16, tokens=257)
     for dtype in (torch.bfloat16, torch.float32):
         yield _gelu_gradient(width, dtype)
@@ -178,7 +178,9 @@ def _modulations(
     kind, count = f"*{TYPE_NAMES[stored]}", _LAYERS + 1
     tensor_cores = dtype != torch.float32 or tf32
     # weights that are converted go through registers
-    wanted = (_TENSOR_CORES[arch] if rows >= 64 else "HMMA", "LDGSTS.E.BYPASS.128") if tensor_cores else ("LDGSTS",)
+    instructions: tuple[str, ...] = ("LDGSTS",)
+    if tensor_cores:
+        instructions = (_TENSOR_CORES[arch] if rows >= 64 else "HMMA", "LDGSTS.E.BYPASS.128")
     return KernelCase(
         name="modulations",
         shape=f"M={rows} N={(6 * _LAYERS + 2) * width} K={width}",
@@ -208,7 +210,7 @@ def _modulations(
         # a multiprocessor's blocks have three k-steps each on their way: 64 KB and more of weights
         budget=Budget(
             registers=128, shared=_SHARED[arch] // 2 - 1024, resident_warps=12 if rows <= 64 else 16, wide=0.75,
-            instructions=wanted,
+            instructions=instructions,
         ),
         arch=arch,
     )  # fmt: skip

@@ -120,9 +120,9 @@ def read_table(path: Path) -> dict[str, Any]:
     if not isinstance(table.get("gpu"), str) or not isinstance(table.get("environment"), dict):
         raise ValueError(f"{path} must name its gpu and its environment")
     for key, fields in table["entries"].items():
-        wrong = _wrong(key, fields)
-        if wrong:
-            raise ValueError(f"{path}: {key} {wrong}, got {fields!r}")
+        violation = _wrong(key, fields)
+        if violation:
+            raise ValueError(f"{path}: {key} {violation}, got {fields!r}")
     measured = table.setdefault("measured", {})
     if not isinstance(measured, dict):
         raise ValueError(f"{path} must hold an object as measured, got {measured!r}")
@@ -144,16 +144,16 @@ def _is_measurement(record: object) -> bool:
 
 
 def _wrong(key: str, fields: object) -> str:
-    """What is wrong with an entry, or ""."""
+    """The rule that an entry breaks, such as "must set ...", or ""."""
     operator, *sizes = key.split("/")
     if operator not in OPERATORS:
         return f"must be of an operator among {', '.join(OPERATORS)}"
     if sizes[:1] not in ([name] for name in _DTYPES) or not all(size.isdecimal() for size in sizes[1:]):
         return f"must be of a dtype among {', '.join(_DTYPES)}, and sizes"
     candidates, numbers = OPERATORS[operator]
-    known = [*(["candidate"] if candidates else []), *numbers]
-    if not isinstance(fields, dict) or not fields or set(fields) - set(known):
-        return f"must set some of {', '.join(known)}"
+    names = [*(["candidate"] if candidates else []), *numbers]
+    if not isinstance(fields, dict) or not fields or set(fields) - set(names):
+        return f"must set some of {', '.join(names)}"
     for name, value in fields.items():
         if name == "candidate":
             if value not in candidates:

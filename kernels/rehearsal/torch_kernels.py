@@ -87,5 +87,5 @@ def _check(calls: Callable[[], int]) -> None:
             raise _elsewhere(f"{function.__name__} in bf16 was computed")
 
 
-def _elsewhere(what: str) -> RuntimeError:
-    return RuntimeError(f"torch's kernels cannot be replaced: torch {torch.__version__} keeps them elsewhere, {what}")
+def _elsewhere(reason: str) -> RuntimeError:
+    return RuntimeError(f"torch's kernels cannot be replaced: torch {torch.__version__} keeps them elsewhere, {reason}")

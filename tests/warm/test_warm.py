@@ -318,7 +318,7 @@ class FakeWorkers:
     def find(self, parts):
         kernels = [warm.Kernel("m", name, "", candidate=name == "_c_kernel") for name in KERNELS]
         for part in parts:
-            yield warm.Found(part, kernels, ["a part: RuntimeError: no"] if self.broken else [])
+            yield warm.Launches(part, kernels, ["a part: RuntimeError: no"] if self.broken else [])
 
     def compile(self, kernels):
         yield warm.Compiled(kernels[0], folder="A")
