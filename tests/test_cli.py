@@ -28,7 +28,7 @@ def _ditfast(*arguments: str | Path) -> Result:
 
 
 def _refused(*arguments: str | Path) -> str:
-    """The one line a user's mistake is answered with."""
+    """The one line that answers a user's mistake."""
     result = _ditfast(*arguments)
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
@@ -111,21 +111,21 @@ def test_info_says_why_a_backend_is_unavailable() -> None:
 def test_info_says_which_attention_a_shape_takes() -> None:
     facts = json.loads(_ditfast("info", "--json").stdout)
     assert {entry["shape"] for entry in facts["attention"]} == set(ditfast.cli.info.SHAPES)
-    asked = ("--attention", "100x3x20", "--dtype", "fp16")
-    [entry] = json.loads(_ditfast("info", "--json", *asked).stdout)["attention"]
+    options = ("--attention", "100x3x20", "--dtype", "fp16")
+    [entry] = json.loads(_ditfast("info", "--json", *options).stdout)["attention"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     qkv = torch.empty(2, 100, 180, dtype=torch.float16, device=device)
     for training in (False, True):
         taken = ditfast.ops.attention_backend(qkv, 100, 20, training=training)
         assert entry["training" if training else "inference"] == taken
     assert entry["reasons"] == ditfast.ops.attention_backends(qkv, 3)
-    text = _ditfast("info", *asked).stdout
+    text = _ditfast("info", *options).stdout
     assert f"100x3x20 fp16: {entry['inference']} in inference, {entry['training']} in training" in text
     assert all(reason in text for reason in entry["reasons"].values() if reason)
 
 
 @pytest.mark.parametrize("shape", ["100x3", "100x3x0", "100x3xD", "2x100x3x20"])
-def test_info_refuses_what_is_no_shape(shape: str) -> None:
+def test_info_refuses_a_bad_shape(shape: str) -> None:
     result = _ditfast("info", "--attention", shape)
     assert result.exit_code == 2
     assert f"shape must look like 256x16x72 (T x H x head_dim), got {shape!r}" in result.stderr

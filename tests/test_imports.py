@@ -156,7 +156,7 @@ def violations(source: str, path: Path) -> list[str]:
         return []  # imports lazily and by name; the tests below run it
     if room not in RULES:
         return [f"{path}: no rule for the room {room!r}; add it to RULES and to CONTRIBUTING.md"]
-    rule, found = RULES[room], []
+    rule, messages = RULES[room], []
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for name, inside in imports_of(ast.parse(source), package):
         top = name.partition(".")[0]
@@ -164,20 +164,20 @@ def violations(source: str, path: Path) -> list[str]:
             exported = name.count(".") == 1 and name.split(".")[1] in {*ditfast.__all__} - {"ops", "reference"}
             target = FACE if exported else room_of(name)
             if target not in (room, *rule.rooms) and name != "ditfast.__version__":
-                found.append(f"{path}: {room} must not import {name}")
+                messages.append(f"{path}: {room} must not import {name}")
         elif top not in sys.stdlib_module_names and top not in rule.packages:
             if top not in rule.inside:
-                found.append(f"{path}: {room} must not import {name}")
+                messages.append(f"{path}: {room} must not import {name}")
             elif not inside:
-                found.append(f"{path}: {room} must import {name} inside a function")
-    return found
+                messages.append(f"{path}: {room} must import {name} inside a function")
+    return messages
 
 
 def test_every_file_keeps_the_import_rules(source_files: list[Path]) -> None:
     files = [path for path in source_files if module_of(path)]
     assert len(files) > 10
-    found = [text for path in files for text in violations((ROOT / path).read_text(), path)]
-    assert not found, "\n".join(found)
+    messages = [text for path in files for text in violations((ROOT / path).read_text(), path)]
+    assert not messages, "\n".join(messages)
 
 
 def test_imports_run_one_way() -> None:
@@ -230,33 +230,33 @@ def test_no_module_of_a_room_is_private(source_files: list[Path]) -> None:
         ("ditfast/tokens.py", "import torch", "no rule for the room 'tokens'"),
     ],
 )
-def test_the_rules_find_what_they_are_for(path: str, source: str, message: str | None) -> None:
-    found = violations(source, Path(path))
-    assert len(found) == (message is not None)
-    assert message is None or message in found[0]
+def test_the_import_rules_find_violations(path: str, source: str, message: str | None) -> None:
+    messages = violations(source, Path(path))
+    assert len(messages) == (message is not None)
+    assert message is None or message in messages[0]
 
 
 def forbidden(source: str) -> list[str]:
     """Calls that may appear nowhere: unsafe loading, and what Triton has removed."""
-    found = []
+    messages = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
             safe = [k for k in node.keywords if k.arg == "weights_only" and ast.unparse(k.value) == "True"]
             if not safe:
-                found.append(f"line {node.lineno}: torch.load without weights_only=True")
+                messages.append(f"line {node.lineno}: torch.load without weights_only=True")
         if isinstance(node, ast.Attribute) and (node.attr == "make_block_ptr" or ast.unparse(node) == "tl.advance"):
-            found.append(f"line {node.lineno}: {ast.unparse(node)} is gone from Triton")
-    return found
+            messages.append(f"line {node.lineno}: {ast.unparse(node)} is gone from Triton")
+    return messages
 
 
 def test_nothing_forbidden_appears(source_files: list[Path]) -> None:
-    found = [
+    messages = [
         f"{path}, {text}"
         for path in source_files
         if path.suffix == ".py"
         for text in forbidden((ROOT / path).read_text())
     ]
-    assert not found, "\n".join(found)
+    assert not messages, "\n".join(messages)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_nothing_forbidden_appears(source_files: list[Path]) -> None:
         ("p = tl.make_block_ptr(x)\np = tl.advance(p, 1)", 2),
     ],
 )
-def test_the_ban_finds_what_it_is_for(source: str, count: int) -> None:
+def test_the_ban_finds_forbidden_calls(source: str, count: int) -> None:
     assert len(forbidden(source)) == count
 
 

@@ -24,7 +24,7 @@ def test_relative_error():
 
 
 def test_several_tensors_are_judged_as_one():
-    """As one that holds all their values: an error in a small one may hide beside a large one, a NaN may not."""
+    """Like one tensor of all their values: an error in a small one may hide beside a large one, a NaN may not."""
     parts, oracles = [torch.tensor([3.0]), torch.tensor([[4.5]])], [ORACLE[:1], ORACLE[1:].view(1, 1)]
     assert relative_error(parts, oracles) == pytest.approx(0.1, rel=1e-12)
     assert relative_error([parts[0], parts[1] * math.nan], oracles) == math.inf

@@ -126,8 +126,8 @@ def test_interruption_keeps_the_rows_so_far(how: str, tmp_path: Path, monkeypatc
     assert "Interrupted or out of time: these are the rows so far." in result.stdout
     results = Results.load(path)
     assert not results.complete
-    kept = [(row.provider, row.batch, row.status) for row in results.rows]
-    assert kept == [("patient", 1, "ok"), ("ditfast", 1, "ok"), ("ditfast", 2, "ok")]
+    statuses = [(row.provider, row.batch, row.status) for row in results.rows]
+    assert statuses == [("patient", 1, "ok"), ("ditfast", 1, "ok"), ("ditfast", 2, "ok")]
     assert results.rows[2].speedup is None  # its rival was not there yet
     assert [item.name for item in tmp_path.iterdir()] == ["r.json"]
     assert signal.getsignal(signal.SIGTERM) == handler
@@ -169,10 +169,10 @@ def test_no_parity_shows_no_speedup_and_exits_with_1(tmp_path: Path, monkeypatch
     assert "ditfast-wrong: parity failed: output: error" in result.stdout
     assert Results.load(path).rows[1].speedup is None
 
-    again = bench(*arguments, "--compare", path)  # the older file is read before it is replaced
-    assert again.exit_code == 1
-    assert f"against {path}" in again.stdout
-    assert "then, ms" in again.stdout
+    compared = bench(*arguments, "--compare", path)  # the older file is read before it is replaced
+    assert compared.exit_code == 1
+    assert f"against {path}" in compared.stdout
+    assert "then, ms" in compared.stdout
 
 
 @pytest.mark.usefixtures("tiny")
@@ -222,8 +222,8 @@ def test_only_the_default_run_stops_compiling_in_time(
     assert ("stays under two minutes" in reasons["reference-compile"]) == (batches is None)
     # what the default leaves out is listed with the reason
     assert plan.settings["providers_left_out"]["reference-tf32"] == "needs a CUDA GPU"
-    wanted = diffusers_dit.missing() or "--providers diffusers runs it"
-    assert wanted in plan.settings["providers_left_out"]["diffusers"]
+    reason = diffusers_dit.missing() or "--providers diffusers runs it"
+    assert reason in plan.settings["providers_left_out"]["diffusers"]
 
 
 def test_parsing() -> None:

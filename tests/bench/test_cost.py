@@ -98,7 +98,7 @@ def test_packed_attention_backward_assembles_the_gradient_twice():
     assert counted.total_launches == 4
 
 
-def test_what_is_not_read():
+def test_outputs_are_not_read():
     x, y = meta(4, 8), meta(4, 8)
     assert listing(count(lambda: torch.zeros_like(x))) == [("zeros_like", 0, 128)]
     assert listing(count(lambda: x.copy_(y))) == [("copy_", 0, 256)]
@@ -143,14 +143,14 @@ def test_the_backward_of_adaln_is_two_launches():
 
 def block_of(provider, batch=8):
     """What one more block adds to a bf16 forward, by operator."""
-    two, one = (trace(replace(TINY, depth=depth), batch, BF16, "forward", provider) for depth in (3, 2))
-    return two.launches - one.launches, two.total_bytes - one.total_bytes, two.total_flops - one.total_flops
+    three, two = (trace(replace(TINY, depth=depth), batch, BF16, "forward", provider) for depth in (3, 2))
+    return three.launches - two.launches, three.total_bytes - two.total_bytes, three.total_flops - two.total_flops
 
 
 def test_a_block_of_the_reference():
     """In units of M D elements (M = B T): norms 2 x 8, gated residuals 2 x 5, Linears 16, attention 4, GELU 8."""
     batch, tokens, width = 8, 24, 64
-    launches, moved, flops = block_of("reference", batch)
+    launches, total_bytes, flops = block_of("reference", batch)
     assert dict(launches) == {
         "silu": 1, "addmm": 5, "native_layer_norm": 2, "mul": 4, "add": 6,
         "scaled_dot_product_attention": 1, "gelu": 1,
@@ -159,7 +159,7 @@ def test_a_block_of_the_reference():
     weights = 18 * width**2 + 15 * width
     small = (2 + 7) * vector + 2 * (2 + 1 + 1 + 1) * vector  # SiLU, its Linear; 1 + scale, scale, shift, gate
     stats = 2 * 2 * batch * tokens * 4
-    assert moved == 2 * (50 * unit + weights + small) + stats
+    assert total_bytes == 2 * (50 * unit + weights + small) + stats
     linears = 2 * batch * 6 * width**2 + 2 * batch * tokens * 12 * width**2
     assert flops == linears + 4 * batch * tokens**2 * width
 
@@ -168,14 +168,14 @@ def test_a_block_of_the_reference():
 def test_a_block_of_ditfast():
     """28 units: the fused operator 2 x 4, Linears 16, attention 4."""
     batch, tokens, width = 8, 24, 64
-    launches, moved, flops = block_of("ditfast", batch)
+    launches, total_bytes, flops = block_of("ditfast", batch)
     assert dict(launches) == {
         "adaln_forward": 2, "addmm": 3, "linear_gelu": 1, "scaled_dot_product_attention": 1
     }  # fmt: skip
     unit, vector = batch * tokens * width, batch * width
     weights = 18 * width**2 + 15 * width
     # the block's part of the one modulation GEMM, read again as 2 x (gate, shift, scale)
-    assert moved == 2 * (28 * unit + weights + (6 + 6) * vector) + 2 * 2 * batch * tokens * 4
+    assert total_bytes == 2 * (28 * unit + weights + (6 + 6) * vector) + 2 * 2 * batch * tokens * 4
     assert flops == block_of("reference", batch)[2]
 
 
@@ -245,12 +245,12 @@ def test_designs_without_fusions_launch_the_same():
 def test_diffusers():
     pytest.importorskip("diffusers", reason="needs the package diffusers")
     config = DiTConfig(depth=2, hidden_size=64, num_heads=2, latent_size=(8, 8), num_classes=10)
-    slow, theirs = (trace(config, 3, BF16, "train", name) for name in ("reference", "diffusers"))
+    reference, diffusers = (trace(config, 3, BF16, "train", name) for name in ("reference", "diffusers"))
     # two more GEMMs a block for q, k and v apart, and two for the timestep's MLP, which each block has again
     gemms = trace(config, 3, BF16, "forward", "diffusers").launches["addmm"]
     assert gemms - trace(config, 3, BF16, "forward", "reference").launches["addmm"] == 2 * 2 + 2 * 2
-    assert theirs.launches["scaled_dot_product_attention_backward"] == 2
-    assert theirs.total_flops > slow.total_flops
+    assert diffusers.launches["scaled_dot_product_attention_backward"] == 2
+    assert diffusers.total_flops > reference.total_flops
     with pytest.raises(ValueError, match="diffusers cannot be traced in .*: "):
         trace(replace(config, conditioning="adaln"), 3, BF16, "forward", "diffusers")
     assert list(run([Case(replace(config, conditioning="adaln"), 3, BF16)], ["diffusers"])) == []
@@ -306,8 +306,8 @@ def test_an_interruption_keeps_the_rows(tmp_path, monkeypatch):
     result = CliRunner().invoke(app, [*OPTIONS, "--json", str(path)])
     assert result.exit_code == 130
     assert "Interrupted: these are the rows so far." in result.stdout
-    found = json.loads(path.read_text())
-    assert [row["provider"] for row in found["rows"]] == ["reference"] and found["complete"] is False
+    saved = json.loads(path.read_text())
+    assert [row["provider"] for row in saved["rows"]] == ["reference"] and saved["complete"] is False
 
 
 @pytest.mark.parametrize(

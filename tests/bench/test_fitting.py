@@ -38,10 +38,10 @@ def test_the_search_ends_within_a_sixteenth(largest: int) -> None:
         tried.append(batch)
         return batch <= largest
 
-    found = largest_batch(fits, limit=256)
-    wanted = min(largest, 256)
-    assert found <= wanted
-    assert wanted - found <= max(1, wanted // 16) if wanted > 16 else found == wanted
+    fitting = largest_batch(fits, limit=256)
+    expected = min(largest, 256)
+    assert fitting <= expected
+    assert expected - fitting <= max(1, expected // 16) if expected > 16 else fitting == expected
     assert len(tried) == len(set(tried)) <= 14
     assert max(tried) <= 256
 

@@ -31,10 +31,10 @@ def saved(path: Path, *rows: ModelRow, **environment: Any) -> Results:
 
 
 def recorder(results: Results) -> Recorder:
-    return Recorder(results, torch.device("cpu"), None, [], lambda what: None)
+    return Recorder(results, torch.device("cpu"), None, [], lambda message: None)
 
 
-def test_unchanged_it_keeps_its_rows(tmp_path: Path) -> None:
+def test_unchanged_conditions_keep_the_rows(tmp_path: Path) -> None:
     before = saved(tmp_path / "r.json", row("reference"), row("ditfast"))
     results = begin("models", SETTINGS, tmp_path / "r.json", resume=True)
     assert (results.rows, results.older, results.parts, results.complete) == (before.rows, [], 2, False)
@@ -46,28 +46,28 @@ def test_after_a_change_rows_are_older_until_they_are_measured_again(cpu: bool, 
     change: dict[str, Any] = {"cpu": {**collect()["cpu"], "model": "Another"}} if cpu else {"source": "before"}
     before = saved(tmp_path / "r.json", row("reference"), row("ditfast"), **change)
     results = begin("models", SETTINGS, tmp_path / "r.json", resume=True)
-    why = "cpu model was 'Another' there, is " if cpu else "source was 'before' there, is "
+    reason = "cpu model was 'Another' there, is " if cpu else "source was 'before' there, is "
     assert (results.rows, results.ceilings) == ([], None)  # limits are of the rows beside them
     assert [item.row for item in results.older] == before.rows
-    assert all(item.why.startswith(why) for item in results.older)
+    assert all(item.why.startswith(reason) for item in results.older)
     assert results.environment["source"] == collect()["source"]
-    going = recorder(results)
-    assert not going.has([row("reference").key])
-    going.add([row("ditfast", 5.0)])
+    continued = recorder(results)
+    assert not continued.has([row("reference").key])
+    continued.add([row("ditfast", 5.0)])
     assert [item.row.provider for item in results.older] == ["reference"]
     results.save(tmp_path / "r.json")
     assert Results.load(tmp_path / "r.json") == results
 
 
-def test_what_cannot_be_read_has_not_changed() -> None:
-    then = collect() | {"gpu": {"name": "A", "driver": "570"}}
-    now = then | {"gpu": {"name": "A", "driver": None}}
-    assert renewing(then, now) == renewing(now, then) == ""
-    assert renewing(then, then | {"gpu": {"name": "A", "driver": "580"}})
+def test_an_unreadable_condition_counts_as_unchanged() -> None:
+    old = collect() | {"gpu": {"name": "A", "driver": "570"}}
+    new = old | {"gpu": {"name": "A", "driver": None}}
+    assert renewing(old, new) == renewing(new, old) == ""
+    assert renewing(old, old | {"gpu": {"name": "A", "driver": "580"}})
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
-def test_other_packages_are_no_part_of_one_run(name: str, tmp_path: Path) -> None:
+def test_a_run_with_other_packages_is_refused(name: str, tmp_path: Path) -> None:
     saved(tmp_path / "r.json", row("reference"), packages={**collect()["packages"], name: "0.1"})
     with pytest.raises(ValueError, match=f"--continue needs the conditions of .*packages {name} was '0.1' there"):
         begin("models", SETTINGS, tmp_path / "r.json", resume=True)
@@ -75,22 +75,22 @@ def test_other_packages_are_no_part_of_one_run(name: str, tmp_path: Path) -> Non
 
 def test_a_case_that_begins_again_sets_its_rows_aside() -> None:
     results = Results("models", {}, {}, rows=[row("a"), row("b"), row("a", batch=2)])
-    going = recorder(results)
-    going.set_aside([row("a").key, row("b").key, row("absent").key])
+    continued = recorder(results)
+    continued.set_aside([row("a").key, row("b").key, row("absent").key])
     assert results.rows == [row("a", batch=2)]
     assert [item.row for item in results.older] == [row("a"), row("b")]
     assert all("did not come to the end of the case" in item.why for item in results.older)
-    assert not going.has([row("a").key])
-    going.set_aside([row("a").key])  # none is there twice
+    assert not continued.has([row("a").key])
+    continued.set_aside([row("a").key])  # none is there twice
     assert len(results.older) == 2
-    going.add([row("b", 3.0)])
+    continued.add([row("b", 3.0)])
     assert [item.row.provider for item in results.older] == ["a"]
 
 
 def test_rows_of_a_case_keep_its_place_and_come_in_their_order() -> None:
     results = Results("models", {}, {}, rows=[row("x", batch=1), row("ours", batch=2), row("y", batch=3)])
-    going = recorder(results)
-    going.add([row("rival", batch=2), row("ours", 5.0, batch=2)])
+    continued = recorder(results)
+    continued.add([row("rival", batch=2), row("ours", 5.0, batch=2)])
     assert [(item.provider, item.batch) for item in results.rows] == [("x", 1), ("rival", 2), ("ours", 2), ("y", 3)]
 
 

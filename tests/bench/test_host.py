@@ -43,9 +43,9 @@ def pytest_sessionfinish(session):
     here = os.path.join(os.getcwd(), "bench", "")
     files = {name: getattr(module, "__file__", None) or "" for name, module in sys.modules.items()}
     names = [name for name, file in files.items() if file.startswith(here) or "/ditfast/bench/" in file]
-    found = {"path": sys.path, "modules": names, "interpreter": os.environ.get("TRITON_INTERPRET")}
+    state = {"path": sys.path, "modules": names, "interpreter": os.environ.get("TRITON_INTERPRET")}
     with open(os.environ["SPY"], "w") as file:
-        json.dump(found, file)
+        json.dump(state, file)
 """
 
 
@@ -103,7 +103,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, dic
 
 
 @pytest.mark.subprocess
-def test_what_is_wrong_fails_and_is_not_timed(judged: tuple[str, dict[str, dict[str, Any]], Any]) -> None:
+def test_wrong_cases_fail_and_are_not_timed(judged: tuple[str, dict[str, dict[str, Any]], Any]) -> None:
     output, timed, _ = judged
     right = {OPERATOR.format("gated_residual", d, who) for d in DIRECTIONS for who in WHO}
     right |= {OPERATOR.format("layer_norm_modulate", d, "formula") for d in DIRECTIONS}
@@ -120,8 +120,8 @@ def test_what_is_wrong_fails_and_is_not_timed(judged: tuple[str, dict[str, dict[
 @pytest.mark.subprocess
 def test_groups_and_conditions_are_in_the_file(judged: tuple[str, dict[str, dict[str, Any]], Any]) -> None:
     _, timed, saved = judged
-    here = collect()
-    assert saved["environment"]["packages"] == here["packages"]
+    environment = collect()
+    assert saved["environment"]["packages"] == environment["packages"]
     ours, formula = (timed[OPERATOR.format("gated_residual", "forward and backward", who)] for who in WHO)
     assert ours["group"] == formula["group"] == "gated_residual, forward and backward, 1x16x72, cpu"
     assert timed[OPERATOR.format("gated_residual", "forward", "ditfast")]["group"] != ours["group"]
@@ -132,13 +132,13 @@ def test_groups_and_conditions_are_in_the_file(judged: tuple[str, dict[str, dict
         "device": "cpu",
         "backend": "auto",
         "torch": metadata.version("torch"),
-        "commit": here["commit"],
-        "dirty": here["dirty"],
+        "commit": environment["commit"],
+        "dirty": environment["dirty"],
     }
     for item, who in zip((ours, formula), WHO, strict=True):
-        found = item["extra_info"]
-        assert found.pop("torch_threads") >= 1
-        assert found == {**conditions, "implementation": who}
+        info = item["extra_info"]
+        assert info.pop("torch_threads") >= 1
+        assert info == {**conditions, "implementation": who}
     model = timed[MODEL.format("cfg", "reference")]
     assert model["group"] == "tiny, cfg, batch 1"
     # guided: a conditional and an unconditional row for the one label

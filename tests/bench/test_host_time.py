@@ -123,7 +123,7 @@ def test_kernels_come_back_after_an_exception():
 
 
 @rehearsed
-def test_a_torch_that_keeps_them_elsewhere_is_refused(monkeypatch):
+def test_a_torch_with_kernels_elsewhere_is_refused(monkeypatch):
     monkeypatch.setattr(torch_kernels, "KERNELS", (*torch_kernels.KERNELS, "no_such_stub"))
     with pytest.raises(RuntimeError, match="elsewhere, it has no at::native::no_such_stub"), nothing_computed():
         pass
@@ -141,17 +141,17 @@ def test_a_case(mode):
     """Both models' rows, their counts, and ditfast's operators at every level."""
     functions = {name: getattr(blocks, name) for name in ("adaln", "norm_attention", "norm_mlp")}
     functions |= {name: getattr(ops, name) for name in ("self_attention", "gelu_mlp")}
-    said = []
-    reference, mine = host.measure_case(Case(TINY, 1, BF16, mode), 0.02, "sm_90", said.append)
-    assert len(said) == 4 and all(f"batch 1, {mode}, bf16: " in text for text in said)
-    assert (reference.provider, mine.provider) == ("reference", "ditfast")
-    for row in (reference, mine):
+    messages = []
+    reference, fast = host.measure_case(Case(TINY, 1, BF16, mode), 0.02, "sm_90", messages.append)
+    assert len(messages) == 4 and all(f"batch 1, {mode}, bf16: " in text for text in messages)
+    assert (reference.provider, fast.provider) == ("reference", "ditfast")
+    for row in (reference, fast):
         assert row.launches == trace(TINY, 1, BF16, mode, row.provider).total_launches
         assert 0 < row.least_ms <= row.process_ms.p25 and row.mode == mode and row.arch == "sm_90"
     assert reference.triton_launches == 0 and not reference.parts
-    assert reference.replaced > mine.replaced > 20
-    assert mine.triton_launches == launches_of_a_call(mode) > 0
-    parts = {(part.operator, part.direction): part for part in mine.parts}
+    assert reference.replaced > fast.replaced > 20
+    assert fast.triton_launches == launches_of_a_call(mode) > 0
+    parts = {(part.operator, part.direction): part for part in fast.parts}
     if mode == "forward":
         assert {operator: part.uses for (operator, _), part in parts.items()} == {
             "timestep_embedding": 1,
@@ -163,7 +163,7 @@ def test_a_case(mode):
             "gelu_mlp": 2,
         }
         # all of Triton's launches are made by the parts
-        assert sum(part.uses * part.launches for part in mine.parts) == mine.triton_launches
+        assert sum(part.uses * part.launches for part in fast.parts) == fast.triton_launches
     else:
         uses = Counter({operator: part.uses for (operator, direction), part in parts.items() if direction == "forward"})
         assert uses == {
@@ -177,7 +177,7 @@ def test_a_case(mode):
         backward = {name for name, direction in parts if direction == "backward"}
         assert backward == {*uses} - {"timestep_embedding", "modulations_of"}
         assert parts["norm_attention", "backward"].launches == 4
-    for part in mine.parts:
+    for part in fast.parts:
         levels = [getattr(part, level) for level in LEVELS]
         assert levels[0] is not None
         assert part.launches == 0 or all(levels)
@@ -190,17 +190,17 @@ def test_a_case(mode):
 def launches_of_a_call(mode: str) -> int:
     model = DiT(TINY).to(BF16).eval()
     x, t, y = random_batch(TINY, 1, dtype=BF16)
-    with rehearse("sm_90") as seen:
+    with rehearse("sm_90") as rehearsal:
         if mode == "forward":
             with torch.inference_mode():
                 model(x, t, y)
         else:
             model(x, t, y).sum().backward()
-        return seen.launches
+        return rehearsal.launches
 
 
 @rehearsed
-def test_what_fails_leaves_everything_as_it_was(monkeypatch):
+def test_a_failure_leaves_everything_as_it_was(monkeypatch):
     before = ops.gelu_mlp
 
     def fails(*_):
@@ -254,8 +254,8 @@ def test_wrong_options_are_one_line(options, message):
 @pytest.mark.skipif(unavailable() is None, reason="kernels can be rehearsed in this process")
 def test_where_nothing_can_be_rehearsed_the_reason_is_given():
     result = CliRunner().invoke(app, ["bench", "host"])
-    said = f"error: bench host launches on a GPU that is not there, and cannot here: {unavailable()}\n"
-    assert (result.exit_code, result.stderr) == (2, said)
+    message = f"error: bench host launches on a GPU that is not there, and cannot here: {unavailable()}\n"
+    assert (result.exit_code, result.stderr) == (2, message)
     with pytest.raises(RuntimeError, match="torch's kernels cannot be replaced: "), nothing_computed():
         pass
 
@@ -283,9 +283,9 @@ def test_the_plan():
 
 def test_results_load_again(tmp_path):
     path = tmp_path / "host.json"
-    found = made_up()
-    found.save(path)
-    assert Results.load(path) == found
+    results = made_up()
+    results.save(path)
+    assert Results.load(path) == results
     data = json.loads(path.read_text())
     assert data["schema"] == "ditfast.bench.host/1"
     data["rows"][1]["parts"][0]["launch"] = "none"

@@ -119,8 +119,8 @@ def test_isolated_providers_are_judged_timed_and_may_die(isolating: Runner) -> N
 
 @pytest.mark.subprocess
 def test_a_worker_sees_the_same_weights_and_inputs_as_this_process(isolating: Runner) -> None:
-    with Runner(CPU, Settings(seconds=0.01)) as here:
-        [row] = here.rows(CASE, [PROVIDERS["ditfast-right"]])
+    with Runner(CPU, Settings(seconds=0.01)) as runner:
+        [row] = runner.rows(CASE, [PROVIDERS["ditfast-right"]])
     [isolated] = isolating.rows(CASE, [PROVIDERS["ditfast-right"]])
     assert (row.isolated, isolated.isolated) == (False, True)
     assert row.error == isolated.error and row.yardstick_error == isolated.yardstick_error
@@ -202,7 +202,7 @@ def test_the_command_takes_a_plugin(plugin: str, tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_example_of_a_provider(mode: Mode, tmp_path: Path) -> None:
-    """As it stands in docs/benchmark.md, with the reference in the place of the user's model."""
+    """The example in docs/benchmark.md, with the reference in the place of the user's model."""
     blocks = (Path(__file__).parents[2] / "docs" / "benchmark.md").read_text().split("```python\n")
     [example] = [block.partition("```")[0] for block in blocks if "register(Provider(" in block]
     path = tmp_path / "my_rival.py"
@@ -221,8 +221,8 @@ def out_of_memory_if(condition: object) -> None:
         raise torch.OutOfMemoryError("tried to allocate 9 GiB")
 
 
-def test_what_fits_only_alone_is_timed_alone() -> None:
-    """A neighbour's weights and pools are no shortcoming of the provider they crowd out."""
+def test_a_provider_that_fits_only_alone_is_timed_alone() -> None:
+    """A neighbour's weights and pools may crowd it out, which is not its fault."""
     neighbours: weakref.WeakSet[object] = weakref.WeakSet()
 
     class Held:
@@ -309,7 +309,7 @@ def test_first_calls_alone_take_no_option_of_measuring(
 
 @pytest.mark.usefixtures("quick_limits")
 def test_the_largest_batch_that_fits_is_found_and_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batch 20 does not fit one provider: the next attempts go to everybody, at a batch in between."""
+    """Batch 20 does not fit one provider: all providers then try a batch in between."""
 
     def limited(work: Workload) -> Variant:
         out_of_memory_if(work.case.batch > 9)
@@ -324,13 +324,13 @@ def test_the_largest_batch_that_fits_is_found_and_stated(tmp_path: Path, monkeyp
     result = CliRunner().invoke(app, [*arguments, "--seconds", "0.01", "--json", str(path)])
     assert result.exit_code == 0, result.output
     rows = Results.load(path).rows
-    found = {(row.batch, row.provider): row for row in rows}
-    assert found[20, "limited"].status == "oom" and found[20, "ditfast"].status == "ok"
+    by_case = {(row.batch, row.provider): row for row in rows}
+    assert by_case[20, "limited"].status == "oom" and by_case[20, "ditfast"].status == "ok"
     tried = sorted({row.batch for row in rows} - {4, 8, 20})
     assert tried and all(8 < batch < 20 for batch in tried)
-    fitting: ModelRow = found[tried[0], "limited"]
+    fitting: ModelRow = by_case[tried[0], "limited"]
     assert fitting.status == "ok" and fitting.batch == 9
-    assert fitting.note == found[9, "ditfast"].note == "in place of batch 20, which does not fit"
+    assert fitting.note == by_case[9, "ditfast"].note == "in place of batch 20, which does not fit"
     assert "limited: the largest measured batch that fits is 9" in result.stdout
 
 
@@ -358,6 +358,6 @@ def test_a_comparison_that_was_cut_at_the_batch_that_fits_is_made_later(
     result = CliRunner().invoke(app, [*arguments, "--json", str(path), "--continue"])
     assert result.exit_code == 0, result.output
     results = Results.load(path)
-    found = {row.provider: row for row in results.rows if row.batch == 9}
-    assert {name: row.status for name, row in found.items()} == {"limited": "ok", "ditfast": "ok"}
-    assert found["ditfast"].rival == "limited" and results.complete and results.older == []
+    by_provider = {row.provider: row for row in results.rows if row.batch == 9}
+    assert {name: row.status for name, row in by_provider.items()} == {"limited": "ok", "ditfast": "ok"}
+    assert by_provider["ditfast"].rival == "limited" and results.complete and results.older == []

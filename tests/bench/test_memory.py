@@ -186,7 +186,7 @@ def changed(factor: float) -> Callable[[Workload], Variant]:
 
 
 @pytest.mark.parametrize("mode", ["forward", "train"])
-def test_wrong_ones_of_ours_show_no_bytes(mode: Mode) -> None:
+def test_wrong_providers_of_ours_show_no_bytes(mode: Mode) -> None:
     case = Case(CONFIG, 2, torch.float32, mode)
     wrong = measure(case, Provider("ditfast-wrong", "fake", changed(1.01)), CPU)
     assert (wrong.status, wrong.peak_bytes, wrong.saved_bytes) == ("ok", None, None)
@@ -209,8 +209,8 @@ def test_failures_are_rows_and_a_loss_may_be_missing() -> None:
 
     def row(name: str, build: Callable[[Workload], Variant], mode: Mode = "forward", why: str | None = None) -> Any:
         provider = Provider(name, "fake", build, lambda case, device: why)
-        found = measure(Case(CONFIG, 2, torch.float32, mode), provider, CPU)
-        return found.status, found.note, found.peak_bytes is not None
+        result = measure(Case(CONFIG, 2, torch.float32, mode), provider, CPU)
+        return result.status, result.note, result.peak_bytes is not None
 
     assert row("big", hungry) == ("oom", "OutOfMemoryError: tried to allocate 9 GiB", False)
     assert row("broken", broken) == ("error", "RuntimeError: boom", False)
@@ -244,10 +244,10 @@ def test_a_straight_line_leads_to_the_largest_batch_in_three_tries() -> None:
 def test_the_search_ends_within_a_sixteenth_wherever_the_guess_points(largest: int, bend: float) -> None:
     tried: list[int] = []
     known = {} if largest < 8 else {8: 580}
-    found, note = search(straight(largest, tried), known, int((500 + 10 * largest) * bend), 4096, start=8)
+    largest_fitting, note = search(straight(largest, tried), known, int((500 + 10 * largest) * bend), 4096, start=8)
     failed = min((batch for batch in tried if batch > largest), default=4097)
-    assert found <= largest < failed and note == ""
-    assert failed - found <= max(1, failed // 16)
+    assert largest_fitting <= largest < failed and note == ""
+    assert failed - largest_fitting <= max(1, failed // 16)
     assert len(tried) == len(set(tried)) <= 16
 
 
@@ -255,25 +255,25 @@ def test_the_search_stops_at_its_limit_at_nothing_and_at_other_failures() -> Non
     tried: list[int] = []
     assert search(straight(10_000, tried), {32: 820}, 10**9, 4096) == (4096, "")
     assert search(straight(0, tried), {}, 10**9, 4096, start=8) == (0, "")
-    found, note = search(straight(100, tried, "error"), {32: 820}, 10**4, 4096)
-    assert 94 <= found <= 100
+    largest, note = search(straight(100, tried, "error"), {32: 820}, 10**4, 4096)
+    assert 94 <= largest <= 100
     assert note.startswith("batch ") and note.endswith("fails for another reason: made up")
 
 
 @pytest.mark.subprocess
 def test_a_worker_counts_and_tries_as_this_process_does(tmp_path: Path) -> None:
     case = Case(CONFIG, 2, torch.float32, "train")
-    here = measure(case, PROVIDERS["reference"], CPU)
+    result = measure(case, PROVIDERS["reference"], CPU)
     worker = Worker("reference", CPU, seed=0)
     try:
         peak = worker.trial_bytes(case)
         worker.prepare(case)
-        assert worker.saved_bytes() == here.saved_bytes
+        assert worker.saved_bytes() == result.saved_bytes
     finally:
         worker.close()
-    assert here.peak_bytes is not None
+    assert result.peak_bytes is not None
     # its one input: of two images two latents, a timestep and a label; and the loss' six tables over 1000 steps
-    assert peak == here.peak_bytes + 2 * (2 * 4 * 8 * 8 * 4 + 8 + 8) + 6 * 1000 * 8
+    assert peak == result.peak_bytes + 2 * (2 * 4 * 8 * 8 * 4 + 8 + 8) + 6 * 1000 * 8
     plugin = tmp_path / "rival.py"
     plugin.write_text(
         "import torch\nfrom ditfast.bench.cases.providers import Provider, register\n"

@@ -62,7 +62,7 @@ def plan_of(cases: list[Case], providers: list[Provider], limit: int) -> memory_
 
 def recorder_of(rows: Sequence[MemoryRow] = (), deadline: float | None = None) -> Recorder:
     results = Results("memory", {}, {"device": "cuda:0", "max_batch": 64}, rows=list(rows))
-    return Recorder(results, CPU, None, [], lambda what: None, deadline)
+    return Recorder(results, CPU, None, [], lambda message: None, deadline)
 
 
 def test_the_largest_batch_is_searched_once_for_all_batches_of_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,8 +73,8 @@ def test_the_largest_batch_is_searched_once_for_all_batches_of_a_case(monkeypatc
     greedy = Provider("greedy", "fake", hungry)
     recorder = recorder_of()
     memory_command._measure(plan_of(cases, [PROVIDERS["reference"], ours, greedy], 64), recorder)
-    found = [(row.provider, row.batch, row.status, row.max_batch) for row in recorder.results.rows]
-    assert found == [
+    summary = [(row.provider, row.batch, row.status, row.max_batch) for row in recorder.results.rows]
+    assert summary == [
         ("reference", 1, "ok", 20),
         ("ditfast-wrong", 1, "ok", None),
         ("greedy", 1, "oom", 20),
@@ -151,8 +151,8 @@ def test_the_command_measures_saves_and_goes_on(tmp_path: Path, monkeypatch: pyt
     assert "hungry: OutOfMemoryError: tried to allocate 9 GiB" in result.stdout
     results = Results.load(path, "memory")
     assert results.complete and results.ceilings is None
-    kept = [(row.mode, row.batch, row.dtype, row.provider, row.status) for row in results.rows]
-    assert kept == [
+    statuses = [(row.mode, row.batch, row.dtype, row.provider, row.status) for row in results.rows]
+    assert statuses == [
         (mode, 2, "fp32", name, "oom" if name == "hungry" else "ok")
         for mode in ("forward", "train")
         for name in ("reference", "patient", "hungry", "ditfast")
@@ -185,7 +185,7 @@ def test_interruption_keeps_the_rows_so_far(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("tiny")
-def test_a_wrong_one_of_ours_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_provider_of_ours_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     add_provider(monkeypatch, "ditfast-wrong", wrong)
     result = memory("--device", "cpu", "--mode", "forward", "--providers", "reference,ditfast-wrong")
     assert result.exit_code == 1, result.output

@@ -111,15 +111,15 @@ def test_a_wrong_operator_gets_no_tick_and_no_speedup(direction: Direction) -> N
 @pytest.mark.parametrize(("direction", "judged"), [("forward", [False]), ("backward", [True])])
 def test_what_is_judged_is_what_is_timed(direction: Direction, judged: list[bool]) -> None:
     """Without gradients another implementation may run, so that is the one to judge where the forward is timed."""
-    seen: list[bool] = []
+    with_grad: list[bool] = []
 
     def spy(**inputs: Tensor) -> Any:
-        seen.append(any(value.requires_grad for value in inputs.values()))
+        with_grad.append(any(value.requires_grad for value in inputs.values()))
         return OPERATORS["linear_gelu"].formula(**inputs)
 
     run_operator(replace(OPERATORS["linear_gelu"], fused=spy), direction, SHAPE, torch.float32, CPU, 0.01)
-    assert seen[:1] == judged
-    assert len(set(seen)) == 1
+    assert with_grad[:1] == judged
+    assert len(set(with_grad)) == 1
 
 
 @pytest.mark.usefixtures("no_compile")
@@ -194,22 +194,22 @@ def test_the_command(tmp_path: Path) -> None:
     again = ops("--operator", "gated_residual", "--operator", "layer_norm_modulate", *small, "--continue")
     assert again.exit_code == 0, again.output
     assert "gated_residual, forward, B=1 T=5 D=72, fp32: measured before" in again.stderr
-    more = Results.load(path, "ops")
-    assert (more.parts, len(more.rows)) == (2, 6)
-    assert more.rows[2].ms == ours.ms
+    both_runs = Results.load(path, "ops")
+    assert (both_runs.parts, len(both_runs.rows)) == (2, 6)
+    assert both_runs.rows[2].ms == ours.ms
 
 
 @pytest.mark.usefixtures("no_compile")
 def test_shapes_are_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Shape] = []
+    shapes: list[Shape] = []
 
     def run(operator: Operator, direction: str, shape: Shape, *_: object) -> list[OpRow]:
-        seen.append(shape)
+        shapes.append(shape)
         return [replace(row("ditfast", 1.0), width=shape.width, tokens=shape.tokens)]
 
     monkeypatch.setattr(ops_bench, "run_operator", run)
     assert ops("--model", "DiT-XL/2", "--model", "DiT-B/4", "--operator", "gelu_mlp", "--batch", 3).exit_code == 0
-    assert set(seen) == {Shape(3, 256, 1152, 16, ratio=4, layers=29), Shape(3, 64, 768, 12, ratio=4, layers=13)}
+    assert set(shapes) == {Shape(3, 256, 1152, 16, ratio=4, layers=29), Shape(3, 64, 768, 12, ratio=4, layers=13)}
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ NOT_FOR_THIS = r"it needs sm_\d+.*, the GPU is sm_\d+|it takes no additive bias"
 
 
 def check_rivals(rows: dict[str, OpRow]) -> None:
-    """Each has a time, or none and the reason."""
+    """Each rival has a time, or none and the reason."""
     for provider in ops_attention.PROVIDERS:
         item = rows[provider]
         assert item.status in ("ok", "unavailable"), item
@@ -249,7 +249,7 @@ def check_rivals(rows: dict[str, OpRow]) -> None:
 @pytest.mark.kernels
 @pytest.mark.usefixtures("no_compile")
 @pytest.mark.parametrize("name", ["self_attention", "self_attention+bias"])
-def test_packages_that_are_not_there_have_rows_that_say_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_have_rows_with_the_reason(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's rows without FlashAttention's packages, on any machine."""
     for module in ("flash_attn", "flash_attn_interface"):
         monkeypatch.setitem(sys.modules, module, None)
@@ -325,7 +325,7 @@ def test_a_round_is_divided_by_its_calls() -> None:
 
 @pytest.mark.usefixtures("no_compile")
 def test_the_gemm_alone_is_a_yardstick() -> None:
-    """Neither judged nor a rival, however fast; a backward has none."""
+    """It is neither judged nor a rival, however fast; a backward has none."""
     right = OPERATORS["linear_gelu"]
     rows = {row.provider: row for row in run_operator(right, "forward", SHAPE, torch.float32, CPU, 0.01)}
     assert list(rows) == ["eager", "compile", "gemm", "ditfast"]
@@ -344,8 +344,8 @@ ATTENTION = ("sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "flash-attn-2", "flas
 def test_attention_is_set_beside_every_implementation_on_a_gpu() -> None:
     gpu = torch.device("cuda")
     for direction in ("forward", "backward"):
-        found = ops_bench.providers("self_attention", direction, gpu)
-        assert found == ("eager", "compile", "max-autotune", *ATTENTION, "ditfast-triton", "ditfast")
+        names = ops_bench.providers("self_attention", direction, gpu)
+        assert names == ("eager", "compile", "max-autotune", *ATTENTION, "ditfast-triton", "ditfast")
         assert ops_bench.providers("self_attention", direction, CPU) == ("eager", "compile", "ditfast")
     assert not set(ATTENTION) & set(ops_bench.providers("gelu_mlp", "forward", gpu))
     shapes = ops_bench.shapes_of("self_attention", None, [SHAPE])
@@ -357,7 +357,7 @@ def test_attention_is_set_beside_every_implementation_on_a_gpu() -> None:
 @pytest.mark.kernels
 @pytest.mark.parametrize("name", ["self_attention", "self_attention+bias"])
 def test_implementations_that_cannot_run_say_why(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here: on a CPU, all but this project's kernels in the interpreter."""
+    """On a CPU only this project's kernels run, in the interpreter."""
     monkeypatch.setattr(ops_bench, "providers", lambda *_: ("eager", *ops_attention.PROVIDERS, "ditfast"))
     monkeypatch.setattr(ops_bench, "_POOL_BYTES_CPU", 1)
     shape = Shape(1, 5, 72, num_heads=1)
@@ -372,12 +372,12 @@ def test_implementations_that_cannot_run_say_why(name: str, monkeypatch: pytest.
 
 @pytest.mark.parametrize("provider", ATTENTION)
 def test_a_rivals_backward_is_as_its_library_has_it(provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = {}
+    calls = {}
 
     def run(backend: str, *_: object, **options: bool) -> Tensor:
-        seen[backend] = options
+        calls[backend] = options
         return torch.zeros(1)
 
     monkeypatch.setattr(ops_attention.backends, "run", run)
     ops_attention.implementation(provider)(torch.zeros(1, 5, 216), num_heads=1)
-    assert seen == {ops_attention.PROVIDERS[provider]: {"deterministic": False, "alone": True}}
+    assert calls == {ops_attention.PROVIDERS[provider]: {"deterministic": False, "alone": True}}

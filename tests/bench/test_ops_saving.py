@@ -51,7 +51,7 @@ def test_a_rival_that_interrupts_costs_nothing_of_ours() -> None:
     assert [row.status for row in saved[0]] == ["ok"]
 
 
-def test_what_fails_beside_the_rivals_keeps_no_time() -> None:
+def test_a_failure_beside_the_rivals_keeps_no_time() -> None:
     def fail(*args: Tensor, **kwargs: Tensor) -> Tensor:
         if saved:
             raise RuntimeError("out of luck")
@@ -87,16 +87,16 @@ def test_a_broken_gpu_ends_the_run_and_the_next_one_begins_with_the_others(
     monkeypatch.setattr("ditfast.bench.measure.preparing.computes", lambda device: False)
     names = ("gated_residual", "layer_norm_modulate")
     chosen = [word for name in names for word in ("--operator", name)]
-    both = (*chosen, "--direction", "forward", "--providers", "eager,ditfast")
-    result = ops(tmp_path / "r.json", *both)
+    both_runs = (*chosen, "--direction", "forward", "--providers", "eager,ditfast")
+    result = ops(tmp_path / "r.json", *both_runs)
     assert result.exit_code == 1, result.output
     assert "left the GPU in an error" in result.stderr
     assert tried == ["gated_residual"]
     assert not Results.load(tmp_path / "r.json").complete
-    ops(tmp_path / "r.json", *both, "--continue")
+    ops(tmp_path / "r.json", *both_runs, "--continue")
     assert tried[1:] == ["layer_norm_modulate", "gated_residual"]
-    found = {(row.operator, row.status) for row in Results.load(tmp_path / "r.json").rows}
-    assert found == {("gated_residual", "error"), ("layer_norm_modulate", "ok")}
+    statuses = {(row.operator, row.status) for row in Results.load(tmp_path / "r.json").rows}
+    assert statuses == {("gated_residual", "error"), ("layer_norm_modulate", "ok")}
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_broken_gpu_ends_the_run_and_the_next_one_begins_with_the_others(
         ("gemm", "none of the providers gemm runs one of these operators on cpu"),
     ],
 )
-def test_providers_that_are_none(providers: str, message: str, tmp_path: Path) -> None:
+def test_unknown_or_unfit_providers_are_refused(providers: str, message: str, tmp_path: Path) -> None:
     result = ops(tmp_path / "r.json", "--operator", "gated_residual", "--providers", providers)
     assert result.exit_code == 2
     assert message in result.stderr

@@ -63,16 +63,16 @@ def test_explain_prints_the_report(file: Path) -> None:
 
 
 @pytest.mark.parametrize("factory", ["scripts_of_mine/script.py:make", "package_of_mine.module:make"])
-def test_a_file_among_others(factory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It imports its neighbours and from the working directory, as a script or module does."""
+def test_a_factory_file_with_imports(factory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file imports its neighbours and from the working directory, as a script or module does."""
     script = "/" in factory
     folder = tmp_path / ("scripts_of_mine" if script else "package_of_mine")
     folder.mkdir()
     (folder / "neighbour_of_mine.py").write_text(FILE)
     (tmp_path / "settings_of_mine.py").write_text("")
     neighbour = "neighbour_of_mine" if script else "package_of_mine.neighbour_of_mine"
-    own = folder / ("script.py" if script else "module.py")
-    own.write_text(f"import settings_of_mine\nfrom {neighbour} import make\n")
+    own_file = folder / ("script.py" if script else "module.py")
+    own_file.write_text(f"import settings_of_mine\nfrom {neighbour} import make\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [path for path in sys.path if path])
     result = invoke("explain", factory)
@@ -98,8 +98,8 @@ def test_bad_factories(factory: str, message: str, file: Path) -> None:
 
 
 def test_a_single_tensor_is_an_input(file: Path) -> None:
-    _, given = make_model(f"{file}:other")
-    assert len(given) == 1 and given[0].shape == (3, 2)
+    _, inputs = make_model(f"{file}:other")
+    assert len(inputs) == 1 and inputs[0].shape == (3, 2)
     assert make_model(f"{file}:alone")[1] == ()
 
 
@@ -163,7 +163,7 @@ def test_outputs_that_hold_a_tensor() -> None:
     class Output:
         sample = tensor
 
-    found: list[Tensor] = [first_tensor(out) for out in (tensor, (tensor, 1), [tensor], Output())]
-    assert all(value is tensor for value in found)
+    tensors: list[Tensor] = [first_tensor(out) for out in (tensor, (tensor, 1), [tensor], Output())]
+    assert all(value is tensor for value in tensors)
     with pytest.raises(TypeError, match="the model must give a tensor"):
         first_tensor({"out": tensor})

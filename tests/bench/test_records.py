@@ -61,9 +61,9 @@ def test_shares_by_hand(precision: str, weight_bytes: int, share: float | None, 
 def test_a_limit_is_the_highest_measured() -> None:
     later = Ceilings(50.0, 8, {"bf16": 3.0, "fp32": 0.5}, {"bf16": 16, "fp32": 4})
     assert highest(None, later) == later
-    both = Ceilings(100.0, 4, {"bf16": 3.0, "tf32": 1.0, "fp32": 0.5}, {"bf16": 16, "tf32": 8, "fp32": 4})
-    assert highest(CEILINGS, later) == both
-    assert highest(later, CEILINGS) == both
+    expected = Ceilings(100.0, 4, {"bf16": 3.0, "tf32": 1.0, "fp32": 0.5}, {"bf16": 16, "tf32": 8, "fp32": 4})
+    assert highest(CEILINGS, later) == expected
+    assert highest(later, CEILINGS) == expected
 
 
 def test_flops_by_hand() -> None:
@@ -153,7 +153,7 @@ def test_other_schemas_and_damage_are_refused(tmp_path: Path, change: Any, messa
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b"\xff\xfe", b'{"schema": "ditfast.bench.models/1"', b"[" * 100_000]
 )
-def test_what_is_no_result_at_all_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_files_without_results_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "old.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="old.json"):
@@ -185,8 +185,8 @@ def test_compare_matches_rows_and_calls_noise_a_tie() -> None:
     old = results(row("a", 10.0), row("b", 10.0), row("c", 10.0), row("gone"), row("failed", None))
     new = results(row("a", 5.0), row("b", 12.0), row("c", 10.05), row("new"), row("failed"), row("a", 9.0, batch=2))
     comparison = compare(old, new)
-    found = {change.row.provider: (change.verdict, round(change.speedup, 3)) for change in comparison.changes}
-    assert found == {"a": ("faster", 2.0), "b": ("slower", 0.833), "c": ("tie", 0.995)}
+    verdicts = {change.row.provider: (change.verdict, round(change.speedup, 3)) for change in comparison.changes}
+    assert verdicts == {"a": ("faster", 2.0), "b": ("slower", 0.833), "c": ("tie", 0.995)}
     assert (comparison.only_old, comparison.only_new) == (1, 3)
 
 

@@ -86,7 +86,7 @@ def test_derived_columns_by_hand() -> None:
 
 
 def test_slow_provider_is_caught() -> None:
-    """Parity alone earns nothing: what is slower than a rival is shown as such, whatever it beats besides."""
+    """A provider slower than one rival is shown as slower, whatever else it beats."""
     clock = FakeTime()
     rows = run_one(
         [clock.provider("reference", 8.0), clock.provider("rival", 4.0), clock.provider("ditfast-slow", 5.0)], clock
@@ -96,22 +96,22 @@ def test_slow_provider_is_caught() -> None:
 
 
 def test_each_provider_is_saved_when_it_is_ready_ours_first() -> None:
-    """And timed again with each that comes: a speed-up is of one round alone."""
+    """All are timed again with each new one: a speed-up is of one round alone."""
     clock, saved = FakeTime(), []
     providers = [clock.provider("slow", 10.0), clock.provider("fast", 8.0), clock.provider("ditfast-fake", 4.0)]
     with Runner(CPU, Settings(seconds=0.02, clock=clock)) as runner:
         rows = runner.rows(Case(CONFIG, 2, torch.float32, "forward"), providers, save=saved.append)
-    found = [{row.provider: row.speedup for row in each} for each in saved]
-    assert [list(each) for each in found] == [
+    speedups = [{row.provider: row.speedup for row in each} for each in saved]
+    assert [list(each) for each in speedups] == [
         ["ditfast-fake"],
         ["slow", "ditfast-fake"],
         ["slow", "fast", "ditfast-fake"],
     ]
-    assert [each["ditfast-fake"] for each in found] == [None, pytest.approx(2.5), pytest.approx(2.0)]
+    assert [each["ditfast-fake"] for each in speedups] == [None, pytest.approx(2.5), pytest.approx(2.0)]
     assert rows == saved[-1]
 
 
-def test_what_fails_in_a_later_round_says_what_it_had_taken() -> None:
+def test_a_failure_in_a_later_round_states_the_earlier_time() -> None:
     clock, saved = FakeTime(), []
 
     def build(work: Workload) -> Variant:
@@ -128,8 +128,8 @@ def test_what_fails_in_a_later_round_says_what_it_had_taken() -> None:
     ours = clock.provider("ditfast-fake", 4.0)
     providers = [clock.provider("reference", 10.0), replace(ours, build=build)]
     with Runner(CPU, Settings(seconds=0.02, clock=clock)) as runner:
-        found = runner.rows(Case(CONFIG, 2, torch.float32, "forward"), providers, save=saved.append)
-    rows = {row.provider: row for row in found}
+        measured = runner.rows(Case(CONFIG, 2, torch.float32, "forward"), providers, save=saved.append)
+    rows = {row.provider: row for row in measured}
     failed = rows["ditfast-fake"]
     assert (failed.status, failed.note) == ("error", "RuntimeError: the GPU is gone; timed before at 4 ms")
     unmeasured = (failed.ms, failed.images_per_s, failed.tflops, failed.noise, failed.speedup, failed.parity)
@@ -195,11 +195,11 @@ def test_stale_inputs_are_found(keep: str) -> None:
     def build(work: Workload) -> Variant:
         variant = PROVIDERS["reference"].build(work)
         inner = variant.step
-        seen: list[Inputs] = []
+        calls: list[Inputs] = []
 
         def step(inputs: Inputs) -> Tensor:
-            seen.append(inputs)
-            return inner(seen[0] if keep == "first" else seen[max(len(seen) - 2, 0)])
+            calls.append(inputs)
+            return inner(calls[0] if keep == "first" else calls[max(len(calls) - 2, 0)])
 
         return replace(variant, step=step)
 
@@ -294,8 +294,8 @@ def test_wrong_gradients_get_no_tick() -> None:
 
         class Wrong(Variant):
             def gradients(self, inputs: Inputs) -> dict[str, Tensor] | None:
-                found = inner(inputs) or {}
-                return found | {"blocks.1.mlp.fc1.bias": found["blocks.1.mlp.fc1.bias"] * 1.01}
+                gradients = inner(inputs) or {}
+                return gradients | {"blocks.1.mlp.fc1.bias": gradients["blocks.1.mlp.fc1.bias"] * 1.01}
 
         return Wrong(variant.step, loss=variant.loss, parameters=variant.parameters)
 
@@ -341,12 +341,12 @@ def test_reports_every_step_and_yields_case_by_case() -> None:
     clock = FakeTime()
     providers = [clock.provider("reference", 8.0), clock.provider("ditfast-fake", 4.0)]
     cases = [Case(CONFIG, batch, torch.float32) for batch in (1, 2)]
-    said: list[str] = []
+    messages: list[str] = []
     with Runner(CPU, Settings(seconds=0.02, clock=clock)) as runner:
-        assert [row.batch for row in runner.rows(cases[0], providers, said.append)] == [1, 1]
-        assert len(said) == 3
-        assert [row.batch for row in runner.rows(cases[1], providers, said.append)] == [2, 2]
-    assert len(said) == steps(cases, providers) == 6
+        assert [row.batch for row in runner.rows(cases[0], providers, messages.append)] == [1, 1]
+        assert len(messages) == 3
+        assert [row.batch for row in runner.rows(cases[1], providers, messages.append)] == [2, 2]
+    assert len(messages) == steps(cases, providers) == 6
 
 
 def test_diffusers_is_judged_by_its_own_constants() -> None:

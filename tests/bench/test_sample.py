@@ -41,21 +41,21 @@ def case(**changes):
 @pytest.mark.compiler
 def test_every_provider_is_judged_and_timed():
     one_block = case(config=replace(TINY, depth=1))  # for one of them is compiled
-    found = {row.provider: row for row in rows(one_block, PROVIDERS, CPU, 0.02)}
-    assert set(found) == set(PROVIDERS)
+    by_provider = {row.provider: row for row in rows(one_block, PROVIDERS, CPU, 0.02)}
+    assert set(by_provider) == set(PROVIDERS)
     ran = ["reference", "reference-compile", "diffusers", "ditfast-plain", "ditfast"]
     for name in ran:
-        row = found[name]
+        row = by_provider[name]
         assert row.status == "ok" and row.ms.median > 0 and row.parity_samples == 2, row
         assert 0 < row.error < 1e-4, row  # an error that says something
         assert row.images_per_s == pytest.approx(3 / row.ms.median * 1e3)
-    assert found["reference"].parity and found["ditfast"].parity and found["ditfast-plain"].parity
+    assert by_provider["reference"].parity and by_provider["ditfast"].parity and by_provider["ditfast-plain"].parity
     assert (
-        found["ditfast"].rival in ("reference", "reference-compile", "diffusers")
-        and found["ditfast"].speedup > 0
+        by_provider["ditfast"].rival in ("reference", "reference-compile", "diffusers")
+        and by_provider["ditfast"].speedup > 0
     )
-    assert found["reference"].speedup is None
-    assert {name for name, row in found.items() if row.status == "unavailable"} == {
+    assert by_provider["reference"].speedup is None
+    assert {name for name, row in by_provider.items() if row.status == "unavailable"} == {
         "ditfast-table",
         "ditfast-graph",
     }
@@ -64,8 +64,8 @@ def test_every_provider_is_judged_and_timed():
 @needs_diffusers
 @pytest.mark.parametrize("sampler", ["ddim", "heun"])
 def test_other_samplers(sampler):
-    found = rows(case(sampler=sampler, batch=1), ["reference", "ditfast"], CPU, 0.02)
-    assert all(row.parity for row in found) and all(row.parity_samples == 1 for row in found)
+    results = rows(case(sampler=sampler, batch=1), ["reference", "ditfast"], CPU, 0.02)
+    assert all(row.parity for row in results) and all(row.parity_samples == 1 for row in results)
 
 
 @needs_diffusers
@@ -75,7 +75,7 @@ def test_wrong_latents_earn_no_speed_up(monkeypatch):
 
     def wrong(name, *arguments):
         run = build(name, *arguments)
-        return run if name == "reference" else lambda *given: run(*given) * 1.001
+        return run if name == "reference" else lambda *inputs: run(*inputs) * 1.001
 
     monkeypatch.setattr(sample, "build", wrong)
     reference, ours = rows(case(), ["reference", "ditfast"], CPU, 0.02)
@@ -125,15 +125,15 @@ def test_the_table_leaves_a_third_of_the_weights_unread():
         assert table.weight_bytes == 2 * (everything - adaln - embedder)
         assert table.weight_bytes <= 0.7 * plain.weight_bytes
         assert table.launches < plain.launches
-        read, of = table.weight_bytes, plain.weight_bytes
-        said = f"{100 * read / of:.0f} % of the weights, {read / 1e6:,.0f} of {of / 1e6:,.0f} MB"
-        assert said in " ".join(page.split())
+        read, total = table.weight_bytes, plain.weight_bytes
+        sentence = f"{100 * read / total:.0f} % of the weights, {read / 1e6:,.0f} of {total / 1e6:,.0f} MB"
+        assert sentence in " ".join(page.split())
         gathered = 2 * (2 * batch) * 2 * (28 * 6 + 2) * 1152  # read and written
         assert table.bytes < plain.bytes - 2 * adaln + gathered
         # made in every call: a row for each label and the null class, where the plain step has two for each image
-        made = 2 * 1152 * (28 * 6 + 2) * 1152 + 2 * 1152 * (256 + 1152)
-        assert table.making_flops == (batch + 1) * made
-        assert plain.flops == table.flops + 2 * batch * made
+        table_flops = 2 * 1152 * (28 * 6 + 2) * 1152 + 2 * 1152 * (256 + 1152)
+        assert table.making_flops == (batch + 1) * table_flops
+        assert plain.flops == table.flops + 2 * batch * table_flops
     assert f"(for {batch} images of XL/2 {100 * table.making:.1f} % of its FLOPs)" in " ".join(page.split())
     with pytest.raises(ValueError, match="only adaLN designs are modulated"):
         step_costs(DiTConfig(conditioning="in_context"), 1, torch.bfloat16)
@@ -180,13 +180,13 @@ def test_bad_input(arguments, message):
     assert result.exit_code == 2 and message in result.output, result.output
 
 
-def test_without_diffusers_it_says_so_before_anything_runs(monkeypatch, tmp_path):
+def test_missing_diffusers_is_reported_before_anything_runs(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     path = tmp_path / "sample.json"
     result = command("--providers", "reference,ditfast", "--json", str(path))
     assert result.exit_code == 2 and not path.exists() and result.stdout == ""
-    wanted = "samplers need the package diffusers, which is not installed: pip install ditfast[diffusers]"
-    assert result.stderr == f"error: {wanted}\n"
+    message = "samplers need the package diffusers, which is not installed: pip install ditfast[diffusers]"
+    assert result.stderr == f"error: {message}\n"
     reason = "the package diffusers is not installed (pip install ditfast[diffusers])"
-    found = rows(case(), PROVIDERS, CPU, 0.02)
-    assert [(row.status, row.note, row.ms) for row in found] == [("unavailable", reason, None)] * len(PROVIDERS)
+    results = rows(case(), PROVIDERS, CPU, 0.02)
+    assert [(row.status, row.note, row.ms) for row in results] == [("unavailable", reason, None)] * len(PROVIDERS)

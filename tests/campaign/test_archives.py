@@ -48,9 +48,9 @@ def test_the_same_bytes_for_the_same_files(tmp_path):
         assert [(item.name, item.mtime, item.uid, item.uname) for item in tar] == [
             (f"in/{name}", 0, 0, "") for name in "abc"
         ]
-    found = extract(tmp_path / "one.tar.xz", tmp_path / "out")
-    assert {f"in/{path.name}": path.read_bytes() for path in found} == contents(files)
-    assert sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file()) == found
+    extracted = extract(tmp_path / "one.tar.xz", tmp_path / "out")
+    assert {f"in/{path.name}": path.read_bytes() for path in extracted} == contents(files)
+    assert sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file()) == extracted
 
 
 @pytest.mark.parametrize("name", ["/etc/a", "../a", "in/../../a", ""])
@@ -60,7 +60,7 @@ def test_names_that_leave_their_folder_are_not_packed(name, tmp_path):
         write_archive([(name, path)], tmp_path / "a.tar.xz")
 
 
-def test_what_cannot_be_packed(tmp_path):
+def test_bad_files_and_names_are_not_packed(tmp_path):
     files = write_files(tmp_path / "files", a=3, b=4)
     with pytest.raises(ValueError, match=r"must be a .tar.xz file, got .*a.tar.gz"):
         write_archive(files, tmp_path / "a.tar.gz")
@@ -161,7 +161,7 @@ def test_a_link_in_the_folder_leads_nowhere(tmp_path):
 
 
 def make_cache(cache, names=("_adaln_fwd_kernel", "_gemm_kernel")):
-    """As Triton leaves it, with what no launch needs."""
+    """A cache as Triton leaves it, with files that no launch needs."""
     for number, name in enumerate(names):
         folder = cache / f"K{number}"
         (folder / "tmp.pid_1_2").mkdir(parents=True)
@@ -182,7 +182,7 @@ def groups(cache):
     return {path.name: json.loads(path.read_text())["child_paths"] for path in sorted(cache.glob("*/__grp__*"))}
 
 
-def test_what_of_a_cache_is_carried(tmp_path):
+def test_which_files_of_a_cache_are_carried(tmp_path):
     cache = make_cache(tmp_path / "cache")
     assert [name for name, _ in kernel_cache.kernel_files(cache)] == [
         "K0/__grp___adaln_fwd_kernel.json", "K0/_adaln_fwd_kernel.cubin", "K0/_adaln_fwd_kernel.json",
@@ -194,8 +194,8 @@ def test_what_of_a_cache_is_carried(tmp_path):
 
 @pytest.mark.parametrize("form", ["archive", "folder of archives", "copied cache"])
 def test_a_cache_at_another_path(form, tmp_path):
-    """Its groups name the files where they now lie, and no others."""
-    cache, there = make_cache(tmp_path / "cache"), tmp_path / "there"
+    """The groups name the files at their new paths, and no others."""
+    cache, unpacked = make_cache(tmp_path / "cache"), tmp_path / "there"
     source = tmp_path / "parts"
     source.mkdir()
     if form == "archive":
@@ -206,22 +206,22 @@ def test_a_cache_at_another_path(form, tmp_path):
         assert len(write_archives(kernel_cache.kernel_files(cache), source, "cache", limit)) > 1
     else:
         source = cache.rename(tmp_path / "copied")
-    assert kernel_cache.unpack(source, there) == 2
-    kept = [f"{name}.{kind}" for name in ("_adaln_fwd_kernel", "_gemm_kernel") for kind in ("cubin", "json")]
-    assert groups(there) == {
-        f"__grp__{name}.json": {file: str(there / folder / file) for file in kept if name in file}
+    assert kernel_cache.unpack(source, unpacked) == 2
+    files = [f"{name}.{kind}" for name in ("_adaln_fwd_kernel", "_gemm_kernel") for kind in ("cubin", "json")]
+    assert groups(unpacked) == {
+        f"__grp__{name}.json": {file: str(unpacked / folder / file) for file in files if name in file}
         for folder, name in (("K0", "_adaln_fwd_kernel"), ("K1", "_gemm_kernel"))
     }
-    assert (there / "K1" / "_gemm_kernel.cubin").read_text() == "_gemm_kernel.cubin of 1"
-    assert (there / "L0" / f"__triton_launcher{SO}").exists()
+    assert (unpacked / "K1" / "_gemm_kernel.cubin").read_text() == "_gemm_kernel.cubin of 1"
+    assert (unpacked / "L0" / f"__triton_launcher{SO}").exists()
     if form != "copied cache":  # moved as a whole, it is mended in place
-        moved = there.rename(tmp_path / "moved")
+        moved = unpacked.rename(tmp_path / "moved")
         assert kernel_cache.unpack(moved, moved) == 2
         assert {Path(path).parents[1] for group in groups(moved).values() for path in group.values()} == {moved}
 
 
-def test_a_kernel_that_did_not_come_whole_is_none(tmp_path):
-    """Triton would take the group for a hit, and fail."""
+def test_an_incomplete_kernel_is_left_out(tmp_path):
+    """Triton would take its group for a hit, and fail."""
     cache = make_cache(tmp_path / "cache")
     (cache / "K0" / "_adaln_fwd_kernel.cubin").unlink()
     (cache / "K1" / "__grp___gemm_kernel.json").write_text("{")
@@ -234,20 +234,20 @@ def test_a_kernel_that_did_not_come_whole_is_none(tmp_path):
         kernel_cache.unpack(tmp_path / "empty", tmp_path / "there")
 
 
-def manifest(architecture="sm_90", what="a model", folder="K0", **other):
-    entry = {"warmed": [what], "kernels": [folder]}
+def manifest(architecture="sm_90", label="a model", folder="K0", **other):
+    entry = {"warmed": [label], "kernels": [folder]}
     return {"schema": kernel_cache.SCHEMA, "identity": HERE | other, "architectures": {architecture: entry}}
 
 
 def test_manifests_add_up_while_nothing_changes():
-    both = kernel_cache.merged(manifest(), manifest(what="verify", folder="K1"))
-    assert both["architectures"] == {"sm_90": {"warmed": ["a model", "verify"], "kernels": ["K0", "K1"]}}
-    assert list(kernel_cache.merged(both, manifest("sm_80"))["architectures"]) == ["sm_90", "sm_80"]
+    merged = kernel_cache.merged(manifest(), manifest(label="verify", folder="K1"))
+    assert merged["architectures"] == {"sm_90": {"warmed": ["a model", "verify"], "kernels": ["K0", "K1"]}}
+    assert list(kernel_cache.merged(merged, manifest("sm_80"))["architectures"]) == ["sm_90", "sm_80"]
     other = manifest("sm_80", triton="2")
-    assert kernel_cache.merged(both, other) == kernel_cache.merged(None, other) == other
+    assert kernel_cache.merged(merged, other) == kernel_cache.merged(None, other) == other
 
 
-def test_manifests_of_several_archives_add_up_and_a_damaged_one_is_none(tmp_path, monkeypatch):
+def test_manifests_of_several_archives_add_up_without_damaged_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(kernel_cache, "_identity", lambda: HERE)
     archives = []
     for arch, content in (
@@ -262,8 +262,8 @@ def test_manifests_of_several_archives_add_up_and_a_damaged_one_is_none(tmp_path
         archives.append(tmp_path / f"{arch}.tar.xz")
         kernel_cache.pack(cache, archives[-1])
     kernel_cache.unpack(archives, tmp_path / "there")
-    found = kernel_cache.read_manifest(tmp_path / "there")
-    assert found is not None and list(found["architectures"]) == ["sm_90", "sm_80"]
+    merged = kernel_cache.read_manifest(tmp_path / "there")
+    assert merged is not None and list(merged["architectures"]) == ["sm_90", "sm_80"]
 
 
 @pytest.mark.parametrize(
@@ -299,28 +299,28 @@ def test_commands_of_a_carried_cache(tmp_path, monkeypatch):
     """warm --unpack and info, neither of which needs a compiler or a GPU."""
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(kernel_cache, "_identity", lambda: HERE)
-    cache, there = make_cache(tmp_path / "cache", ("_adaln_fwd_kernel", "_anothers_kernel")), tmp_path / "there"
+    cache, unpacked = make_cache(tmp_path / "cache", ("_adaln_fwd_kernel", "_anothers_kernel")), tmp_path / "there"
     (cache / kernel_cache.MANIFEST).write_text(json.dumps(manifest(triton="0")))
     kernel_cache.pack(cache, tmp_path / "a.tar.xz")
-    result = CliRunner().invoke(app, ["warm", "--unpack", str(tmp_path / "a.tar.xz"), "--cache", str(there)])
-    assert (result.exit_code, result.stdout) == (0, f"{there}: 2 kernels from {tmp_path / 'a.tar.xz'}\n")
+    result = CliRunner().invoke(app, ["warm", "--unpack", str(tmp_path / "a.tar.xz"), "--cache", str(unpacked)])
+    assert (result.exit_code, result.stdout) == (0, f"{unpacked}: 2 kernels from {tmp_path / 'a.tar.xz'}\n")
     assert result.stderr == "not all of them are taken here: made with triton 0, and here is 1\n"
-    told = CliRunner().invoke(app, ["info", "--json", "--cache", str(there)])
-    assert json.loads(told.stdout)["kernel_cache"] == {
-        "folder": str(there),
+    info = CliRunner().invoke(app, ["info", "--json", "--cache", str(unpacked)])
+    assert json.loads(info.stdout)["kernel_cache"] == {
+        "folder": str(unpacked),
         "kernels": 1,  # of ditfast
         "warmed": {"sm_90": ["a model"]},
         "missing": 0,
         "misfit": "made with triton 0, and here is 1",
     }
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(there))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(unpacked))
     lines = CliRunner().invoke(app, ["info"]).stdout.splitlines()[-3:]
     assert lines == [
-        f"  {there}: 1 compiled kernels of ditfast",
+        f"  {unpacked}: 1 compiled kernels of ditfast",
         "  compiled ahead for sm_90: a model",
         "  not all of which are taken here: made with triton 0, and here is 1",
     ]
-    shutil.rmtree(there / "K0")
+    shutil.rmtree(unpacked / "K0")
     assert CliRunner().invoke(app, ["info"]).stdout.splitlines()[-1] == "  but 1 of them are missing"
     monkeypatch.setenv("TRITON_CACHE_DIR", str(cache / "absent"))
     assert json.loads(CliRunner().invoke(app, ["info", "--json"]).stdout)["kernel_cache"]["misfit"] is None
@@ -352,7 +352,7 @@ def test_bad_options_of_warm(options, message, tmp_path, monkeypatch):
 
 
 def test_torch_compile_leaves_triton_its_cache(monkeypatch):
-    """Inductor points Triton elsewhere where nobody has chosen a folder, for all later kernels of the process."""
+    """Without a chosen folder Inductor points Triton elsewhere, for all later kernels of the process."""
     monkeypatch.setenv("TRITON_CACHE_DIR", "")
     monkeypatch.delenv("TRITON_CACHE_DIR")
     usual = cache_folder()

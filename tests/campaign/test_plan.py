@@ -46,24 +46,24 @@ if not os.path.exists(r'{json}'):
 
 
 @pytest.mark.parametrize("at", [0, pytest.param(1, marks=pytest.mark.long), 2, pytest.param(3, marks=pytest.mark.long)])
-def test_an_interruption_loses_nothing_that_was_done_and_the_archive_goes_on_elsewhere(at: int, tmp_path: Path) -> None:
-    """What is in the archive at that moment is enough."""
+def test_an_interruption_loses_no_finished_step_and_the_archive_resumes_elsewhere(at: int, tmp_path: Path) -> None:
+    """The archive of that moment is enough."""
     steps = [step(f"s{index}", write(f"done {index}"), beside=index < 2) for index in range(4)]
     cut = list(steps)
     cut[at] = replace(steps[at], command=("-c", INTERRUPTS))
     campaign, archives = Campaign.open(tmp_path / "here"), tmp_path / "archives"
     archives.mkdir()
     with pytest.raises(KeyboardInterrupt):
-        campaign.run(cut, 120, lambda what: None, lambda: pack_results(campaign, archives))
+        campaign.run(cut, 120, lambda message: None, lambda: pack_results(campaign, archives))
     assert states(campaign)[f"s{at}"] == "cut"
     [archive] = archives.iterdir()
     unpack_results(archive, tmp_path / "there")
-    there = Campaign.open(tmp_path / "there")
-    before = states(there)
+    resumed = Campaign.open(tmp_path / "there")
+    before = states(resumed)
     assert before == states(campaign)
     assert all(before[f"s{index}"] == "done" for index in range(at if at >= 2 else 0))
-    there.run(steps, 120, lambda what: None)
-    assert set(states(there).values()) == {"done"}
+    resumed.run(steps, 120, lambda message: None)
+    assert set(states(resumed).values()) == {"done"}
     for index in range(4):
         text = (tmp_path / "there" / f"s{index}.json").read_text()
         if index == at:
@@ -74,7 +74,7 @@ def test_an_interruption_loses_nothing_that_was_done_and_the_archive_goes_on_els
 
 def test_archives_hold_the_ends_of_long_logs_and_the_state(tmp_path: Path) -> None:
     campaign = Campaign.open(tmp_path / "out")
-    campaign.run([step("loud", "print('first'); print('x' * 2_000_000); print('last')")], 60, lambda what: None)
+    campaign.run([step("loud", "print('first'); print('x' * 2_000_000); print('last')")], 60, lambda message: None)
     (tmp_path / "out" / "tune.json.table").write_text("{}")
     [archive] = pack_results(campaign, tmp_path)
     packed = dict(read_archive(archive))
@@ -84,7 +84,7 @@ def test_archives_hold_the_ends_of_long_logs_and_the_state(tmp_path: Path) -> No
     assert archive.stat().st_size < 15_000_000
 
 
-def test_only_a_campaigns_archive_is_gone_on_with_and_only_in_a_new_folder(tmp_path: Path) -> None:
+def test_resuming_needs_a_campaigns_archive_and_a_new_folder(tmp_path: Path) -> None:
     write_archive([("a.txt", Path(__file__))], tmp_path / "other.tar.xz")
     with pytest.raises(ValueError, match="must be given the results.tar.xz of a campaign, got .*other.tar.xz"):
         unpack_results(tmp_path / "other.tar.xz", tmp_path / "new")
@@ -95,9 +95,9 @@ def test_only_a_campaigns_archive_is_gone_on_with_and_only_in_a_new_folder(tmp_p
         unpack_results(archive, tmp_path / "out")
 
 
-def test_an_archive_that_was_laid_out_in_part_is_no_campaign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_partly_unpacked_archive_is_no_campaign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     campaign = Campaign.open(tmp_path / "out")
-    campaign.run([step(name, write(name)) for name in "xyz"], 60, lambda what: None)
+    campaign.run([step(name, write(name)) for name in "xyz"], 60, lambda message: None)
     [archive] = pack_results(campaign, tmp_path)
     rename, renamed = Path.rename, []
 
@@ -114,8 +114,8 @@ def test_an_archive_that_was_laid_out_in_part_is_no_campaign(tmp_path: Path, mon
     assert not (tmp_path / "there" / "campaign.state").exists()
     unpack_results(archive, tmp_path / "there")
     assert states(Campaign.open(tmp_path / "there")) == states(campaign)
-    here, there = ({path.name for path in (tmp_path / name).iterdir()} for name in ("out", "there"))
-    assert here == there
+    packed, unpacked = ({path.name for path in (tmp_path / name).iterdir()} for name in ("out", "there"))
+    assert packed == unpacked
 
 
 @pytest.mark.quick
@@ -135,24 +135,24 @@ def test_caches_are_packed_when_they_have_changed_and_come_back(
     (inductor / "locks" / "held").write_text("")
     assert [path.name for path in caches.pack()] == ["triton-cache.tar.xz", "inductor-cache.tar.xz"]
     assert caches.pack() == []
-    there = Caches(tmp_path / "there", tmp_path)
-    said = there.fill([tmp_path / "triton-cache.tar.xz", tmp_path / "inductor-cache.tar.xz"])
-    assert len(said) == 2
-    found = {str(path.relative_to(tmp_path / "there")) for path in (tmp_path / "there").rglob("*") if path.is_file()}
+    other_caches = Caches(tmp_path / "there", tmp_path)
+    messages = other_caches.fill([tmp_path / "triton-cache.tar.xz", tmp_path / "inductor-cache.tar.xz"])
+    assert len(messages) == 2
+    restored = {str(path.relative_to(tmp_path / "there")) for path in (tmp_path / "there").rglob("*") if path.is_file()}
     group = "triton/KEY/__grp__k.json"
-    assert found == {group, "triton/KEY/k.cubin", "triton/KEY/k.json", "inductor/fxgraph/graph"}
+    assert restored == {group, "triton/KEY/k.cubin", "triton/KEY/k.json", "inductor/fxgraph/graph"}
     paths = json.loads((tmp_path / "there" / group).read_text())["child_paths"]
     assert paths["k.cubin"] == str(tmp_path / "there" / "triton" / "KEY" / "k.cubin")
     # what was compiled ahead says whether it fits
     names = ("triton", "build", "python", "platform", "ptxas", "variables", "sources")
-    made = {"schema": SCHEMA, "identity": dict.fromkeys(names, "0.1"), "architectures": {}}
-    (kernels / MANIFEST).write_text(json.dumps(made))
+    manifest = {"schema": SCHEMA, "identity": dict.fromkeys(names, "0.1"), "architectures": {}}
+    (kernels / MANIFEST).write_text(json.dumps(manifest))
     monkeypatch.setattr(kernel_cache, "_identity", lambda: dict.fromkeys(names, "9.9"))
     [archive] = caches.pack()
-    assert there.fill([archive])[1].endswith("made with triton 0.1, and here is 9.9")
+    assert other_caches.fill([archive])[1].endswith("made with triton 0.1, and here is 9.9")
     with pytest.raises(ValueError, match="damaged"):
         (tmp_path / "bad.tar.xz").write_text("no archive")
-        there.fill([tmp_path / "bad.tar.xz"])
+        other_caches.fill([tmp_path / "bad.tar.xz"])
 
 
 def test_without_diffusers_sampling_is_skipped_with_the_reason(
@@ -162,7 +162,7 @@ def test_without_diffusers_sampling_is_skipped_with_the_reason(
     steps = [item for item in plan() if "sample" in item.command]
     assert steps
     campaign = Campaign.open(tmp_path)
-    campaign.run(steps, 600, lambda what: None)
+    campaign.run(steps, 600, lambda message: None)
     reason = "the package diffusers is not installed (pip install ditfast[diffusers])"
     assert {(done.state, done.note) for done in campaign.steps.values()} == {("skipped", reason)}
 
@@ -211,8 +211,8 @@ def test_a_step_without_figures_says_why(state: str | None, note: str, value: st
 
 def test_older_rows_are_marked_and_beside_no_newer_one() -> None:
     older = [Older(model_row("reference", 30.0), "source was 'a'"), Older(model_row("ditfast", 15.0), "source was 'a'")]
-    found = lines_of(Results("models", {}, {}, rows=[model_row("ditfast")], older=older), "cut")
-    assert [(line.value, line.rival, line.note) for line in found[:2]] == [
+    lines = lines_of(Results("models", {}, {}, rows=[model_row("ditfast")], older=older), "cut")
+    assert [(line.value, line.rival, line.note) for line in lines[:2]] == [
         ("ditfast: 10.0 ms", "no rival", ""),
         ("ditfast: 15.0 ms", "no rival", "older: source was 'a'"),
     ]
@@ -223,20 +223,20 @@ def test_older_rows_are_marked_and_beside_no_newer_one() -> None:
 
 
 def test_results_of_a_step_that_was_not_reached_again_are_older(tmp_path: Path) -> None:
-    """Their file says so itself, whatever became of its step."""
+    """The result file itself says so, whatever became of the step."""
     campaign = Campaign.open(tmp_path)
     rows = [model_row("reference", 20.0), replace(model_row("ditfast"), speedup=2.0, rival="reference")]
     environment = campaign.environment | {"source": "before"}
     Results("models", environment, {}, rows=rows, complete=True).save(tmp_path / "one.json")
-    found = figures([step("one", "")], {"one": Done("older", 1.0, 0)}, campaign_command.load(campaign))
-    [line] = [line for line in found if line.older]
+    lines = figures([step("one", "")], {"one": Done("older", 1.0, 0)}, campaign_command.load(campaign))
+    [line] = [line for line in lines if line.older]
     assert line.value == "ditfast: 10.0 ms" and line.note.startswith("older: source was 'before' there, is ")
-    assert all(line.older or line.value == "not reached" for line in found)
+    assert all(line.older or line.value == "not reached" for line in lines)
 
 
-def test_parity_of_verify_names_what_is_missed() -> None:
-    good = VerifyRow("gated_residual", "torch", "fp32", "output0", 1e-7, 1e-7, 2e-7, True)
-    [line] = lines_of(Results("verify", {}, {}, rows=[good, replace(good, backend="kernel", ok=False)]))
+def test_parity_of_verify_names_the_missed_checks() -> None:
+    right = VerifyRow("gated_residual", "torch", "fp32", "output0", 1e-7, 1e-7, 2e-7, True)
+    [line] = lines_of(Results("verify", {}, {}, rows=[right, replace(right, backend="kernel", ok=False)]))
     assert (line.value, line.parity, line.note) == ("1 of 2 hold", False, "gated_residual, kernel, fp32")
 
 
@@ -252,7 +252,7 @@ def parsed(step: Step) -> dict[str, Any]:
 @pytest.mark.quick
 @pytest.mark.parametrize("rehearsal", [False, True])
 def test_every_command_line_of_the_plan_is_valid(rehearsal: bool) -> None:
-    """What fails for a typo would fail on somebody's GPU; the long test below runs all of them."""
+    """A typo would fail on somebody's GPU; the long test below runs every command."""
     for item in plan(rehearsal=rehearsal):
         if item.name == "gpu-tests":
             continue
@@ -286,7 +286,7 @@ def test_a_rehearsal_has_the_real_plans_steps_and_options() -> None:
         pytest.param(None, ("verify", "forward-xl2", "adaln"), marks=pytest.mark.long, id="all"),
     ],
 )
-def test_the_plan_is_rehearsed_interrupted_and_gone_on_with_from_its_archive(
+def test_the_plan_is_rehearsed_interrupted_and_resumed_from_its_archive(
     names: tuple[str, ...] | None, interrupted: tuple[str, ...], tmp_path: Path
 ) -> None:
     """Every command line is valid and every file appears."""
@@ -301,7 +301,7 @@ def test_the_plan_is_rehearsed_interrupted_and_gone_on_with_from_its_archive(
     )
 
     def run(*arguments: object, until: str | None = None) -> tuple[int, str, str]:
-        """Interrupted, with ``until``, when that step has saved a row."""
+        """With ``until``, interrupts the run once that step has saved a row."""
         command = [sys.executable, "-c", script, "bench", "campaign", "--rehearse", "--budget", "1h"]
         process = subprocess.Popen(
             [*command, *map(str, arguments)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -319,21 +319,21 @@ def test_the_plan_is_rehearsed_interrupted_and_gone_on_with_from_its_archive(
     for name in interrupted:
         code, _, errors = run("--out", out, "--archives", archives, until=name)
         assert code == 130, errors
-    there = tmp_path / "there"
-    code, printed, errors = run("--out", there, "--resume", archives / "results.tar.xz", "--archives", archives)
+    resumed = tmp_path / "there"
+    code, printed, errors = run("--out", resumed, "--resume", archives / "results.tar.xz", "--archives", archives)
     assert code == 0, errors + printed
     assert "forward-xl2: up to" not in errors  # done before
 
-    state = json.loads((there / "campaign.state").read_text())["steps"]
+    state = json.loads((resumed / "campaign.state").read_text())["steps"]
     packed = dict(read_archive(archives / "results.tar.xz"))
     for item in steps:
         assert item.name in printed and item.name in state
         assert state[item.name]["state"] == ("skipped" if item.skip else "done")
         if item.suite and not item.skip:
-            assert Results.load(there / f"{item.name}.json").complete
+            assert Results.load(resumed / f"{item.name}.json").complete
             assert f"{item.name}.json" in packed and f"logs/{item.name}.txt" in packed
     # nothing is left to do, and the line it ends with works
-    code, printed, errors = run("--out", there, "--archives", archives)
+    code, printed, errors = run("--out", resumed, "--archives", archives)
     assert code == 0 and "up to" not in errors
     words = next(text for text in errors.splitlines() if "bench report" in text).split("ditfast bench report ")
     pattern = Path(words[1].split()[0])
@@ -344,4 +344,4 @@ def test_a_damaged_result_is_named_and_the_others_count(tmp_path: Path, capsys: 
     Results("verify", {}, {}, complete=True).save(tmp_path / "good.json")
     (tmp_path / "bad.json").write_text("{")
     assert set(campaign_command.load(Campaign.open(tmp_path))) == {"good"}
-    assert "left out: " in (said := capsys.readouterr().err) and "bad.json" in said
+    assert "left out: " in (errors := capsys.readouterr().err) and "bad.json" in errors

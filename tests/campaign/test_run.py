@@ -34,18 +34,18 @@ def test_steps_run_in_order_and_once(tmp_path: Path) -> None:
         step("last", f"{note}('4')"),
     ]
     campaign = Campaign.open(tmp_path / "out")
-    said: list[str] = []
-    campaign.run(steps, 600, said.append)
+    messages: list[str] = []
+    campaign.run(steps, 600, messages.append)
     assert log.read_text() == "1234"
-    wanted = {"first": "done", "absent": "skipped", "parity": "done", "broken": "failed", "last": "done"}
-    assert states(campaign) == wanted
+    expected = {"first": "done", "absent": "skipped", "parity": "done", "broken": "failed", "last": "done"}
+    assert states(campaign) == expected
     assert campaign.steps["parity"].exit_code == 1
     assert campaign.steps["broken"].note == "exit code 1: no such thing"
-    assert "absent: skipped: not in this version" in said
-    # again: what failed is tried once more, what is done is not
+    assert "absent: skipped: not in this version" in messages
+    # again: failed steps are tried once more, finished ones are not
     again = Campaign.open(tmp_path / "out")
-    assert states(again) == wanted
-    again.run(steps, 600, said.append)
+    assert states(again) == expected
+    again.run(steps, 600, messages.append)
     assert log.read_text() == "12343"
 
 
@@ -64,7 +64,7 @@ def test_a_step_past_its_limit_is_cut_after_saving_and_goes_on_later(tmp_path: P
     campaign = Campaign.open(tmp_path)
     steps = [step("slow", SLOW, limit=2.0), step("next", write("next"))]
     start = time.monotonic()
-    campaign.run(steps, 25.0, lambda what: None, grace=20.0, minimum=1.5)
+    campaign.run(steps, 25.0, lambda message: None, grace=20.0, minimum=1.5)
     assert time.monotonic() - start < 60
     assert states(campaign) == {"slow": "cut", "next": "done"}
     assert campaign.steps["slow"].note == "its time was up"
@@ -73,7 +73,7 @@ def test_a_step_past_its_limit_is_cut_after_saving_and_goes_on_later(tmp_path: P
     assert (tmp_path / "next.json").read_text() == "next"
     quick = [step("slow", write("rest")), steps[1]]
     again = Campaign.open(tmp_path)
-    again.run(quick, 60, lambda what: None)
+    again.run(quick, 60, lambda message: None)
     assert states(again) == {"slow": "done", "next": "done"}
     assert (tmp_path / "slow.json").read_text().endswith("rest")
     assert (tmp_path / "next.json").read_text() == "next"
@@ -94,7 +94,7 @@ while not other.exists():
         step("after", "pass"),
     ]
     campaign = Campaign.open(tmp_path)
-    campaign.run(steps, 60, lambda what: None)
+    campaign.run(steps, 60, lambda message: None)
     assert states(campaign) == {"a": "done", "broken": "failed", "b": "done", "after": "done"}
     assert list(campaign.steps)[-1] == "after"
 
@@ -116,53 +116,53 @@ while not other.exists():
 def test_a_suite_is_done_where_its_file_says_so(
     complete: bool | str | None, ended: bool, code: int, state: str, tmp_path: Path
 ) -> None:
-    made = tmp_path / "made.json"
+    result = tmp_path / "made.json"
     copy = ""
     if complete is not None:
         readings = [{"when": "before"}, *([{"when": "after"}] if ended else [])]
         rows = [replace(model_row("ditfast"), status="error", ms=None, note="boom")] if complete == "error" else []
-        Results("models", {}, {}, readings=readings, rows=rows, complete=bool(complete)).save(made)
-        copy = f"import shutil; shutil.copy({str(made)!r}, r'{{json}}'); "
+        Results("models", {}, {}, readings=readings, rows=rows, complete=bool(complete)).save(result)
+        copy = f"import shutil; shutil.copy({str(result)!r}, r'{{json}}'); "
     campaign = Campaign.open(tmp_path / "out")
     if complete == "untouched":
-        made.rename(tmp_path / "out" / "models.json")
+        result.rename(tmp_path / "out" / "models.json")
         copy = ""
     steps = [step("models", f"{copy}raise SystemExit({code})", suite=True)]
-    campaign.run(steps, 25.0, lambda what: None, grace=0.0, minimum=20.0)
+    campaign.run(steps, 25.0, lambda message: None, grace=0.0, minimum=20.0)
     assert states(campaign) == {"models": state}
 
 
-def test_what_failed_before_comes_last_and_once(tmp_path: Path) -> None:
+def test_steps_that_failed_before_come_last_and_once(tmp_path: Path) -> None:
     campaign = Campaign.open(tmp_path)
     steps = [step("broken", f"{write('x')}; raise SystemExit('no luck')", fine=()), step("new", "pass")]
-    campaign.run(steps[:1], 60, lambda what: None)
+    campaign.run(steps[:1], 60, lambda message: None)
     assert (tmp_path / "broken.json").read_text() == "x"
-    said: list[str] = []
-    Campaign.open(tmp_path).run(steps, 60, said.append)
-    assert [text.split(":")[0] for text in said if "up to" in text] == ["new", "broken"]
+    messages: list[str] = []
+    Campaign.open(tmp_path).run(steps, 60, messages.append)
+    assert [text.split(":")[0] for text in messages if "up to" in text] == ["new", "broken"]
     assert (tmp_path / "broken.json").read_text() == "xx"
 
 
-def test_more_to_do_is_no_end(tmp_path: Path) -> None:
+def test_a_step_with_work_left_is_not_done(tmp_path: Path) -> None:
     def tune(left: int) -> Step:
         return step("tune", f"print('12 measured, 0 failed, {left} left for another run')", left_over=plan_left_over())
 
     campaign = Campaign.open(tmp_path)
-    campaign.run([tune(120)], 60, lambda what: None)
+    campaign.run([tune(120)], 60, lambda message: None)
     assert states(campaign) == {"tune": "cut"}
-    campaign.run([tune(0)], 60, lambda what: None)
+    campaign.run([tune(0)], 60, lambda message: None)
     assert states(campaign) == {"tune": "done"}
 
 
 def plan_left_over() -> str:
-    [found] = [item.left_over for item in plan() if item.name == "tune"]
-    return found
+    [left_over] = [item.left_over for item in plan() if item.name == "tune"]
+    return left_over
 
 
-def test_what_serves_a_step_that_is_done_has_no_purpose(tmp_path: Path) -> None:
+def test_a_step_that_serves_finished_steps_does_not_run(tmp_path: Path) -> None:
     campaign = Campaign.open(tmp_path)
-    campaign.run([step("figure", "pass")], 60, lambda what: None)
-    campaign.run([step("warm-up", "pass", serves=("figure",)), step("figure", "pass")], 60, lambda what: None)
+    campaign.run([step("figure", "pass")], 60, lambda message: None)
+    campaign.run([step("warm-up", "pass", serves=("figure",)), step("figure", "pass")], 60, lambda message: None)
     assert states(campaign) == {"figure": "done"}
 
 
@@ -180,35 +180,35 @@ time.sleep(60)
 """
 
 
-def test_all_that_are_overdue_are_asked_to_end_at_once(tmp_path: Path) -> None:
+def test_overdue_steps_are_asked_to_end_at_once(tmp_path: Path) -> None:
     campaign = Campaign.open(tmp_path)
     steps = [step(name, OVERDUE, beside=True, limit=2.5) for name in "abc"]
-    campaign.run(steps, 22.5, lambda what: None, grace=20.0, minimum=2.0)
+    campaign.run(steps, 22.5, lambda message: None, grace=20.0, minimum=2.0)
     assert [(done.state, done.exit_code) for done in campaign.steps.values()] == [("cut", 7)] * 3
 
 
 def test_a_result_file_that_cannot_be_read_is_set_aside(tmp_path: Path) -> None:
-    made = tmp_path / "made"
-    Results("models", {}, {}, complete=True).save(made)
-    good = step("models", f"import shutil; shutil.copy({str(made)!r}, r'{{json}}')", suite=True)
+    result = tmp_path / "made"
+    Results("models", {}, {}, complete=True).save(result)
+    models = step("models", f"import shutil; shutil.copy({str(result)!r}, r'{{json}}')", suite=True)
     campaign = Campaign.open(tmp_path / "out")
-    campaign.run([good], 60, lambda what: None)
+    campaign.run([models], 60, lambda message: None)
     (tmp_path / "out" / "models.json").write_text("{")
-    said: list[str] = []
-    campaign.run([good], 60, said.append)
+    messages: list[str] = []
+    campaign.run([models], 60, messages.append)
     assert states(campaign) == {"models": "done"}
     assert Results.load(tmp_path / "out" / "models.json").complete
     [aside] = (tmp_path / "out").glob("models.json.damaged-*")
     assert aside.read_text() == "{"
-    assert "begins anew" in said[0]
+    assert "begins anew" in messages[0]
 
 
 def test_a_step_knows_its_own_budget(tmp_path: Path) -> None:
     campaign = Campaign.open(tmp_path)
     code = "import sys; open(r'{json}', 'w').write('{seconds}')"
-    campaign.run([step("one", code, limit=60)], 120.0, lambda what: None, grace=0.0)
+    campaign.run([step("one", code, limit=60)], 120.0, lambda message: None, grace=0.0)
     assert (tmp_path / "one.json").read_text() == "51s"  # 85 % of its limit
-    campaign.run([step("two", code, limit=60)], 960.0, lambda what: None, grace=0.0)
+    campaign.run([step("two", code, limit=60)], 960.0, lambda message: None, grace=0.0)
     assert (tmp_path / "two.json").read_text() == "102s"  # twice the time that the plan is made for
 
 
@@ -223,15 +223,15 @@ def test_an_interruption_stops_the_step_and_keeps_the_state(tmp_path: Path) -> N
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
-        campaign.run([step("done", "pass"), step("slow", SLOW), step("never", "pass")], 120, lambda what: None)
-    there = Campaign.open(tmp_path)
-    assert states(there) == {"done": "done", "slow": "cut"}
+        campaign.run([step("done", "pass"), step("slow", SLOW), step("never", "pass")], 120, lambda message: None)
+    reopened = Campaign.open(tmp_path)
+    assert states(reopened) == {"done": "done", "slow": "cut"}
     assert (tmp_path / "slow.json").read_text() == "row saved"
 
 
-def test_no_time_no_step(tmp_path: Path) -> None:
+def test_without_time_no_step_runs(tmp_path: Path) -> None:
     campaign = Campaign.open(tmp_path)
-    campaign.run([step("one", "pass")], 1.0, lambda what: None)
+    campaign.run([step("one", "pass")], 1.0, lambda message: None)
     assert campaign.steps == {}
 
 
@@ -249,7 +249,7 @@ def test_a_damaged_state_is_named(content: str, tmp_path: Path) -> None:
     assert path.read_text() == content
 
 
-def test_another_machine_or_version_is_no_continuation(tmp_path: Path) -> None:
+def test_another_machine_or_version_is_refused(tmp_path: Path) -> None:
     campaign = Campaign.open(tmp_path)
     campaign.environment["gpu"] = {"name": "Another GPU"}
     campaign.save()
@@ -257,16 +257,16 @@ def test_another_machine_or_version_is_no_continuation(tmp_path: Path) -> None:
         Campaign.open(tmp_path)
 
 
-def test_after_a_change_of_the_sources_what_was_done_is_done_again(tmp_path: Path) -> None:
+def test_after_a_change_of_the_sources_finished_steps_run_again(tmp_path: Path) -> None:
     campaign = Campaign.open(tmp_path)
-    campaign.run([step("one", write("1")), step("broken", "raise SystemExit(3)")], 60, lambda what: None)
+    campaign.run([step("one", write("1")), step("broken", "raise SystemExit(3)")], 60, lambda message: None)
     campaign.steps["slow"] = Done("cut", 1.0, None)
     campaign.environment["source"] = "before"
     campaign.save()
     again = Campaign.open(tmp_path)
     assert states(again) == {"one": "older", "broken": "older", "slow": "cut"}
     assert again.steps["one"].note.startswith("source was 'before' there, is ")
-    again.run([step("one", write("1"))], 60, lambda what: None)
+    again.run([step("one", write("1"))], 60, lambda message: None)
     assert states(again)["one"] == "done"
     assert (tmp_path / "one.json").read_text() == "11"
 
@@ -323,7 +323,7 @@ def test_an_archive_that_cannot_be_written_ends_no_campaign(tmp_path: Path, monk
         return []
 
     monkeypatch.setattr(campaign_archives, "pack_results", pack)
-    monkeypatch.setattr(campaign_plan, "plan", lambda *given: [step("one", "pass"), step("two", "pass")])
+    monkeypatch.setattr(campaign_plan, "plan", lambda *arguments: [step("one", "pass"), step("two", "pass")])
     result = invoke("--out", tmp_path / "out", "--rehearse", "--budget", "2m")
     assert result.exit_code == 0, result.output
     assert result.stderr.count("an archive is not written: ") == len(calls) - 1 == 3

@@ -35,7 +35,7 @@ def raises(device: torch.device) -> Verdicts:
 
 
 def breaks_the_device(device: torch.device) -> Verdicts:
-    """As an illegal memory access does: whatever is asked of the device later fails in this process."""
+    """Like an illegal memory access: every later use of the device fails in this process."""
     processes.computes = lambda device: False
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
 

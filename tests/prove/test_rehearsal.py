@@ -31,31 +31,31 @@ KERNELS = (
 
 @pytest.mark.quick
 def test_kernels_that_nothing_reached():
-    everything = (*KERNELS, "_gemm_tma_kernel")
-    assert rehearsal.unreached([outcome(compiled=everything)]) == []
+    all_kernels = (*KERNELS, "_gemm_tma_kernel")
+    assert rehearsal.unreached([outcome(compiled=all_kernels)]) == []
     assert rehearsal.unreached([outcome("sm_80", KERNELS)]) == []  # which has no TMA
     assert rehearsal.unreached([outcome(compiled=KERNELS)]) == ["_gemm_tma_kernel was never launched on sm_90"]
     # what one part reaches counts for its architecture alone
-    parts = [outcome(compiled=everything), outcome("sm_80", KERNELS[1:]), outcome("sm_80", KERNELS[2:])]
+    parts = [outcome(compiled=all_kernels), outcome("sm_80", KERNELS[1:]), outcome("sm_80", KERNELS[2:])]
     assert rehearsal.unreached(parts) == ["_adaln_fwd_kernel was never launched on sm_80"]
 
 
 @pytest.mark.parametrize(
-    ("outcomes", "code", "said"),
+    ("outcomes", "code", "message"),
     [
         ([outcome(compiled=(*KERNELS, "_gemm_tma_kernel"))], 0, "3 cases of models, bf16, sm_90"),
         ([outcome(compiled=KERNELS)], 1, "FAIL _gemm_tma_kernel was never launched on sm_90"),
         ([outcome(compiled=(*KERNELS, "_gemm_tma_kernel"), failures=["a case: refused"])], 1, "FAIL a case: refused"),
     ],
 )
-def test_the_command_fails_where_anything_does(outcomes, code, said, monkeypatch, tmp_path):
-    asked = []
-    monkeypatch.setattr(rehearsal, "rehearse", lambda *given: asked.append(given) or iter(outcomes))
+def test_the_command_fails_if_a_case_fails(outcomes, code, message, monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(rehearsal, "rehearse", lambda *arguments: calls.append(arguments) or iter(outcomes))
     result = CliRunner().invoke(app, ["rehearse", "--arch", "sm_90", "--full", "--json", str(tmp_path / "out.json")])
-    assert (result.exit_code, asked) == (code, [(["sm_90"], None, True)])
-    assert said in result.stderr
+    assert (result.exit_code, calls) == (code, [(["sm_90"], None, True)])
+    assert message in result.stderr
     data = json.loads((tmp_path / "out.json").read_text())
-    assert (data["schema"], len(data["unreached"])) == (rehearsal.SCHEMA, said.count("never"))
+    assert (data["schema"], len(data["unreached"])) == (rehearsal.SCHEMA, message.count("never"))
     assert data["parts"][0]["launches"] == 40 and data["parts"][0]["failures"] == outcomes[0].failures
 
 
@@ -81,7 +81,7 @@ def test_not_in_the_interpreter():
 
 
 @pytest.mark.quick
-def test_what_is_uncomputed_has_its_shape_strides_and_dtype():
+def test_uncomputed_results_have_shape_strides_and_dtype():
     weight, x = torch.randn(5, 8), torch.randn(2, 7, 8).bfloat16()
     grown = torch.randn(3, 4)
     before = grown.clone()

@@ -1,4 +1,4 @@
-"""``ditfast verify``: no check is left out, and what goes wrong in one costs its row and no other."""
+"""``ditfast verify``: no check is left out, and a failure costs only its own row."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ RAISING = made_up("raising", fakes.raises)
 @pytest.mark.quick
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
 def test_every_check_is_in_one_group(device: torch.device) -> None:
-    found = checks(device)
-    parts = groups(found)
-    keys = [item.key for item in found]
+    all_checks = checks(device)
+    parts = groups(all_checks)
+    keys = [item.key for item in all_checks]
     assert len(set(keys)) == len(keys)
     assert sorted((item.key for part in parts for item in part), key=keys.index) == keys
     for part in parts:
@@ -57,10 +57,10 @@ def test_every_check_is_in_one_group(device: torch.device) -> None:
     assert len(parts) == len(DTYPES) * (len({operator.family for operator in OPERATORS.values()}) + 1)
     everything = {*OPERATORS, *(f"DiT, {design}" for design in get_args(Conditioning))}
     for label in DTYPES:
-        assert {item.subject for item in found if item.dtype == label} == everything
-    assert [item.key for item in pickle.loads(pickle.dumps(found))] == keys
+        assert {item.subject for item in all_checks if item.dtype == label} == everything
+    assert [item.key for item in pickle.loads(pickle.dumps(all_checks))] == keys
     only = checks(device, ["bf16", "fp32"])
-    assert [item.key for item in only] == [item.key for item in found if item.group[1] != "fp16"]
+    assert [item.key for item in only] == [item.key for item in all_checks if item.group[1] != "fp16"]
 
 
 @pytest.mark.quick
@@ -110,7 +110,7 @@ def test_a_fault_that_shows_later_is_its_own_checks(monkeypatch: pytest.MonkeyPa
     assert not computes(CUDA) and computes(CPU)
 
 
-def test_where_no_process_can_begin_every_check_says_why_after_one_try(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_processes_every_check_has_the_reason_after_one_try(monkeypatch: pytest.MonkeyPatch) -> None:
     """This machine's torch has no CUDA, or the device is not there."""
     started = []
     inner = processes._Worker.__init__
@@ -133,7 +133,7 @@ def test_signals_without_a_name() -> None:
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, VerifyRow]:
-    """Two groups side by side in which everything happens."""
+    """Two groups side by side, with every kind of failure."""
     ends = [
         made_up("a0", fakes.passes),
         made_up("raises", fakes.raises),
@@ -149,14 +149,14 @@ def rows() -> dict[str, VerifyRow]:
         made_up("misses", fakes.misses, "others"),
         made_up("hangs", fakes.hangs, "others"),
     ]
-    found = list(run_checks([*ends, *sticks], CPU, jobs=2, limit=2.0))
+    results = list(run_checks([*ends, *sticks], CPU, jobs=2, limit=2.0))
     assert not multiprocessing.active_children()
-    names = [row.subject for row in found]
+    names = [row.subject for row in results]
     for part in (ends, sticks):
-        wanted = [item.subject for item in part]
-        assert [name for name in names if name in wanted] == wanted
+        subjects = [item.subject for item in part]
+        assert [name for name in names if name in subjects] == subjects
     assert len(names) == len(ends) + len(sticks)
-    return {row.subject: row for row in found}
+    return {row.subject: row for row in results}
 
 
 @pytest.mark.subprocess
@@ -187,17 +187,17 @@ def test_a_check_that_hangs_is_ended(rows: dict[str, VerifyRow]) -> None:
 
 @pytest.mark.subprocess
 @pytest.mark.kernels
-def test_processes_find_what_this_one_finds() -> None:
-    found = [item for item in checks(CPU, ["fp32"]) if item.group[0] == "embedding"]
-    wanted = [replace(item, group=(item.backend, "fp32")) for item in found]
-    assert len(groups(wanted)) == 2
-    here = {item.key: run_check(item, CPU) for item in wanted}
-    there = {row.key: row for row in run_checks(wanted, CPU, jobs=2)}
-    assert here.keys() == there.keys()
-    for key, row in here.items():
+def test_worker_processes_agree_with_this_one() -> None:
+    embedding_checks = [item for item in checks(CPU, ["fp32"]) if item.group[0] == "embedding"]
+    regrouped = [replace(item, group=(item.backend, "fp32")) for item in embedding_checks]
+    assert len(groups(regrouped)) == 2
+    inline = {item.key: run_check(item, CPU) for item in regrouped}
+    parallel = {row.key: row for row in run_checks(regrouped, CPU, jobs=2)}
+    assert inline.keys() == parallel.keys()
+    for key, row in inline.items():
         assert row.ok and row.error
         # a sum's order is that of its threads
-        assert asdict(there[key]) == {**asdict(row), "error": pytest.approx(row.error, rel=1e-2)}
+        assert asdict(parallel[key]) == {**asdict(row), "error": pytest.approx(row.error, rel=1e-2)}
 
 
 @pytest.mark.parametrize(
@@ -220,16 +220,16 @@ def test_how_many_processes_and_threads(
     expected: tuple[int, int] | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
 
     def in_processes(parts: Any, device: torch.device, jobs: int, threads: int, limit: float) -> Iterator[VerifyRow]:
-        asked.append((jobs, threads))
+        calls.append((jobs, threads))
         return iter(())
 
     monkeypatch.setattr(processes, "_in_processes", in_processes)
     monkeypatch.setattr(processes, "cpu_cores", lambda: cores)
     run_checks(checks(device), device, jobs)
-    assert asked == ([] if expected is None else [expected])
+    assert calls == ([] if expected is None else [expected])
 
 
 @pytest.mark.subprocess
@@ -266,11 +266,11 @@ def _lives(pid: int) -> bool:
 def plan(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Sets the checks that the command finds."""
 
-    def plan(*found: Check) -> None:
-        def these(device: torch.device, dtypes: Sequence[str] | None = None) -> list[Check]:
-            return [replace(item, group=("made up", (dtypes or ["fp32"])[0])) for item in found]
+    def plan(*planned: Check) -> None:
+        def planned_checks(device: torch.device, dtypes: Sequence[str] | None = None) -> list[Check]:
+            return [replace(item, group=("made up", (dtypes or ["fp32"])[0])) for item in planned]
 
-        monkeypatch.setattr("ditfast.bench.prove.verify.checks", these)
+        monkeypatch.setattr("ditfast.bench.prove.verify.checks", planned_checks)
 
     return plan
 
@@ -292,9 +292,9 @@ def test_the_command_goes_on_after_a_failure(plan: Callable[..., None], tmp_path
     ]
     assert "RuntimeError: no kernel for [/this]" in result.stdout  # not taken for markup
     assert "not finite" not in result.stdout
-    there = Results.load(path, "verify")
-    assert there.complete
-    assert [(row.subject, row.ok) for row in there.rows] == [("first", True), ("raising", False), ("second", True)]
+    results = Results.load(path, "verify")
+    assert results.complete
+    assert [(row.subject, row.ok) for row in results.rows] == [("first", True), ("raising", False), ("second", True)]
     plan(FIRST, SECOND)
     assert verify().exit_code == 0
 
@@ -304,13 +304,13 @@ def test_the_table_is_in_the_order_of_the_checks(
 ) -> None:
     path, saved = tmp_path / "verify.json", []
 
-    def backwards(found: Sequence[Check], device: torch.device, jobs: int | None) -> Iterator[VerifyRow]:
+    def backwards(planned: Sequence[Check], device: torch.device, jobs: int | None) -> Iterator[VerifyRow]:
         assert jobs == 5
-        for item in reversed(found):
+        for item in reversed(planned):
             yield run_check(item, device)
-            there = Results.load(path, "verify")
-            saved.append([row.subject for row in there.rows])
-            assert not there.complete
+            results = Results.load(path, "verify")
+            saved.append([row.subject for row in results.rows])
+            assert not results.complete
 
     monkeypatch.setattr(processes, "run_checks", backwards)
     plan(FIRST, SECOND, THIRD)
@@ -323,26 +323,26 @@ def test_the_table_is_in_the_order_of_the_checks(
 
 
 @pytest.mark.quick
-def test_continue_judges_what_is_missing_or_failed(plan: Callable[..., None], tmp_path: Path) -> None:
+def test_continue_judges_missing_and_failed_checks(plan: Callable[..., None], tmp_path: Path) -> None:
     path = tmp_path / "verify.json"
     plan(FIRST, RAISING)
-    assert verify("--json", path, "--continue").exit_code == 1  # there is nothing to go on with: all of it
+    assert verify("--json", path, "--continue").exit_code == 1  # no earlier rows: every check runs
     plan(FIRST, replace(RAISING, judge=fakes.passes), SECOND)
     result = verify("--json", path, "--continue")
     assert result.exit_code == 0, result.output
     assert result.stderr.splitlines() == ["ok   raising, torch, fp32", "ok   second, torch, fp32"]
     assert result.stdout.count("pass") == 3
-    there = Results.load(path, "verify")
-    assert (there.complete, there.parts, [row.subject for row in there.rows]) == (
+    results = Results.load(path, "verify")
+    assert (results.complete, results.parts, [row.subject for row in results.rows]) == (
         True, 2, ["first", "raising", "second"],
     )  # fmt: skip
-    # what is no longer checked is no row of it
+    # checks that are gone have no row
     plan(SECOND)
     result = verify("--json", path, "--continue")
     assert (result.exit_code, result.stderr) == (0, "")
     assert [row.subject for row in Results.load(path, "verify").rows] == ["second"]
     plan(FIRST, SECOND)
-    assert verify("--json", path).stderr.count("ok ") == 2  # without --continue: anew
+    assert verify("--json", path).stderr.count("ok ") == 2  # without --continue every check runs
 
 
 def test_continue_needs_the_same_conditions(plan: Callable[..., None], tmp_path: Path) -> None:
@@ -368,7 +368,7 @@ def test_no_processes_at_all_are_refused(plan: Callable[..., None], tmp_path: Pa
 
 
 @pytest.mark.subprocess
-def test_interrupted_it_keeps_what_it_has_and_leaves_no_process(plan: Callable[..., None], tmp_path: Path) -> None:
+def test_an_interruption_keeps_the_rows_and_leaves_no_process(plan: Callable[..., None], tmp_path: Path) -> None:
     path = tmp_path / "verify.json"
     interrupting = made_up("interrupting", partial(fakes.interrupts_the_parent, str(path)))
     plan(FIRST, interrupting, SECOND)
@@ -376,8 +376,8 @@ def test_interrupted_it_keeps_what_it_has_and_leaves_no_process(plan: Callable[.
     assert result.exit_code == 130, result.output
     assert not multiprocessing.active_children()
     assert result.stdout.count("pass") == 1
-    there = Results.load(path, "verify")
-    assert (there.complete, [row.subject for row in there.rows]) == (False, ["first"])
+    results = Results.load(path, "verify")
+    assert (results.complete, [row.subject for row in results.rows]) == (False, ["first"])
     plan(FIRST, replace(interrupting, judge=fakes.passes), SECOND)
     assert verify("--json", path, "--continue").exit_code == 0
     assert Results.load(path, "verify").complete
@@ -394,7 +394,7 @@ def test_interrupted_before_the_first_row(plan: Callable[..., None], tmp_path: P
     assert result.stderr == "interrupted before the first rows\n"
 
 
-def test_a_value_that_is_not_finite_is_said() -> None:
+def test_a_value_that_is_not_finite_is_marked() -> None:
     [row] = [run_check(made_up("it", fakes.misses), CPU)]
     cells = [list(column.cells) for column in render([row, failed(FIRST, "gone")]).columns]
     assert [column[0] for column in cells[3:]] == ["bad", "not finite", "1.00e-08", "2.00e-08", "[red]FAIL[/]"]

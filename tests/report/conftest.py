@@ -104,7 +104,7 @@ def model_case(
 def results(suite: Suite, rows: Sequence[Any], environment: dict[str, Any] = GPU, **changes: Any) -> Results:
     """A complete run of made-up rows; changes are fields of Results."""
     gpu = environment.get("gpu") is not None
-    made = Results(
+    complete = Results(
         suite,
         environment,
         {"device": "cuda" if gpu else "cpu"},
@@ -114,7 +114,7 @@ def results(suite: Suite, rows: Sequence[Any], environment: dict[str, Any] = GPU
         list(rows),
         True,
     )
-    return replace(made, **changes)
+    return replace(complete, **changes)
 
 
 def twelve_models(batch: int = 256) -> Results:
@@ -152,12 +152,12 @@ def op_rows() -> list[OpRow]:
 def op_case(operator: str, direction: Any, batch: int, per_element: int) -> list[OpRow]:
     """Three providers of one operator; a low count of FLOPs an element makes it memory-bound."""
     elements, heavier = batch * 256 * 1152, 2 if direction == "backward" else 1
-    flops, moved = elements * per_element * heavier, elements * 4 * (heavier + 1)
+    flops, total_bytes = elements * per_element * heavier, elements * 4 * (heavier + 1)
     memory, rows = per_element < 100, []
     for provider, share in (("eager", 0.4), ("compile", 0.7), ("ditfast", 0.9)):
-        ms = moved / (share * 4000e6) if memory else flops / (share * 800e9)
-        rate = moved / ms / 1e6 if memory else flops / ms / 1e9
-        case = (operator, direction, batch, 256, 1152, "bf16", provider, "ok", "graph", flops, moved)
+        ms = total_bytes / (share * 4000e6) if memory else flops / (share * 800e9)
+        rate = total_bytes / ms / 1e6 if memory else flops / ms / 1e9
+        case = (operator, direction, batch, 256, 1152, "bf16", provider, "ok", "graph", flops, total_bytes)
         row = OpRow(
             *case, unit="GB/s" if memory else "TFLOP/s", ms=spread(ms), rate=rate, share=share, parity=True
         )
@@ -239,8 +239,8 @@ def cost_rows(batch: int = 256) -> list[CostRow]:
 
 
 def verify_rows(ok: bool = True) -> list[VerifyRow]:
-    good = VerifyRow("layer_norm_modulate", "triton", "bf16", "output0", 1e-3, 1e-3, 2e-3, True)
-    return [good, replace(good, dtype="fp16", tensor="d_x", error=1e-3 if ok else 1.0, ok=ok)]
+    right = VerifyRow("layer_norm_modulate", "triton", "bf16", "output0", 1e-3, 1e-3, 2e-3, True)
+    return [right, replace(right, dtype="fp16", tensor="d_x", error=1e-3 if ok else 1.0, ok=ok)]
 
 
 def traced_memory() -> Results:
@@ -253,12 +253,12 @@ def traced_memory() -> Results:
     return results("memory", rows, ceilings=None, readings=[], settings={"device": "meta"})
 
 
-def runs(*found: Results) -> list[Run]:
-    return [Run(f"{index}.json", item) for index, item in enumerate(found)]
+def runs(*files: Results) -> list[Run]:
+    return [Run(f"{index}.json", item) for index, item in enumerate(files)]
 
 
-def report_of(*found: Results) -> Report:
-    return gather(runs(*found))
+def report_of(*files: Results) -> Report:
+    return gather(runs(*files))
 
 
 def everything() -> list[Results]:

@@ -12,10 +12,10 @@ from ditfast.bench.report import write
 from ditfast.bench.report.conditions import conditions, version
 from ditfast.bench.report.page import page
 from ditfast.bench.report.roofline import NO_COST
-from tests.report import conftest as made
+from tests.report import conftest as made_up
 from tests.report.conftest import model_row, report_of, results
 
-GPU = made.GPU["gpu"]
+GPU = made_up.GPU["gpu"]
 
 
 @pytest.mark.parametrize(
@@ -33,26 +33,26 @@ GPU = made.GPU["gpu"]
     ],
 )
 def test_other_versions_never_share_a_group(change: dict[str, Any]) -> None:
-    """Not even for rows that do not overlap."""
-    two = results("models", [model_row()]), results("ops", [], {**made.GPU, **change})
-    labels = [machine.label for machine in report_of(*two).machines]
+    """Files without a common row stay apart too."""
+    runs = results("models", [model_row()]), results("ops", [], {**made_up.GPU, **change})
+    labels = [machine.label for machine in report_of(*runs).machines]
     assert labels == ["Test GPU (versions 1 of 2)", "Test GPU (versions 2 of 2)"]
-    assert len(report_of(two[0], results("ops", [])).machines) == 1
+    assert len(report_of(runs[0], results("ops", [])).machines) == 1
 
 
 def test_labels_say_why_there_are_several() -> None:
     run, other = (
         results("models", [model_row()]),
-        results("models", [model_row()], {**made.GPU, "commit": "f"}),
+        results("models", [model_row()], {**made_up.GPU, "commit": "f"}),
     )
-    found = report_of(run, other, run, run)
-    assert [machine.label for machine in found.machines] == [
+    report = report_of(run, other, run, run)
+    assert [machine.label for machine in report.machines] == [
         "Test GPU (versions 1 of 2)",
         "Test GPU (versions 1 of 2; measured again)",
         "Test GPU (versions 1 of 2; measured again, 2)",
         "Test GPU (versions 2 of 2)",
     ]
-    assert [machine.number for machine in found.machines] == [1, 2, 3, 4]
+    assert [machine.number for machine in report.machines] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_conditions_by_hand() -> None:
 
 
 def test_odd_values_in_an_environment_do_no_harm() -> None:
-    odd = {
+    environment = {
         "gpu": {"name": ["a", "b"], "driver": 1, "cuda": {}, "memory_bytes": "x", "power_limit_w": "500"},
         "cpu": [],
         "packages": 3,
@@ -110,26 +110,26 @@ def test_odd_values_in_an_environment_do_no_harm() -> None:
         "dirty": "yes",
         "os": {},
     }
-    found = report_of(
-        results("models", [model_row()], odd, readings=[{"when": "before", "sm_clock_mhz": "x"}])
+    report = report_of(
+        results("models", [model_row()], environment, readings=[{"when": "before", "sm_clock_mhz": "x"}])
     )
-    [machine] = found.machines
+    [machine] = report.machines
     names = [name for name, _ in conditions(machine)]
     assert names == ["device", "driver", "ditfast", "limits, measured in the same runs"]
-    assert page(found, [])
+    assert page(report, [])
 
 
-def test_what_was_traced_is_never_called_measured() -> None:
-    meta, cost = made.traced_memory(), results("cost", made.cost_rows()[:3], ceilings=None, readings=[])
-    other = replace(cost, environment={**made.GPU, "commit": "fedcba987654"})
-    found = report_of(meta, cost, other, cost)
-    assert found.machines == []
-    assert [(group.label, [run.name for run in group.runs]) for group in found.computed] == [
+def test_traced_values_are_never_called_measured() -> None:
+    meta, cost = made_up.traced_memory(), results("cost", made_up.cost_rows()[:3], ceilings=None, readings=[])
+    other = replace(cost, environment={**made_up.GPU, "commit": "fedcba987654"})
+    report = report_of(meta, cost, other, cost)
+    assert report.machines == []
+    assert [(group.label, [run.name for run in group.runs]) for group in report.computed] == [
         ("Computed without a device (versions 1 of 2)", ["0.json", "1.json"]),
         ("Computed without a device (versions 1 of 2; computed again)", ["3.json"]),
         ("Computed without a device (versions 2 of 2)", ["2.json"]),
     ]
-    html = page(found, [])
+    html = page(report, [])
     assert "Memory, traced on meta tensors, not measured" in html and "on Test GPU" not in html
     assert "ditfast 0.0.test (fedcba987)" in html
     for section in ("computed", "computed-2", "computed-3"):
@@ -138,7 +138,7 @@ def test_what_was_traced_is_never_called_measured() -> None:
 
 def test_a_cost_is_asked_for_only_where_it_is_missing() -> None:
     traced = model_row("ditfast", tflops=500.0)
-    for row, changes, asked in (
+    for row, changes, expected in (
         (traced, {}, True),
         (replace(traced, provider="reference-compile"), {}, False),
         (replace(traced, tflops=None), {}, False),
@@ -146,10 +146,10 @@ def test_a_cost_is_asked_for_only_where_it_is_missing() -> None:
         (traced, {"ceilings": None}, False),
         (traced, {"settings": {"device": "cpu"}}, False),
     ):
-        found = report_of(results("models", [row], **changes))
-        assert (NO_COST in page(found, [])) == asked, changes
-    found = report_of(results("models", [traced]), results("cost", made.cost_rows()))
-    assert NO_COST not in page(found, [])
+        report = report_of(results("models", [row], **changes))
+        assert (NO_COST in page(report, [])) == expected, changes
+    report = report_of(results("models", [traced]), results("cost", made_up.cost_rows()))
+    assert NO_COST not in page(report, [])
 
 
 def test_plots_of_earlier_reports_go_and_other_files_stay(tmp_path: Path) -> None:

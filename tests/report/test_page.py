@@ -125,8 +125,8 @@ def test_the_page_is_readable(name: str, width: int, answers: dict[str, dict[str
 
 
 @pytest.mark.subprocess
-def test_the_questions_find_what_they_are_for(answers: dict[str, dict[str, Any]]) -> None:
-    """A page with every fault is caught: otherwise the test above would prove nothing."""
+def test_the_questions_find_every_fault(answers: dict[str, dict[str, Any]]) -> None:
+    """On a page with every fault; otherwise the test above would prove nothing."""
     answer = answers["faulty"]
     assert any("none is not defined" in error for error in answer["errors"])
     assert answer["wide"] == ["DIV"] and answer["scroll"] > 1280

@@ -12,7 +12,7 @@ from ditfast.bench.records.rows import MemoryRow, OpRow, ScalingRow, Spread
 from ditfast.bench.report import bars, figure
 from ditfast.bench.report.roofline import located
 from ditfast.bench.report.write import draw
-from tests.report import conftest as made
+from tests.report import conftest as made_up
 from tests.report.conftest import model_row, report_of, results
 
 
@@ -20,8 +20,8 @@ def test_points_of_the_roofline_by_hand() -> None:
     ours = model_row("ditfast", 10.0, tflops=500.0)
     rows = [ours, replace(ours, provider="ditfast-graph", tflops=550.0), replace(ours, provider="reference-tf32",
             precision="tf32"), replace(ours, batch=1), replace(ours, mode="train")]  # fmt: skip
-    found = located(rows, made.cost_rows())
-    assert [(round(x), y, row.provider) for x, y, row in found] == [
+    points = located(rows, made_up.cost_rows())
+    assert [(round(x), y, row.provider) for x, y, row in points] == [
         (260, 500.0, "ditfast"),
         (260, 550.0, "ditfast-graph"),
     ]
@@ -29,7 +29,7 @@ def test_points_of_the_roofline_by_hand() -> None:
 
 def test_colours_are_fixed_distinct_and_ours_are_blue() -> None:
     palette = figure.Palette(["ditfast-z", "mine", "other"])
-    names = [*made.PACE, "reference-autocast", "diffusers-compile", "ditfast-z", "mine", "other"]
+    names = [*made_up.PACE, "reference-autocast", "diffusers-compile", "ditfast-z", "mine", "other"]
     colors = {name: palette[name] for name in names}
     assert len(set(colors.values())) == len(names)
     for name, color in colors.items():
@@ -52,20 +52,20 @@ def test_a_bar_without_a_tick_is_marked() -> None:
 def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """The figures that are drawn, instead of their PNG files."""
     pytest.importorskip("matplotlib", reason="needs matplotlib, of the extra bench")
-    drawn: list[Any] = []
+    figures: list[Any] = []
 
     def keep(frame: figure.Frame) -> bytes:
-        drawn.append(frame.figure)
+        figures.append(frame.figure)
         return b""
 
     monkeypatch.setattr(figure.Frame, "png", keep)
-    yield drawn
+    yield figures
 
 
 def test_every_letter_of_the_plots_is_legible_and_within(figures: list[Any]) -> None:
     from matplotlib.text import Text
 
-    plots = draw(report_of(*made.everything()))
+    plots = draw(report_of(*made_up.everything()))
     assert len(plots) == len(figures) == 10
     for plot, drawn in zip(plots, figures, strict=True):
         drawn.draw_without_rendering()
@@ -88,7 +88,7 @@ def test_every_letter_of_the_plots_is_legible_and_within(figures: list[Any]) -> 
 
 @pytest.mark.quick
 def test_the_throughput_figure_shows_marks_and_speedups(figures: list[Any]) -> None:
-    draw(report_of(made.twelve_models()))
+    draw(report_of(made_up.twelve_models()))
     words = [text.get_text() for axes in figures[0].axes for text in axes.texts]
     assert [words.count(mark) for mark in ("✗", "?", "no memory", "failed", "n/a")] == [1, 3, 2, 1, 1]
     labels = [label.get_text() for axes in figures[0].axes for label in axes.get_xticklabels()]
@@ -102,7 +102,7 @@ def heights(axes: Any) -> list[float]:
 
 
 def error_bars(axes: Any) -> list[list[list[float]]]:
-    """The ends of each."""
+    """Both ends of every error bar."""
     lines = [
         lines for container in axes.containers if hasattr(container, "lines") for lines in container.lines[2]
     ]
@@ -161,7 +161,7 @@ def test_memory_in_gib_and_rows_without_bytes_by_hand(figures: list[Any]) -> Non
 
 
 def test_traced_memory_says_so(figures: list[Any]) -> None:
-    [plot] = draw(report_of(made.traced_memory()))
+    [plot] = draw(report_of(made_up.traced_memory()))
     assert heights(figures[0].axes[0]) == [40.0, 24.0]
     for text in (plot.caption, plot.alt, notes(figures[0])):
         assert "traced, not measured" in text and "Test GPU" not in text
@@ -228,9 +228,9 @@ def test_the_rooflines_by_hand(figures: list[Any]) -> None:
     models += [
         model_row(name, tflops=450.0) for name in ("reference-compile", "ditfast-compile", "reference")
     ]
-    costs = [cost for b in (1, 8, 32, 256) for cost in made.cost_rows(b)]
+    costs = [cost for b in (1, 8, 32, 256) for cost in made_up.cost_rows(b)]
     draw(report_of(results("ops", [row]), results("models", models), results("cost", costs)))
-    operators, drawn = [found for found in figures if found.axes[0].get_xlabel() == "FLOP/byte"]
+    operators, drawn = [figure for figure in figures if figure.axes[0].get_xlabel() == "FLOP/byte"]
     for axes in [*operators.axes, *drawn.axes]:
         assert roofs(axes) == (pytest.approx(4.0), [800.0])
     # 10^12 FLOPs, 10^10 bytes, 4 ms
@@ -247,24 +247,24 @@ def test_the_rooflines_by_hand(figures: list[Any]) -> None:
 
 def test_the_models_are_on_a_roofline_of_the_version_that_was_measured(figures: list[Any]) -> None:
     def traced(intensity: float, environment: dict[str, Any]) -> Any:
-        return results("cost", [replace(cost, intensity=intensity) for cost in made.cost_rows()], environment)
+        return results("cost", [replace(cost, intensity=intensity) for cost in made_up.cost_rows()], environment)
 
-    other, own = traced(1.0, {**made.GPU, "commit": "f"}), traced(300.0, made.GPU)
+    other, same = traced(1.0, {**made_up.GPU, "commit": "f"}), traced(300.0, made_up.GPU)
     measured = results("models", [model_row("ditfast", tflops=500.0)])
-    for costs, place in (((other, own), 300.0), ((other,), 1.0)):
+    for costs, position in (((other, same), 300.0), ((other,), 1.0)):
         figures.clear()
         plots = draw(report_of(measured, *costs))
-        assert curve_points(figures[-1].axes[0])[0][:2] == (place, 500.0)
+        assert curve_points(figures[-1].axes[0])[0][:2] == (position, 500.0)
     assert "with ditfast 0.0.test (f);" in notes(figures[-1]) and "beneath" not in plots[-1].alt
-    on_cpu = replace(measured, environment=made.CPU)
-    assert not any("roofline" in plot.name for plot in draw(report_of(on_cpu, own)))
+    on_cpu = replace(measured, environment=made_up.CPU)
+    assert not any("roofline" in plot.name for plot in draw(report_of(on_cpu, same)))
 
 
 def test_dollars_begin_no_formula_and_names_of_files_are_apart() -> None:
     pytest.importorskip("matplotlib", reason="needs matplotlib, of the extra bench")
     devices = ["$x_{ GPU$ " + "long " * 80 + end for end in "ab"]
     files = [
-        results("models", [model_row(model="$^{$")], {**made.GPU, "gpu": {"name": name}}) for name in devices
+        results("models", [model_row(model="$^{$")], {**made_up.GPU, "gpu": {"name": name}}) for name in devices
     ]
     plots = draw(report_of(*files))
     names = [plot.name for plot in plots]

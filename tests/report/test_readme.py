@@ -70,7 +70,7 @@ def table_and_lines(files: dict[str, Results]) -> tuple[list[str], list[str]]:
 
 
 def test_of_a_case_measured_again_the_run_with_most_rivals_counts() -> None:
-    """The one with the other rival; where both have as many, the first."""
+    """The run with more rivals counts; of two with as many, the first."""
     # as many rows, and fewer rivals
     few = [model_row("reference", 20.0), model_row("ditfast", 8.0), model_row("ditfast-graph", 8.5)]
     many = [model_row("reference", 20.0), model_row("reference-compile", 10.0), model_row("ditfast", 9.0)]
@@ -98,17 +98,17 @@ def test_of_a_case_measured_again_the_run_with_most_rivals_counts() -> None:
 
 def test_ticks_are_claimed_only_where_rows_of_ours_ran() -> None:
     rival, ours = model_row("reference"), model_row("ditfast")
-    for rows, said in (
+    for rows, message in (
         ([rival], "no row of ditfast ran"),
         ([rival, replace(ours, ms=None, status="oom", parity=None)], "no row of ditfast ran"),
         ([rival, ours], "every row of ditfast with its parity tick"),
         ([rival, replace(ours, parity=None)], "no parity tick: DiT-XL/2 batch 256, ditfast"),
     ):
         _, [line] = table_and_lines({"a.json": results("models", rows)})
-        assert f"; {said}. Rows:" in line
+        assert f"; {message}. Rows:" in line
 
 
-def test_what_was_traced_is_linked_apart() -> None:
+def test_traced_results_are_linked_apart() -> None:
     rows, lines = table_and_lines(
         {"m.json": traced_memory(), "c.json": results("models", [model_row()], CPU)}
     )
@@ -189,7 +189,7 @@ def test_the_page_agrees_with_the_results() -> None:
 
 
 def test_results_of_a_gpu_stand_on_the_readmes_first_screen() -> None:
-    """Above its first command; until there are any the computed table stands there, and says that it is computed."""
+    """They stand above the first command; until there are any, the computed table does, and says so."""
     first = (ROOT / "README.md").read_text(encoding="utf-8").partition("```")[0]
     files = {path.name: Results.load(path) for path in sorted((ROOT / "bench" / "results").glob("*.json"))}
     measured = [name for name, file in files.items() if file.suite == "models" and file.environment.get("gpu")]
@@ -198,7 +198,7 @@ def test_results_of_a_gpu_stand_on_the_readmes_first_screen() -> None:
 
 
 def test_the_traced_counts_are_those_of_the_committed_files() -> None:
-    """Whatever torch is installed here: another one's meta functions may launch a copy more or less."""
+    """The files name their torch: another version's meta functions may launch a copy more or less."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     cost, memory = (Results.load(ROOT / f"bench/results/traced-{suite}.json") for suite in ("cost", "memory"))
     for file in (cost, memory):
@@ -207,17 +207,17 @@ def test_the_traced_counts_are_those_of_the_committed_files() -> None:
         versions = f"with torch {packages['torch'].partition('+')[0]} and triton {packages['triton']}"
         assert f"Counted on meta tensors at batch 256 {versions}" in text
 
-    def share(what: str, rows: Iterable[Any], mode: str) -> tuple[str, Any, Any]:
+    def share(field: str, rows: Iterable[Any], mode: str) -> tuple[str, Any, Any]:
         """(ours as a share of the reference's, our row, the reference's)."""
         case = ("DiT-XL/2", 256, "bf16", mode)
-        found = {row.provider: row for row in rows if (row.model, row.batch, row.dtype, row.mode) == case}
-        ours, theirs = found["ditfast"], found["reference"]
-        return f"{100 * getattr(ours, what) / getattr(theirs, what):.0f} %", ours, theirs
+        by_provider = {row.provider: row for row in rows if (row.model, row.batch, row.dtype, row.mode) == case}
+        ours, reference = by_provider["ditfast"], by_provider["reference"]
+        return f"{100 * getattr(ours, field) / getattr(reference, field):.0f} %", ours, reference
 
-    moved, ours, theirs = share("bytes", cost.rows, "forward")
-    launches = f"{ours.launches}, reference {theirs.launches}"
-    assert f"| an XL/2 forward | {launches} | {moved} of the reference's | |\n" in text
-    moved, ours, theirs = share("bytes", cost.rows, "train")
-    launches = f"{ours.launches:,}, reference {theirs.launches:,}"
-    kept, _, _ = share("saved_bytes", memory.rows, "train")
-    assert f"| its loss and backward | {launches} | {moved} | {kept} |\n" in text
+    total_bytes, ours, reference = share("bytes", cost.rows, "forward")
+    launches = f"{ours.launches}, reference {reference.launches}"
+    assert f"| an XL/2 forward | {launches} | {total_bytes} of the reference's | |\n" in text
+    total_bytes, ours, reference = share("bytes", cost.rows, "train")
+    launches = f"{ours.launches:,}, reference {reference.launches:,}"
+    saved_bytes, _, _ = share("saved_bytes", memory.rows, "train")
+    assert f"| its loss and backward | {launches} | {total_bytes} | {saved_bytes} |\n" in text

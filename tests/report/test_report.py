@@ -20,14 +20,14 @@ from ditfast.bench.report.markdown import markdown
 from ditfast.bench.report.page import page
 from ditfast.bench.report.tables import model_tables
 from ditfast.bench.report.write import render
-from tests.report import conftest as made
+from tests.report import conftest as made_up
 from tests.report.conftest import CPU, model_row, report_of, results
 
 
 def test_devices_never_share_a_group_and_a_row_is_there_once() -> None:
     gpu, cpu = results("models", [model_row()]), results("models", [model_row()], CPU)
-    found = report_of(cpu, gpu, gpu, results("ops", []))
-    labels = [(machine.label, [run.name for run in machine.runs]) for machine in found.machines]
+    gathered = report_of(cpu, gpu, gpu, results("ops", []))
+    labels = [(machine.label, [run.name for run in machine.runs]) for machine in gathered.machines]
     assert labels == [
         ("Test GPU", ["1.json", "3.json"]),
         ("Test GPU (measured again)", ["2.json"]),
@@ -37,7 +37,7 @@ def test_devices_never_share_a_group_and_a_row_is_there_once() -> None:
     assert [machine.label for machine in report_of(on_host).machines] == ["Test CPU, 2 threads"]
 
 
-def test_nothing_is_known_of_the_environment() -> None:
+def test_an_unknown_environment() -> None:
     pytest.importorskip("matplotlib", reason="needs matplotlib, of the extra bench")
     bare = replace(results("models", [model_row()]), environment={}, settings={}, ceilings=None, readings=[])
     files = render(report_of(bare))
@@ -53,9 +53,9 @@ def test_a_headline_needs_a_tick() -> None:
         model_row("diffusers", None),
     ]
     slow = replace(slow, speedup=1.25, rival="reference-compile", ceiling_share=0.876, ceiling="matmul")
-    [found] = headlines([*rivals, slow, fast])
-    assert found.best == slow
-    assert found.cells == [
+    [headline] = headlines([*rivals, slow, fast])
+    assert headline.best == slow
+    assert headline.cells == [
         "12,800",
         "25,600 (compile)",
         "32,000",
@@ -64,10 +64,10 @@ def test_a_headline_needs_a_tick() -> None:
         "88 % of matmul",
     ]
     # a speed-up in the file without its tick is not repeated
-    [found] = headlines([*rivals, replace(slow, parity=None)])
-    assert found.cells[2:] == ["32,000, no parity tick", "no parity tick", "-", "-"]
-    [found] = headlines([rivals[2], replace(slow, speedup=1.005, rival="diffusers")])
-    assert found.cells == ["not measured", "not measured", "32,000", "32,000 (ditfast)",
+    [headline] = headlines([*rivals, replace(slow, parity=None)])
+    assert headline.cells[2:] == ["32,000, no parity tick", "no parity tick", "-", "-"]
+    [headline] = headlines([rivals[2], replace(slow, speedup=1.005, rival="diffusers")])
+    assert headline.cells == ["not measured", "not measured", "32,000", "32,000 (ditfast)",
                            "1.00x, a tie over diffusers", "88 % of matmul"]  # fmt: skip
 
 
@@ -92,14 +92,14 @@ def test_bad_news_is_on_the_page() -> None:
         assert f'<td class="quiet">{note}</td>' in text
     assert '<p class="bad">0.json is not complete' in text and "measured in 3 parts" in text
     assert '<p class="note">Not measured: z: needs &lt;more&gt;.</p>' in text and "in the table" not in text
-    text = page(report_of(results("models", rows[:1]), results("verify", made.verify_rows(ok=False))), [])
+    text = page(report_of(results("models", rows[:1]), results("verify", made_up.verify_rows(ok=False))), [])
     assert '(2 rows) <span class="bad">bad news in 1 row</span>' in text
     assert "(1 row)</summary>" in text and "Not measured" not in text
 
 
 @pytest.mark.quick
 def test_every_row_is_in_the_tables_with_its_reason() -> None:
-    results_ = made.twelve_models()
+    results_ = made_up.twelve_models()
     [machine] = report_of(results_).machines
     [table] = model_tables(machine)
     assert len(table.rows) == len(results_.rows) == 108
@@ -111,13 +111,13 @@ def test_every_row_is_in_the_tables_with_its_reason() -> None:
 
 
 def test_the_page_holds_everything_and_asks_for_nothing() -> None:
-    found = report_of(*made.everything())
+    gathered = report_of(*made_up.everything())
     groups = ("models", "ops", "scaling", "memory")
-    said = "a text that says what is to be seen"
+    alt = "a text that says what is to be seen"
     plots = [
-        Plot(f"name-{group}", "Title", group, "Test GPU", said, "Caption", b"x", 7.0) for group in groups
+        Plot(f"name-{group}", "Title", group, "Test GPU", alt, "Caption", b"x", 7.0) for group in groups
     ]
-    text = page(found, plots)
+    text = page(gathered, plots)
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", text)
     assert "<script" not in text and "@import" not in text and "url(" not in text
     assert len(
@@ -136,9 +136,9 @@ def test_markdown_cells_cannot_break_the_table() -> None:
     assert row.count(" | ") == 10 and "a\\|b c" in row
 
 
-def save(folder: Path, *found: Results) -> list[Path]:
-    paths = [folder / f"{index}.json" for index in range(len(found))]
-    for path, item in zip(paths, found, strict=True):
+def save(folder: Path, *contents: Results) -> list[Path]:
+    paths = [folder / f"{index}.json" for index in range(len(contents))]
+    for path, item in zip(paths, contents, strict=True):
         item.save(path)
     return paths
 
@@ -203,7 +203,7 @@ def test_a_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.
     [path] = save(tmp_path, results("models", [model_row()]))
     out = tmp_path / "out"
     report([path], out)
-    before = {found: found.read_bytes() for found in out.rglob("*") if found.is_file()}
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
 
     def full(*args: object) -> None:
         raise OSError("no space left")
@@ -211,4 +211,4 @@ def test_a_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="no space left"):
         report([path], out)
-    assert {found: found.read_bytes() for found in out.rglob("*") if found.is_file()} == before
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before

@@ -20,7 +20,7 @@ from ditfast.bench.report.tables import (
     scaling_tables,
     verify_tables,
 )
-from tests.report import conftest as made
+from tests.report import conftest as made_up
 from tests.report.conftest import model_row, report_of, results, spread
 
 FULL = replace(
@@ -68,8 +68,8 @@ def cells(table: Table, row: int = 0) -> list[str]:
 
 
 def machine_of(suite: Any, rows: list[Any], **changes: Any) -> Any:
-    found = report_of(results(suite, rows, **changes))
-    return [*found.machines, *found.computed][0]
+    report = report_of(results(suite, rows, **changes))
+    return [*report.machines, *report.computed][0]
 
 
 def test_a_row_of_models_and_a_point() -> None:
@@ -130,8 +130,8 @@ def test_rows_of_costs_and_numerics() -> None:
     assert cells(table) == ["gelu_mlp", "triton", "fp16", "ValueError: no", "-", "-", "-", "✗ failed"]
 
 
-def lines(*found: Any) -> list[str]:
-    return markdown(report_of(*found)).splitlines()
+def lines(*contents: Any) -> list[str]:
+    return markdown(report_of(*contents)).splitlines()
 
 
 def test_the_markdown_of_models_needs_a_tick() -> None:
@@ -142,9 +142,9 @@ def test_the_markdown_of_models_needs_a_tick() -> None:
     )
     # the file's speed-up is not repeated without its tick
     for parity in (False, None):
-        found = lines(results("models", [rival, replace(FULL, parity=parity)]))
-        assert found[8] == f"{expected}32,000, no parity tick | no parity tick | - | - |"
-        assert not any("1.25" in line for line in found)
+        table = lines(results("models", [rival, replace(FULL, parity=parity)]))
+        assert table[8] == f"{expected}32,000, no parity tick | no parity tick | - | - |"
+        assert not any("1.25" in line for line in table)
 
 
 @pytest.mark.parametrize(
@@ -158,21 +158,21 @@ def test_the_markdown_of_models_needs_a_tick() -> None:
 )
 def test_the_markdown_of_operators(changes: dict[str, Any], end: str) -> None:
     eager = replace(OP, provider="eager", ms=spread(0.4), speedup=None, rival=None)
-    found = lines(results("ops", [eager, replace(OP, **changes)]))
+    table = lines(results("ops", [eager, replace(OP, **changes)]))
     name = "gated\\_residual backward at 8 x 256 x 1152, bf16"
     assert (
-        found[6]
+        table[6]
         == "| operator | eager, ms | ditfast, ms | ditfast's rate | of limit | parity | best over best |"
     )
-    assert found[8] == f"| {name} | 0.400 | 0.200 | {end}"
-    assert "no tick, no speed-up; a tie is a difference within the run's noise" in found[10]
+    assert table[8] == f"| {name} | 0.400 | 0.200 | {end}"
+    assert "no tick, no speed-up; a tie is a difference within the run's noise" in table[10]
 
 
 def test_the_markdown_of_operators_takes_our_fastest_with_a_tick() -> None:
     fast = replace(OP, provider="ditfast-b", ms=spread(0.1), rate=7200.0, speedup=2.0)
     faster = replace(OP, provider="ditfast-c", ms=spread(0.05), parity=False)
-    found = lines(results("ops", [OP, fast, faster]))
-    assert found[8].endswith(
+    table = lines(results("ops", [OP, fast, faster]))
+    assert table[8].endswith(
         "| 0.200 | 0.100 | 0.050 | 7,200 GB/s (ditfast-b) | 90 % | ✓ | 2.00x over compile |"
     )
 
@@ -187,9 +187,9 @@ def test_the_markdown_of_curves_states_no_power_law_of_two_points_or_a_cloud() -
         *points("reference", 1.0, 2.0),
         *points("diffusers", 1.0, 9.0, 2.0),
     ]
-    found = lines(results("scaling", rows))
+    table = lines(results("scaling", rows))
     case = "| batch | DiT-S/2, forward, bf16 |"
-    assert found[6:11] == [
+    assert table[6:11] == [
         "| time against | held | provider | exponent | r² | points |",
         "| --- | --- | --- | ---: | ---: | ---: |",
         f"{case} ditfast | 0.50 | 1.000 | 3 |",
@@ -200,7 +200,7 @@ def test_the_markdown_of_curves_states_no_power_law_of_two_points_or_a_cloud() -
 
 
 def test_table_md_holds_costs_and_numerics_under_their_conditions() -> None:
-    text = markdown(report_of(results("cost", [COST]), results("verify", made.verify_rows(ok=False))))
+    text = markdown(report_of(results("cost", [COST]), results("verify", made_up.verify_rows(ok=False))))
     machine, computed = text.split("## Computed without a device\n\n")
     assert (
         "| layer\\_norm\\_modulate | triton | fp16 | d\\_x | 1.0e+00 | 1.0e-03 | 2.0e-03 | **✗ failed** |"
@@ -218,15 +218,15 @@ def test_nothing_from_a_file_is_taken_for_markdown() -> None:
     )
     assert link("../a b/c(1)_d.json") == "[../a b/c(1)\\_d.json](../a%20b/c%281%29_d.json)"
     evil = "<b>|*x*"
-    gpu = {**made.GPU, "gpu": {**made.GPU["gpu"], "name": evil, "driver": evil}, "ditfast": evil}
+    gpu = {**made_up.GPU, "gpu": {**made_up.GPU["gpu"], "name": evil, "driver": evil}, "ditfast": evil}
     rows = [
         replace(FULL, model=evil, provider="ditfast-" + evil),
         model_row("reference-compile" + evil, 9.0, evil),
     ]
     memory = MemoryRow(evil, "adaln_zero", (32, 32), 1, "bf16", evil, "ditfast", "error", evil)
-    limits = replace(made.CEILINGS, matmul_tflops={evil: 1.0})
-    found = report_of(
+    limits = replace(made_up.CEILINGS, matmul_tflops={evil: 1.0})
+    report = report_of(
         results("models", rows, gpu, ceilings=limits, complete=False), results("memory", [memory], gpu)
     )
-    text = markdown(found)
+    text = markdown(report)
     assert text.count("&lt;b&gt;\\|\\*x\\*") > 10 and evil not in text and "<" not in text

@@ -86,8 +86,8 @@ class Doubling(Family[Choice]):
         return {"y": judged["x"] * 2}
 
 
-def task(*choices: Choice, tokens: int = 8, **rest: Any) -> Task:
-    family = Doubling(choices, **rest) if choices else Doubling(**rest)
+def task(*choices: Choice, tokens: int = 8, **fields: Any) -> Task:
+    family = Doubling(choices, **fields) if choices else Doubling(**fields)
     return Task(family, Shape(1, tokens, 4), torch.float32, "DiT")
 
 
@@ -95,9 +95,9 @@ def new_table(path: Path) -> Table:
     return Table.open(path, GPU.name, {"gpu": {"name": GPU.name}})
 
 
-def run(tasks: list[Task], table: Table, **rest: Any) -> tuple[tuple[int, int], list[str]]:
+def run(tasks: list[Task], table: Table, **options: Any) -> tuple[tuple[int, int], list[str]]:
     lines: list[str] = []
-    return plan.run(tasks, GPU, CPU, table, lines.append, seconds=BRIEF, **rest), lines
+    return plan.run(tasks, GPU, CPU, table, lines.append, seconds=BRIEF, **options), lines
 
 
 def pretend(patch: pytest.MonkeyPatch, folder: Path) -> None:

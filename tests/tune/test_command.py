@@ -41,8 +41,8 @@ def test_a_dry_run_needs_no_gpu() -> None:
         assert "DiT-S/8" in line
     assert "M=4096 N=1536 K=384" in result.stdout and "TMA 128x" in result.stdout
     assert "15 shapes, " in result.stdout
-    both = invoke("--dry-run", "--model", "DiT-S/8", "--batch", "256", "--image-size", "256", "--image-size", "512")
-    assert "attention_fwd/bfloat16/64/64 " in both.stdout and "DiT-S/8 512" in both.stdout
+    sizes = invoke("--dry-run", "--model", "DiT-S/8", "--batch", "256", "--image-size", "256", "--image-size", "512")
+    assert "attention_fwd/bfloat16/64/64 " in sizes.stdout and "DiT-S/8 512" in sizes.stdout
     older = invoke("--dry-run", "--model", "DiT-S/8", "--gpu", "sm_80", "--dtype", "fp16")
     assert "sm_80 (108 multiprocessors)" in older.stdout
     assert "TMA" not in older.stdout and "linear_gelu/float16/1536/384/16/" not in older.stdout
@@ -95,15 +95,15 @@ def test_the_command_writes_where_tables_are_looked_up(stub: Path, tmp_path: Pat
         for number, tokens in ((1, 16), (2, 32), (3, 64))
     ]
     assert result.stdout == f"{stub}: 3 shapes measured, 0 failed, 0 left for another run\n"
-    there = tables.read_table(stub)
-    assert (there["gpu"], len(there["entries"])) == (GPU.name, 3)
-    assert there["environment"]["packages"]["torch"] and there["environment"]["source"]
+    table = tables.read_table(stub)
+    assert (table["gpu"], len(table["entries"])) == (GPU.name, 3)
+    assert table["environment"]["packages"]["torch"] and table["environment"]["source"]
 
     assert "0 shapes, 3 measured before" in on_stub().stderr
     assert "3 shapes, 0 measured before" in on_stub("--again").stderr
     elsewhere = tmp_path / "elsewhere.json"
     assert on_stub("--out", elsewhere).exit_code == 0
-    assert tables.read_table(elsewhere)["entries"] == there["entries"]
+    assert tables.read_table(elsewhere)["entries"] == table["entries"]
     cut = on_stub("--out", tmp_path / "cut.json", "--budget", "1e-9")
     assert cut.exit_code == 0
     assert "0 shapes measured, 0 failed, 3 left for another run" in cut.stdout
@@ -130,8 +130,8 @@ def test_the_command_on_a_gpu_that_was_lost(stub: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(plan, "measure_task", lost)
     result = on_stub()
     assert result.exit_code == 1
-    said = "error: a key: a candidate left the GPU in an error; what was measured before is kept"
-    assert result.stderr.splitlines()[-1] == said
+    message = "error: a key: a candidate left the GPU in an error; what was measured before is kept"
+    assert result.stderr.splitlines()[-1] == message
 
 
 def test_the_command_refuses_a_damaged_table(stub: Path) -> None:
@@ -143,7 +143,7 @@ def test_the_command_refuses_a_damaged_table(stub: Path) -> None:
     assert stub.read_text() == "{"
 
 
-def test_the_command_says_when_nothing_came_of_it(stub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_reports_that_nothing_was_measured(stub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "FAMILIES", ((Doubling((FAST._replace(factor=1.0),)),),))
     result = on_stub()
     assert result.exit_code == 1

@@ -81,8 +81,8 @@ def test_the_plan_is_in_order_of_value() -> None:
     models = [item.model for item in tasks if not item.family.operator.startswith("linear_gated")]
     assert models == sorted(models, reverse=True)  # XL before S
     # models of other patch sizes run the same matrices at other batches
-    both = tuning.plan({name: DiTConfig.named(name) for name in ("DiT-XL/2", "DiT-XL/4")}, [torch.bfloat16])
-    shared = {item.key for item in both if item.model == "DiT-XL/4"}
+    tasks_of_both = tuning.plan({name: DiTConfig.named(name) for name in ("DiT-XL/2", "DiT-XL/4")}, [torch.bfloat16])
+    shared = {item.key for item in tasks_of_both if item.model == "DiT-XL/4"}
     assert "linear_gelu/bfloat16/4608/1152/64" in shared and "linear_gelu/bfloat16/4608/1152/256" not in shared
 
 
@@ -112,12 +112,12 @@ def test_a_forwards_rows_are_left_to_the_batch() -> None:
 
 
 @pytest.mark.kernels
-def test_the_plan_holds_what_a_model_looks_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and training, and the operator that only its caller runs."""
-    seen: set[str] = set()
+def test_the_plan_holds_the_keys_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In forward and training, and of the operator that no model runs."""
+    keys: set[str] = set()
 
     def spy(gpu: int | None, *sizes: Any) -> dict[str, Any]:
-        seen.add(tables.table_key(*sizes))
+        keys.add(tables.table_key(*sizes))
         return {}
 
     ampere = launch.Gpu("NVIDIA A100", (8, 0), 108)
@@ -136,19 +136,19 @@ def test_the_plan_holds_what_a_model_looks_up(monkeypatch: pytest.MonkeyPatch) -
         plans = [tuning.plan({"small": SMALL}, [torch.float32], (3,), [family]) for family in tuning.FAMILIES]
         groups = [{item.key for item in plan} for plan in plans]
         # the choices are looked up where no backend is demanded: tests/ops/test_attention_backends.py
-        assert seen == {key for key in groups[0] if not key.startswith(CHOICES)}
+        assert keys == {key for key in groups[0] if not key.startswith(CHOICES)}
         for ratio in (1, 4):
             shape = Shape(3, SMALL.num_tokens, SMALL.hidden_size, ratio=ratio)
-            drawn = draw_inputs(OPERATORS["linear_gated_residual"], shape, torch.float32, "cpu")
-            ops.linear_gated_residual(**drawn)
-            ops.linear_gated_residual(**{name: value.requires_grad_() for name, value in drawn.items()})
-    assert {key for key in seen if key.startswith("linear_gated_residual")} == groups[1]
+            tensors = draw_inputs(OPERATORS["linear_gated_residual"], shape, torch.float32, "cpu")
+            ops.linear_gated_residual(**tensors)
+            ops.linear_gated_residual(**{name: value.requires_grad_() for name, value in tensors.items()})
+    assert {key for key in keys if key.startswith("linear_gated_residual")} == groups[1]
     tune_table.refresh()
 
 
 @pytest.mark.quick
-def test_what_is_written_is_what_a_launcher_takes(h200: Path) -> None:
-    """Of every operator, also where the heuristic's choice was looked up before, in the same process."""
+def test_a_launcher_takes_the_written_entry(h200: Path) -> None:
+    """For every operator, even if the heuristic's choice was looked up before in the same process."""
     table = new_table(tables.table_path(GPU.name))
     x = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, get_device=lambda: 0)
     times = {"ms": 1.0, "heuristic_ms": 2.0, "noise": 0.01}
@@ -171,10 +171,10 @@ def test_what_is_written_is_what_a_launcher_takes(h200: Path) -> None:
         assert looked_up() == heuristic
         for config in others:
             table.add(item.key, family.fields(config), times, family.describe(shape))
-            found = looked_up()
-            assert family.fields(found) == family.fields(config), item.key
+            choice = looked_up()
+            assert family.fields(choice) == family.fields(config), item.key
             if getattr(config, "candidate", "triton") == "triton":
-                assert found == config
+                assert choice == config
 
 
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ def spread(ms: float) -> Spread:
 
 @pytest.mark.quick
 def test_only_right_candidates_that_run_may_win(tmp_path: Path) -> None:
-    """The wrong ones and those that fail would be the fastest; the first reason is in the line."""
+    """Wrong and failing candidates would be the fastest; the first reason is in the line."""
     wrong, failing = Choice(4, factor=2.01), Choice(8, error="out of resource: shared memory")
     unwritten = Choice(16, writes=False)
     choices = (HEURISTIC, wrong, failing, unwritten, FAST)
@@ -40,9 +40,9 @@ def test_only_right_candidates_that_run_may_win(tmp_path: Path) -> None:
     (measured, failed), [line] = run([task(*choices)], table)
     assert (measured, failed) == (1, 0)
     assert table.entries == {"adaln_bwd/float32/4/8": {"num_warps": FAST.warps}}
-    there = tables.read_table(tmp_path / "table.json")
-    assert there["entries"] == table.entries
-    record = there["measured"]["adaln_bwd/float32/4/8"]
+    saved = tables.read_table(tmp_path / "table.json")
+    assert saved["entries"] == table.entries
+    record = saved["measured"]["adaln_bwd/float32/4/8"]
     assert 0 < record["ms"] < record["heuristic_ms"] and record["noise"] >= 0
     assert record["shape"] == "B=1 T=8 D=4"
     assert line.startswith("[1/1] adaln_bwd/float32/4/8 (B=1 T=8 D=4): 2 warps: ")
@@ -82,7 +82,7 @@ def test_a_heuristic_that_is_wrong_is_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.quick
 def test_a_candidate_that_fails_later_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When it is captured, or in the middle of the timing."""
+    """It fails when captured, or in the middle of the timing."""
     sampler = measure._Contest._sampler
 
     def forbids(self: Any, config: Choice) -> Any:
@@ -125,7 +125,7 @@ def test_on_a_gpu_whole_rounds_are_replayed(monkeypatch: pytest.MonkeyPatch) -> 
     assert [sample(calls) for calls in (3 * count, count, 1)] == pytest.approx([3.0, 1.0, 1 / count])
 
 
-def test_a_gpu_in_an_error_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_in_an_error_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After an illegal access every launch fails: the other candidates would be blamed for it."""
 
     item = task(HEURISTIC, Choice(8, error="illegal"), FAST)
@@ -161,8 +161,8 @@ def test_a_shape_that_cannot_be_measured_does_not_stop_the_others(tmp_path: Path
     assert "not measured: OutOfMemoryError: CUDA out of memory" in lines[1]
 
 
-def test_the_budget_ends_it_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What had begun when it ended is left out; what was measured is there."""
+def test_the_budget_ends_the_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shape unfinished at the end is left out; measured ones are saved."""
     now = 0.0
     clock = SimpleNamespace(monotonic=lambda: now)
     for module in (plan, measure):
@@ -185,7 +185,7 @@ def interrupting(shape: Shape) -> None:
 
 
 @pytest.mark.quick
-def test_an_interruption_keeps_what_there_is_and_a_later_run_goes_on(tmp_path: Path) -> None:
+def test_an_interruption_keeps_the_entries_and_a_later_run_continues(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     tasks = [task(hook=interrupting, tokens=tokens) for tokens in (8, 16, 32, 64)]
     with pytest.raises(KeyboardInterrupt):
@@ -197,9 +197,9 @@ def test_an_interruption_keeps_what_there_is_and_a_later_run_goes_on(tmp_path: P
     left = [item for item in tasks if not table.has(item.key)]
     assert left == tasks[2:]
     run([task(tokens=item.shape.tokens) for item in left], table)
-    there = tables.read_table(path)
-    assert list(there["entries"]) == [item.key for item in tasks]  # in the order of their numbers
-    assert {key: there["measured"][key] for key in first["measured"]} == first["measured"]
+    saved = tables.read_table(path)
+    assert list(saved["entries"]) == [item.key for item in tasks]  # in the order of their numbers
+    assert {key: saved["measured"][key] for key in first["measured"]} == first["measured"]
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -255,9 +255,9 @@ def test_a_table_is_data_for_people(tmp_path: Path) -> None:
     lines = table.path.read_text().splitlines()
     entries = [line.strip(" ,") for line in lines if '"num_warps"' in line]
     assert entries == [f'"adaln_bwd/bfloat16/4/{tokens}": {{"num_warps": 4}}' for tokens in (8, 64, 1024)]
-    there = json.loads(table.path.read_text())
-    assert there["environment"] == {"gpu": {"name": GPU.name}}
-    assert there["measured"]["adaln_bwd/bfloat16/4/8"]["ms"] == 0.1235
+    saved = json.loads(table.path.read_text())
+    assert saved["environment"] == {"gpu": {"name": GPU.name}}
+    assert saved["measured"]["adaln_bwd/bfloat16/4/8"]["ms"] == 0.1235
 
 
 def test_a_damaged_or_foreign_table_is_refused_and_kept(tmp_path: Path) -> None:

@@ -57,25 +57,25 @@ from ditfast.bench.options import named_configs
 from ditfast.bench.prove.uncomputed import Uncomputed
 from ditfast.kernels.rehearsal import rehearse
 
-found = {"hits": 0, "misses": [], "built": []}
+counts = {"hits": 0, "misses": [], "built": []}
 compile_c = build._build
 
 def counted(name, *arguments):
-    found["built"].append(name)
+    counts["built"].append(name)
     return compile_c(name, *arguments)
 
 def listen(*, src, cache_hit, **_):
     if cache_hit:
-        found["hits"] += 1
+        counts["hits"] += 1
     else:
-        found["misses"].append(src.fn.__name__)
+        counts["misses"].append(src.fn.__name__)
 
 build._build, triton.knobs.compilation.listener = counted, listen
 [config] = named_configs(["DiT-S/8"], ["256"], "adaln_zero")
-with rehearse("sm_80") as seen, Uncomputed():
+with rehearse("sm_80") as record, Uncomputed():
     for batch in (2, 3):  # kernels are for any batch
         rehearsal.infer(config, batch, torch.bfloat16)
-print(json.dumps({**found, "launches": seen.launches}))
+print(json.dumps({**counts, "launches": record.launches}))
 """
 
 
@@ -91,27 +91,27 @@ def ditfast(*arguments, cwd=ROOT, **variables):
 def counted(checkout, cache):
     command = [sys.executable, "-c", COUNTING]
     variables = environment(TRITON_CACHE_DIR=str(cache))
-    done = subprocess.run(command, cwd=checkout, env=variables, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    result = subprocess.run(command, cwd=checkout, env=variables, capture_output=True, text=True, check=True)
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
-    """Of a cache that was made here and is no more."""
+    """The archive of a cache that was then deleted."""
     cache = tmp_path_factory.mktemp("made") / "cache"
-    done = ditfast(*FORWARD, "--cache", cache, "--jobs", 1, "--archive", cache.parent / "a.tar.xz")
-    assert " kernels compiled, 0 taken from the cache" in done.stdout
+    result = ditfast(*FORWARD, "--cache", cache, "--jobs", 1, "--archive", cache.parent / "a.tar.xz")
+    assert " kernels compiled, 0 taken from the cache" in result.stdout
     shutil.rmtree(cache)
     return cache.parent / "a.tar.xz"
 
 
 def test_another_checkout_at_another_path_compiles_nothing(archive, checkout, tmp_path):
     cache = tmp_path / "elsewhere"
-    done = ditfast("warm", "--unpack", archive, "--cache", cache, cwd=checkout, PATH="")  # without gcc
+    result = ditfast("warm", "--unpack", archive, "--cache", cache, cwd=checkout, PATH="")  # without gcc
     count = len(list(cache.glob("*/*.cubin")))
-    assert done.stdout.startswith(f"{cache}: {count} kernels") and not done.stderr
-    found = counted(checkout, cache)
-    assert (found["misses"], found["built"], found["hits"]) == ([], [], count) and found["launches"] > 50
+    assert result.stdout.startswith(f"{cache}: {count} kernels") and not result.stderr
+    counts = counted(checkout, cache)
+    assert (counts["misses"], counts["built"], counts["hits"]) == ([], [], count) and counts["launches"] > 50
 
 
 def test_a_changed_kernel_is_compiled_again(archive, checkout, tmp_path, monkeypatch):
@@ -123,11 +123,11 @@ def test_a_changed_kernel_is_compiled_again(archive, checkout, tmp_path, monkeyp
     kernel_cache.unpack(archive, cache)
     changed = {"_conditioning_kernel", "_sinusoid_kernel"}
     assert set(counted(other, cache)["misses"]) == changed
-    told = json.loads(ditfast("info", "--json", "--cache", cache, cwd=other).stdout)["kernel_cache"]
+    facts = json.loads(ditfast("info", "--json", "--cache", cache, cwd=other).stdout)["kernel_cache"]
     total = len(kernel_functions())
-    assert told["misfit"] == f"2 of {total} kernels have changed: {', '.join(sorted(changed))}"
-    told = kernel_cache.facts(cache)  # here nothing has changed
-    assert told["misfit"] == "" and told["warmed"] == {"sm_80": ["DiT-S/8 256 px forward bf16"]}
+    assert facts["misfit"] == f"2 of {total} kernels have changed: {', '.join(sorted(changed))}"
+    facts = kernel_cache.facts(cache)  # here nothing has changed
+    assert facts["misfit"] == "" and facts["warmed"] == {"sm_80": ["DiT-S/8 256 px forward bf16"]}
     monkeypatch.setenv("DISABLE_LLVM_OPT", "1")
     assert kernel_cache.facts(cache)["misfit"] == "made with other values of DISABLE_LLVM_OPT"
 
@@ -145,21 +145,21 @@ def test_an_interruption_keeps_what_was_compiled(tmp_path):
     assert process.wait(60) == 130, rest
     assert f"interrupted; what was compiled is kept in {tmp_path}" in rest
     entry = kernel_cache.read_manifest(tmp_path)["architectures"]["sm_80"]
-    kept = entry["kernels"]
-    assert entry["warmed"] == [] and kept and all(list((tmp_path / folder).glob("*.cubin")) for folder in kept)
+    folders = entry["kernels"]
+    assert entry["warmed"] == [] and folders and all(list((tmp_path / folder).glob("*.cubin")) for folder in folders)
     for group in tmp_path.glob("*/__grp__*"):
         assert all(Path(path).stat().st_size for path in json.loads(group.read_text())["child_paths"].values())
 
 
 def launched(run):
-    """Keys of what is launched by real calls, on values that nobody computed."""
-    seen = {}
-    with rehearse("sm_90"), warm._instead_of_compiling(seen, candidate=False):
+    """Keys of the kernels that real calls launch, on uncomputed values."""
+    kernels = {}
+    with rehearse("sm_90"), warm._instead_of_compiling(kernels, candidate=False):
         run()
-    return set(seen)
+    return set(kernels)
 
 
-def found(part):
+def keys_of(part):
     with rehearse(part.arch):
         result = warm.find(part)
     assert not result.failures
@@ -167,11 +167,11 @@ def found(part):
 
 
 def test_what_verify_launches(monkeypatch):
-    """On a GPU, whose backends and shapes these are: computed here by the formulas, as far as they are computed."""
+    """Backends and shapes are a GPU's; the formulas compute here what is computed at all."""
     monkeypatch.setattr(verify, "_SHAPES", (Shape(3, 7, 200, num_heads=5),))
     monkeypatch.setattr(verify, "OPERATORS", {name: OPERATORS[name] for name in ("linear_gelu", "gated_residual")})
     monkeypatch.setattr(verify, "Conditioning", Literal["adaln"])
-    keys = found(Part("sm_90", "verify", BF16))
+    keys = keys_of(Part("sm_90", "verify", BF16))
     kernels = {name for _, name, _ in keys}
     assert {"_adaln_bwd_kernel", "_gemm_tma_kernel", "_attention_dkv_kernel", "_sinusoid_kernel"} <= kernels
 
@@ -186,7 +186,7 @@ def test_what_verify_launches(monkeypatch):
 def test_what_bench_models_launches(mode):
     """The provider's own step, of a model as deep as it is."""
     case = Case(SMALL, 2, BF16, mode)
-    keys = found(Part("sm_90", "bench", BF16, SMALL, mode, (2,)))
+    keys = keys_of(Part("sm_90", "bench", BF16, SMALL, mode, (2,)))
 
     def run():
         with Uncomputed():
@@ -196,8 +196,8 @@ def test_what_bench_models_launches(mode):
                 variant.gradients(inputs) if case.training else variant.step(inputs)
 
     assert launched(run) <= keys
-    own = launched(run)
-    assert own and (mode in ("forward", "train") or own == keys)  # with these come the operators
+    model_keys = launched(run)
+    assert model_keys and (mode in ("forward", "train") or model_keys == keys)  # with these come the operators
 
 
 @pytest.mark.parametrize(("mode", "direction"), [("forward", "forward"), ("train", "backward")])
@@ -206,14 +206,14 @@ def test_what_bench_ops_launches(mode, direction, monkeypatch):
     names = ("gated_residual", "linear_gelu", "self_attention")
     monkeypatch.setattr(ops, "MEASURED", names)
     monkeypatch.setattr(attention, "SHAPES", (Shape(1, 64, 144, num_heads=2, ratio=4),))
-    monkeypatch.setattr(attention, "unavailable", lambda *given: None)
+    monkeypatch.setattr(attention, "unavailable", lambda *arguments: None)
     monkeypatch.setattr(warm_parts, "_benchmark", lambda case: None)  # the models
-    keys = found(Part("sm_90", "bench", BF16, SMALL, mode, (2,)))
-    own = Shape(2, SMALL.num_tokens, SMALL.hidden_size, num_heads=SMALL.num_heads, ratio=4)
+    keys = keys_of(Part("sm_90", "bench", BF16, SMALL, mode, (2,)))
+    model_shape = Shape(2, SMALL.num_tokens, SMALL.hidden_size, num_heads=SMALL.num_heads, ratio=4)
 
     def run():
         for name in names:
-            for shape in (own, *attention.SHAPES[: name == "self_attention"]):
+            for shape in (model_shape, *attention.SHAPES[: name == "self_attention"]):
                 functions = {"ditfast": OPERATORS[name].fused}
                 if name == "self_attention":
                     functions["ditfast-triton"] = attention.implementation("ditfast-triton")
@@ -229,7 +229,7 @@ def test_what_bench_ops_launches(mode, direction, monkeypatch):
 
 @pytest.mark.parametrize(("mode", "run"), [("forward", rehearsal.infer), ("train", rehearsal.train)])
 def test_what_a_model_launches_at_any_batch(mode, run):
-    keys = found(Part("sm_90", "model", BF16, SMALL, mode))
+    keys = keys_of(Part("sm_90", "model", BF16, SMALL, mode))
     deep = launched(lambda: [call_uncomputed(run, batch) for batch in (3, 48)])
     assert deep and deep <= keys
 
@@ -239,17 +239,17 @@ def call_uncomputed(run, batch):
         run(SMALL, batch, BF16)
 
 
-def test_what_tuning_tries_is_a_candidate():
+def test_kernels_of_tuning_are_candidates():
     with rehearse("sm_90"):
         result = warm.find(Part("sm_90", "tune", BF16, SMALL, None, (2,)))
         model = warm.find(Part("sm_90", "model", BF16, SMALL, "train", (2,)))
     assert not result.failures and all(kernel.candidate for kernel in result.kernels)
     names = [kernel.name for kernel in result.kernels]
     assert names.count("_gemm_tma_kernel") > 20 and names.count("_attention_dkv_kernel") > 3
-    both = warm.unique([result, model])
-    shared = [kernel for kernel in both if not kernel.candidate]
+    merged = warm.unique([result, model])
+    shared = [kernel for kernel in merged if not kernel.candidate]
     assert {replace(kernel, candidate=False) for kernel in model.kernels} == set(shared)
-    assert len(both) < len(result.kernels) + len(model.kernels)
+    assert len(merged) < len(result.kernels) + len(model.kernels)
 
     def run():  # as the command judges them
         target = tune_family.Target("a GPU", 9, 132)
@@ -261,15 +261,15 @@ def test_what_tuning_tries_is_a_candidate():
 
 
 def test_a_kernel_that_does_not_fit_is_refused(tmp_path, monkeypatch):
-    """It is compiled all the same: the GPU, which refuses it too, finds it in the cache."""
+    """It is compiled all the same; the GPU, which refuses it too, then finds it in the cache."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     x, weight = (torch.empty(size, 1152, dtype=BF16) for size in (4096, 4608))
     too_large = gemm.PORTABLE[0][0]._replace(num_stages=6, max_registers=0)
     with rehearse("sm_89"):
-        seen = {}
-        with warm._instead_of_compiling(seen, candidate=True):
+        kernels = {}
+        with warm._instead_of_compiling(kernels, candidate=True):
             linear.linear_gelu(x, weight, None, True, too_large)
-        [kernel] = seen.values()
+        [kernel] = kernels.values()
         for hit in (False, True):
             result = warm.compile_kernel(kernel)
             assert (result.refused, result.hit) == (True, hit) and "shared memory" in result.failure
@@ -278,7 +278,7 @@ def test_a_kernel_that_does_not_fit_is_refused(tmp_path, monkeypatch):
         assert broken.failure and not broken.refused and not broken.folder
 
 
-def test_what_fails_is_named_and_the_rest_goes_on(monkeypatch):
+def test_failures_are_named_and_the_rest_goes_on(monkeypatch):
     def fails(**inputs):
         raise RuntimeError("no such kernel")
 
@@ -299,7 +299,7 @@ def test_a_compiler_that_dies_is_reported(tmp_path, monkeypatch):
     assert "terminated abruptly" in result.failure and not result.folder
 
 
-def test_what_a_death_took_along_has_a_second_try(tmp_path, monkeypatch):
+def test_kernels_lost_with_a_worker_have_a_second_try(tmp_path, monkeypatch):
     text = "import os, pathlib; here = pathlib.Path(__file__).parent / 'died'\nif not here.exists():\n"
     (tmp_path / "deadly.py").write_text(text + "    here.touch(); os._exit(3)\nraise RuntimeError('tried again')")
     monkeypatch.syspath_prepend(tmp_path)
@@ -346,7 +346,7 @@ KERNELS = ("_a_kernel", "_b_kernel", "_c_kernel", "_d_kernel")
         ),
     ],
 )
-def test_what_the_command_says(name, code, failures, counts, warmed, tmp_path, monkeypatch):
+def test_the_output_of_the_command(name, code, failures, counts, warmed, tmp_path, monkeypatch):
     monkeypatch.setattr(warm, "Workers", FakeWorkers)
     cache = tmp_path / name
     result = CliRunner().invoke(
@@ -361,13 +361,13 @@ def test_what_the_command_says(name, code, failures, counts, warmed, tmp_path, m
 
 
 def test_the_plan():
-    both = named_configs(["DiT-S/8", "DiT-S/4"], ["256"], "adaln_zero")
+    configs = named_configs(["DiT-S/8", "DiT-S/4"], ["256"], "adaln_zero")
     all_dtypes = (torch.float32, BF16, torch.float16)
-    labels = [part.label for part in plan("sm_90", ["verify", "tune"], both, [BF16], ["forward"], (), all_dtypes)]
+    labels = [part.label for part in plan("sm_90", ["verify", "tune"], configs, [BF16], ["forward"], (), all_dtypes)]
     assert labels == [
         "verify fp32", "verify bf16", "verify fp16", "tune DiT-S/8 256 px bf16", "tune DiT-S/4 256 px bf16"
     ]  # fmt: skip
-    parts = plan("sm_80", [], both[:1], [BF16, torch.float16], ["forward", "train"], (4,))
+    parts = plan("sm_80", [], configs[:1], [BF16, torch.float16], ["forward", "train"], (4,))
     assert [(part.label, part.batches) for part in parts] == [
         (f"DiT-S/8 256 px {mode} {dtype}", (4,)) for dtype in ("bf16", "fp16") for mode in ("forward", "train")
     ]
@@ -380,7 +380,7 @@ def test_keys_do_not_depend_on_what_was_compiled_before():
         assert kernel.cache_key and not kernel.used_global_vals, name
 
 
-def test_gcc_is_asked_for(monkeypatch):
+def test_a_missing_gcc_is_reported(monkeypatch):
     monkeypatch.setenv("PATH", "")
     result = CliRunner().invoke(app, FORWARD)
     assert result.exit_code == 2
