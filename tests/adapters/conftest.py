@@ -18,7 +18,7 @@ ALL = 7  # of a model with two blocks: each with attention and MLP, and the fina
 def pair(before=None, after=None, **model):
     """(accelerated, untouched) with the same weights; changes made to both, before accelerate or after it.
 
-    The check runs only where something was changed before it: test_accelerate.py has it pass for the model as it is.
+    The check runs only if the model was changed first: test_accelerate.py checks the unchanged model.
     """
     slow = randomised(Model(**model))
     if before:
@@ -30,16 +30,16 @@ def pair(before=None, after=None, **model):
     return fast, slow
 
 
-def trained(model, given=None, steps=2, call=None, autocast=None, accumulate=1, x_learns=False):
-    """Everything that training steps give: outputs, every gradient, the parameters that come out.
+def trained(model, arguments=None, steps=2, call=None, autocast=None, accumulate=1, x_learns=False):
+    """The results of training steps: outputs, every gradient, the trained parameters.
 
     Args:
-        call: the model's forward, where it is not its own: (model, x, t, y) -> output.
+        call: a replacement for the model's forward: (model, x, t, y) -> output.
         autocast: a dtype of the CPU's autocast, under which a GradScaler scales the loss.
         accumulate: micro-batches a step.
         x_learns: whether the gradient of the input is asked for too.
     """
-    x, t, y = given or inputs()
+    x, t, y = arguments or inputs()
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     x = x.to(dtype).requires_grad_(x_learns)
     target = torch.randn(len(x), 8, *x.shape[2:], generator=torch.Generator().manual_seed(5)).to(x.device, dtype)
@@ -68,7 +68,7 @@ def trained(model, given=None, steps=2, call=None, autocast=None, accumulate=1, 
 
 
 def assert_same(actual, expected):
-    """Whether two fp32 results are the same but for rounding, where fp64 cannot judge (random masks) or is not needed.
+    """Whether two fp32 results differ by rounding only, if fp64 cannot judge (random masks) or is not needed.
 
     Not to the bit: a CPU's GEMM may add up in another order from one run to the next.
     """
@@ -88,7 +88,7 @@ def joined(values):
 
 
 def assert_judged(fast, slow, exact, dtype=torch.float32, join=False):
-    """What two models gave beside what fp64 gave, by the rule for models: the same names, every one of them within.
+    """Judges two models' results against fp64 by the rule for models: equal names, every value within its bound.
 
     join: whether gradients are judged together.
     """
@@ -99,16 +99,16 @@ def assert_judged(fast, slow, exact, dtype=torch.float32, join=False):
     assert not (failed := {name: verdict for name, verdict in verdicts.items() if not verdict.ok}), failed
 
 
-def assert_trained_alike(fast, slow, given=None, autocast=None, backend="auto", join=False, **options):
-    """Trains both, and the untouched one in fp64 without autocast: (what the fast one gave, what the oracle gave).
+def assert_trained_alike(fast, slow, arguments=None, autocast=None, backend="auto", join=False, **options):
+    """Trains both, and the untouched one in fp64 without autocast: (results of the fast one, results of the oracle).
 
     backend: of the fast model's operators, in the backward too, where checkpoints compute again.
     join: as in :func:`assert_judged`.
     """
-    exact = trained(copy.deepcopy(slow).double(), given, **options)
+    exact = trained(copy.deepcopy(slow).double(), arguments, **options)
     with ditfast.ops.use_backend(backend):
-        actual = trained(fast, given, autocast=autocast, **options)
-    untouched = trained(slow, given, autocast=autocast, **options)
+        actual = trained(fast, arguments, autocast=autocast, **options)
+    untouched = trained(slow, arguments, autocast=autocast, **options)
     assert_judged(actual, untouched, exact, autocast or torch.float32, join)
     return actual, exact
 

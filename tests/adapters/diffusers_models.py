@@ -18,7 +18,7 @@ SIZES = {
     "sample_size": 8,
     "num_embeds_ada_norm": 10,
     "out_channels": 8,
-    "norm_eps": 1e-2,  # far from the first norm's 1e-6
+    "norm_eps": 1e-2,  # unlike the first norm's 1e-6
 }
 
 
@@ -38,19 +38,19 @@ def pair(**overrides):
 
 def inputs(batch=3, dtype=torch.float32):
     x = torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    given = {"timestep": torch.tensor([1, 500, 999][:batch]), "class_labels": torch.tensor([0, 7, 10][:batch])}
-    return {"hidden_states": x.to(dtype), **given, "return_dict": False}
+    conditions = {"timestep": torch.tensor([1, 500, 999][:batch]), "class_labels": torch.tensor([0, 7, 10][:batch])}
+    return {"hidden_states": x.to(dtype), **conditions, "return_dict": False}
 
 
-def run(model, **given):
+def run(model, **arguments):
     torch.manual_seed(5)  # labels are dropped in training
-    return model(**{**inputs(dtype=model.pos_embed.proj.weight.dtype), **given})[0]
+    return model(**{**inputs(dtype=model.pos_embed.proj.weight.dtype), **arguments})[0]
 
 
-def assert_parity(fast, slow, joined=False, **given):
+def assert_parity(fast, slow, joined=False, **arguments):
     """Outputs and every gradient (``joined`` into one), by the rule for models."""
     models = (fast, slow, copy.deepcopy(slow).double())
-    outputs = [run(model, **given) for model in models]
+    outputs = [run(model, **arguments) for model in models]
     incoming = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(3))
     # a constant on every key leaves the softmax as it is: its gradient is zero but for rounding
     names = [name for name, p in slow.named_parameters() if p.requires_grad and "to_k.bias" not in name]
@@ -68,10 +68,10 @@ def assert_parity(fast, slow, joined=False, **given):
         assert verdict.ok, (name, verdict)
 
 
-def assert_same_in_inference(fast, slow, **given):
+def assert_same_in_inference(fast, slow, **arguments):
     with torch.no_grad():
-        exact = run(copy.deepcopy(slow).double(), **given)
-        verdict = judge("model", run(fast, **given), run(slow, **given), exact, torch.float32)
+        exact = run(copy.deepcopy(slow).double(), **arguments)
+        verdict = judge("model", run(fast, **arguments), run(slow, **arguments), exact, torch.float32)
     assert verdict.ok, verdict
 
 

@@ -38,7 +38,7 @@ def trained(model, rank=None, steps=3, size=(8, 8)):
     dtype = next(model.parameters()).dtype
     target = torch.randn(4, 8, *size, generator=torch.Generator().manual_seed(5))[rows].to(dtype)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    losses, found = [], {}
+    losses, tensors = [], {}
     for _ in range(steps):
         loss = F.mse_loss(model(x.to(dtype), t, y).to(dtype), target)
         optimiser.zero_grad()
@@ -51,9 +51,9 @@ def trained(model, rank=None, steps=3, size=(8, 8)):
         losses.append(mean)
     for name, parameter in model.named_parameters():
         name = name.removeprefix("module.").replace("_checkpoint_wrapped_module.", "")
-        found[f"gradient of {name}"] = full(parameter.grad)
-        found[f"trained {name}"] = full(parameter.detach())
-    return {"losses": torch.stack(losses), **found}
+        tensors[f"gradient of {name}"] = full(parameter.grad)
+        tensors[f"trained {name}"] = full(parameter.detach())
+    return {"losses": torch.stack(losses), **tensors}
 
 
 def compared(wrap, rank, dtype, backend="auto", **options):
@@ -123,8 +123,8 @@ def refused_after_sharding(rank):
                 try:
                     call(model)
                 except ValueError as error:
-                    wanted = order if call is ditfast.restore else "call ditfast.accelerate before fully_shard"
-                    assert wanted in str(error), error
+                    message = order if call is ditfast.restore else "call ditfast.accelerate before fully_shard"
+                    assert message in str(error), error
                 else:
                     raise AssertionError("not refused")
             assert [type(part) for part in model.modules()] == types
@@ -153,8 +153,8 @@ def tensor_parallel(rank):
     for model in (fast, slow, oracle):
         out = model(x.to(model.x_embedder.weight.dtype), t, y)
         out.square().mean().backward()
-        found = {name: full(p.grad) for name, p in model.named_parameters()}
-        results.append({"output": out.detach(), **found})
+        gradients = {name: full(p.grad) for name, p in model.named_parameters()}
+        results.append({"output": out.detach(), **gradients})
     for name, exact in results[2].items():
         verdict = judge("model", results[0][name], results[1][name], exact, torch.float32)
         assert verdict.ok, (name, verdict)

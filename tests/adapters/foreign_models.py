@@ -84,8 +84,8 @@ class DropPath(nn.Module):
     def forward(self, x):
         if not self.training or not self.drop_prob:
             return x
-        kept = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_prob
-        return x * kept / (1 - self.drop_prob)
+        mask = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_prob
+        return x * mask / (1 - self.drop_prob)
 
 
 class FinalLayer(nn.Module):

@@ -1,4 +1,4 @@
-"""Attention and blocks that do what random numbers do not show, and how that is named."""
+"""Attention and blocks whose differences random inputs do not show, and the reasons reported for them."""
 
 import functools
 import math
@@ -31,7 +31,7 @@ def window(tokens, width):
 
 
 class Window(Attention):
-    """Wider than anything that the check looks at in numbers."""
+    """A window wider than any input of the numerical check."""
 
     def forward(self, x):
         q, k, v = heads(self, x)
@@ -59,7 +59,7 @@ class GlobalWindow(Attention):
 
 
 class SharedWindow(Attention):
-    """On the class, and made anew where it is too small."""
+    """A mask on the class, made anew if it is too small."""
 
     mask = None
 
@@ -72,7 +72,7 @@ class SharedWindow(Attention):
 
 
 class FirstWindow(Attention):
-    """On the class from the first call on."""
+    """A mask on the class from the first call on."""
 
     def forward(self, x):
         q, k, v = heads(self, x)
@@ -82,7 +82,7 @@ class FirstWindow(Attention):
 
 
 class KeptWindow(Attention):
-    """A buffer by another name: a tensor in a dict."""
+    """A tensor in a dict instead of a buffer."""
 
     def __init__(self, dim, num_heads):
         super().__init__(dim, num_heads)
@@ -161,7 +161,7 @@ class GlobalDrop(Block):
 
 
 class Counting(Block):
-    """In early steps of a run it does something else."""
+    """Computes something else in the early steps of a run."""
 
     steps = 10**6
 
@@ -177,7 +177,7 @@ class HalfFactor(Block):
 
 
 class Routed(Block):
-    """Fewer tokens in training, by a share that is all of them now."""
+    """Drops tokens in training; the share that stays is 1 now."""
 
     def __init__(self, dim, num_heads):
         super().__init__(dim, num_heads)
@@ -210,7 +210,7 @@ def _(x, weight, bias):
 
 
 class AnothersLinear(torch.nn.Linear):
-    """An operator of which nothing is known, as quantised Linears are."""
+    """A custom operator, as quantised Linears use."""
 
     def forward(self, x):
         return plain_linear(x, self.weight, self.bias)
@@ -247,7 +247,7 @@ class Shortened(Block):
 
 
 class Clipping(Block):
-    """Its gradients are."""
+    """Its gradients are clamped."""
 
     def forward(self, x, c):
         out = super().forward(x, c)
@@ -256,8 +256,8 @@ class Clipping(Block):
         return out
 
 
-def scaled(read):
-    """A block whose branches are scaled by what a scheduler changes; 1 now."""
+def scaled(scale):
+    """A block whose branches are scaled by a value that a scheduler changes; it is 1 now."""
 
     class Scaled(Block):
         shared = {"alpha": 1.0}
@@ -272,7 +272,7 @@ def scaled(read):
             )
 
         def forward(self, x, c):
-            return read(self, x, super().forward(x, c))
+            return scale(self, x, super().forward(x, c))
 
     return Scaled
 

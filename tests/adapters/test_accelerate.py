@@ -1,4 +1,4 @@
-"""ditfast.accelerate: what is matched, what is refused and why, and that the model is another's only by its class."""
+"""ditfast.accelerate: what is matched, what is refused and why; only the modules' classes change."""
 
 import copy
 import pickle
@@ -26,12 +26,12 @@ def pair(**block):
     return copy.deepcopy(slow), slow
 
 
-def assert_parity(fast, slow, given=None):
+def assert_parity(fast, slow, arguments=None):
     """Outputs and every gradient, by the rule for models."""
-    given = given or inputs()
+    arguments = arguments or inputs()
     oracle = copy.deepcopy(slow).double()
-    exact = oracle(given[0].double(), *given[1:])
-    outputs = [model(*given) for model in (fast, slow)]
+    exact = oracle(arguments[0].double(), *arguments[1:])
+    outputs = [model(*arguments) for model in (fast, slow)]
     incoming = torch.randn(exact.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     gradients = [
         torch.autograd.grad(out, [p for p in model.parameters() if p.requires_grad], incoming.to(out.dtype))
@@ -87,7 +87,7 @@ def test_it_runs_the_kernels():
     ],
 )
 def test_what_is_left_as_it_is_within_a_block(block, module, reason):
-    """The block around it is fused all the same, and calls it as a module."""
+    """The block around it is fused nevertheless, and calls it as a module."""
     fast, slow = pair(**block)
     report = ditfast.accelerate(fast)
     assert len(report.accelerated) == ALL - 2
@@ -114,7 +114,7 @@ class BiasedAttention(Attention):
 
 
 class OtherOrder(Block):
-    """The same names and shapes; another function."""
+    """The same names and shapes, but another function."""
 
     def forward(self, x, c):
         scale1, shift1, gate1, scale2, shift2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
@@ -191,13 +191,13 @@ def test_what_is_refused(change, module, reason):
 
 
 @pytest.mark.quick
-def test_without_the_check_structure_alone_decides():
+def test_without_the_check_only_the_structure_is_compared():
     model = changed(replace_class(OtherOrder))
     assert "blocks.0" in {entry.module for entry in ditfast.accelerate(model, check=False).accelerated}
 
 
 def test_a_fresh_model_is_checked_with_open_gates():
-    """adaLN-Zero starts as the identity, whatever its blocks do."""
+    """adaLN-Zero starts as the identity, whatever its blocks compute."""
     model = Model(depth=1)
     for block in model.blocks:
         nn.init.zeros_(block.adaLN_modulation[1].weight)
@@ -236,17 +236,17 @@ def test_arguments_that_the_fused_forward_does_not_know():
 def test_copies_and_pickles_stay_accelerated():
     fast, slow = pair()
     ditfast.accelerate(fast)
-    for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), copy.copy(fast)):
-        assert [type(part) for part in other.modules()] == [type(part) for part in fast.modules()]
-        assert_same(other(*inputs()), fast(*inputs()))
-        assert ditfast.restore(other) == ALL or other.blocks is fast.blocks
-        assert_same(other(*inputs()), slow(*inputs()))
+    for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), copy.copy(fast)):
+        assert [type(part) for part in copied.modules()] == [type(part) for part in fast.modules()]
+        assert_same(copied(*inputs()), fast(*inputs()))
+        assert ditfast.restore(copied) == ALL or copied.blocks is fast.blocks
+        assert_same(copied(*inputs()), slow(*inputs()))
         ditfast.accelerate(fast)
     assert len(ditfast.accelerate(fast).accelerated) == ALL
 
 
 class Locked(Block):
-    """Tells pickle itself how it is made again."""
+    """Defines its own __reduce__."""
 
     def __init__(self, dim, num_heads):
         super().__init__(dim, num_heads)
@@ -256,13 +256,13 @@ class Locked(Block):
         return Locked, (48, 2), {key: value for key, value in vars(self).items() if key != "lock"}
 
 
-def test_a_way_of_pickling_of_ones_own():
+def test_a_block_with_its_own_reduce():
     block = randomised(Locked(48, 2))
     ditfast.accelerate(block, strict=True)
-    for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
-        assert accelerated_by(other) == accelerated_by(block) and other.lock is not block.lock
-        assert_same(other(torch.ones(2, 3, 48), torch.ones(2, 48)), block(torch.ones(2, 3, 48), torch.ones(2, 48)))
-        assert ditfast.restore(other) == 3 and type(other) is Locked
+    for copied in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert accelerated_by(copied) == accelerated_by(block) and copied.lock is not block.lock
+        assert_same(copied(torch.ones(2, 3, 48), torch.ones(2, 48)), block(torch.ones(2, 3, 48), torch.ones(2, 48)))
+        assert ditfast.restore(copied) == 3 and type(copied) is Locked
 
 
 @pytest.mark.quick
@@ -295,15 +295,15 @@ def test_two_models_do_not_influence_each_other():
 def test_a_failure_in_the_middle_leaves_the_model_as_it_was(after, monkeypatch):
     model = randomised(Model())
     types = [type(part) for part in model.modules()]
-    real, calls = accelerate_module.swap, []
+    swap, calls = accelerate_module.swap, []
 
     def failing(module, mixin):
         calls.append(module)
         if len(calls) == 4 and not after:
             raise KeyboardInterrupt
-        real(module, mixin)
+        swap(module, mixin)
         if len(calls) == 4:
-            raise KeyboardInterrupt  # one may come at any moment
+            raise KeyboardInterrupt  # a hook may come at any moment
 
     monkeypatch.setattr(accelerate_module, "swap", failing)
     with pytest.raises(KeyboardInterrupt):
@@ -389,7 +389,7 @@ def test_an_adapter_that_names_a_level(level, monkeypatch):
 
 
 @pytest.mark.parametrize("function", ["accelerate", "accelerated"])
-def test_arguments_that_went(function):
+def test_removed_arguments(function):
     model = Model(depth=1)
 
     def call(**arguments):

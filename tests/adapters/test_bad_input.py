@@ -1,4 +1,4 @@
-"""What ditfast.accelerate refuses or skips of quantised, scattered and otherwise unfit modules, and why."""
+"""Quantised, scattered and otherwise unfit modules: which ditfast.accelerate refuses or skips, and why."""
 
 import copy
 import warnings
@@ -18,7 +18,7 @@ FC1 = "the fused forward reads an nn.Linear's weight"
 
 
 class Int8Linear(nn.Module):
-    """Weights as integers with a scale a row: no float weight is there to be read."""
+    """Weights as integers with one scale per row: there is no float weight to read."""
 
     def __init__(self, linear):
         super().__init__()
@@ -33,7 +33,7 @@ class Int8Linear(nn.Module):
 
 
 class Int8Weight(torch.Tensor):
-    """A parameter of another kind (as torchao's): it knows linear, and little else."""
+    """A tensor subclass as a parameter (as torchao has): it implements linear, and little else."""
 
     @staticmethod
     def __new__(cls, values, scale):
@@ -69,10 +69,10 @@ class Int8Weight(torch.Tensor):
         return nn.Parameter(cls((weight.detach() / scale).round().to(torch.int8), scale), requires_grad=False)
 
 
-def change(model, path, make):
+def change(model, path, build):
     """Replaces a module of the first block."""
     parent, _, name = f"blocks.0.{path}".rpartition(".")
-    setattr(model.get_submodule(parent), name, make(model.get_submodule(f"{parent}.{name}")))
+    setattr(model.get_submodule(parent), name, build(model.get_submodule(f"{parent}.{name}")))
     return model
 
 
@@ -86,7 +86,7 @@ def assert_same_outputs(fast, slow):
 
 @pytest.mark.parametrize("path", ["attn.qkv", "mlp.fc1", "adaLN_modulation.1"])
 def test_linears_without_a_float_weight(path):
-    """Called as modules where the fused forward calls them, else reported; never read as floats."""
+    """They are called as modules where the fused forward calls them, else reported; never read as floats."""
     slow = change(randomised(Model()), path, Int8Linear)
     fast = copy.deepcopy(slow)
     report = ditfast.accelerate(fast)
@@ -119,8 +119,8 @@ def test_dynamically_quantised_linears():
 
 
 @pytest.mark.parametrize("path", ["attn.qkv", "mlp.fc1", "adaLN_modulation.1"])
-def test_weights_that_are_another_kind_of_tensor(path):
-    """Skipped with their own words; put there later they are not read, compiled or not."""
+def test_weights_of_a_tensor_subclass(path):
+    """They are skipped with a reason of their own. Put in later, they are not read, compiled or not."""
     slow = change(randomised(Model()), path, Int8Linear)
     parent, _, name = path.rpartition(".")
 
@@ -141,7 +141,7 @@ def test_weights_that_are_another_kind_of_tensor(path):
 
 
 @pytest.mark.kernels
-def test_weights_of_another_kind_are_not_given_to_the_kernels():
+def test_kernels_get_no_weights_of_a_tensor_subclass():
     slow = change(randomised(Model(depth=1)), "mlp.fc1", Int8Linear)
     late = randomised(Model(depth=1))
     ditfast.accelerate(late, check=False)
@@ -149,8 +149,8 @@ def test_weights_of_another_kind_are_not_given_to_the_kernels():
     torch.compiler.reset()
     for model in (late, torch.compile(late, backend="eager")):
         with ditfast.ops.use_backend("triton"):
-            found = model(*inputs(size=SMALL))
-        assert_same(found, slow(*inputs(size=SMALL)))
+            actual = model(*inputs(size=SMALL))
+        assert_same(actual, slow(*inputs(size=SMALL)))
 
 
 def test_parametrised_and_pruned_linears():
@@ -187,7 +187,7 @@ def test_cpu_and_gpu_in_one_block():
 
 
 def test_parts_that_were_accelerated_before_are_checked_by_their_own_forwards():
-    """An accelerated attention has no fp64 under "triton": the check's oracle must not be one."""
+    """An accelerated attention has no fp64 under "triton", so the check's oracle must not use one."""
     model = randomised(Model(depth=1))
     ditfast.accelerate(model.blocks[0].attn)
     with ditfast.ops.use_backend("triton"):
@@ -196,7 +196,7 @@ def test_parts_that_were_accelerated_before_are_checked_by_their_own_forwards():
 
 
 class Helped(Block):
-    """With a helper named like one of the fused forward's, for its own forward, which runs with a further argument."""
+    """Its own forward, which runs with a further argument, calls a helper named like one of the fused forward's."""
 
     def _chunks(self, modulation):
         return [part[:, None] for part in modulation.chunk(6, -1)]
@@ -213,8 +213,8 @@ def test_helpers_of_the_same_name():
     slow.blocks[0] = Helped(48, 2)
     slow.blocks[0].attn.fused = True
     fast = copy.deepcopy(slow)
-    found = reasons(ditfast.accelerate(fast))
-    assert found == {
+    skipped = reasons(ditfast.accelerate(fast))
+    assert skipped == {
         "blocks.0": "it has _chunks, a name that the fused forward has a use of its own for",
         "blocks.0.attn": "it has fused, a name that the fused forward has a use of its own for",
     }
@@ -246,7 +246,7 @@ class ForgetfulAdapter(Adapter):
 
 
 def test_the_check_counts_calls_of_hooked_modules(monkeypatch):
-    """One verdict is not another's: the first of two of a kind has no hooks."""
+    """A verdict is not reused across hooks: the first of two equal modules has none."""
     monkeypatch.setattr(adapter, "_ADAPTERS", list(adapter._ADAPTERS))
     register_adapter(ForgetfulAdapter())
     model = nn.Sequential(Hearing(16, 32), Hearing(16, 32))
@@ -256,8 +256,8 @@ def test_the_check_counts_calls_of_hooked_modules(monkeypatch):
     assert reasons(report) == {"1": "fc1 has hooks, which the fused forward would skip"}
 
 
-def test_parts_in_torchscript_are_passed_over():
-    """Their forward is no method of their class."""
+def test_parts_in_torchscript_are_skipped():
+    """The forward of such a part is no method of its class."""
     slow = randomised(Model(depth=1)).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is on its way out

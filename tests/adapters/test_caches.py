@@ -1,4 +1,4 @@
-"""diffusers' caches and layer skipping on an accelerated model: by its blocks' class, which is no longer theirs."""
+"""diffusers' caches and layer skipping, which look blocks up by class, on an accelerated model with new classes."""
 
 import copy
 import sys
@@ -21,13 +21,13 @@ STEPS = 6
 
 
 def trajectory(model):
-    """Every output of a few steps, the later of which take from a cache."""
+    """Every output of a few steps; the later ones read a cache."""
     x, outputs = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), []
     with torch.no_grad():
         for step in range(STEPS):
             with CacheMixin.cache_context(model, "steps"):
-                given = {"timestep": torch.tensor([900 - 5 * step] * 2), "class_labels": torch.tensor([1, 7])}
-                outputs.append(model(x, **given, return_dict=False)[0])
+                conditions = {"timestep": torch.tensor([900 - 5 * step] * 2), "class_labels": torch.tensor([1, 7])}
+                outputs.append(model(x, **conditions, return_dict=False)[0])
             x = x - 0.05 * outputs[-1][:, :4]
     return torch.stack(outputs)
 
@@ -80,16 +80,16 @@ class OwnBlock(BasicTransformerBlock):
 
 
 def test_classes_that_are_registered(monkeypatch):
-    """One's own block, registered before; diffusers' where nothing has imported the register yet."""
+    """A user's block registered before; diffusers' blocks where the register is not yet imported."""
     module = sys.modules[REGISTER]
     model = transformer(num_embeds_ada_norm=10)
-    known = module.TransformerBlockMetadata(return_hidden_states_index=3)
+    registered = module.TransformerBlockMetadata(return_hidden_states_index=3)
     monkeypatch.setattr(module.TransformerBlockRegistry, "_registry", {})
-    module.TransformerBlockRegistry.register(OwnBlock, known)
+    module.TransformerBlockRegistry.register(OwnBlock, registered)
     model.transformer_blocks[0].__class__ = OwnBlock
     ditfast.accelerate(model, check=False)
-    found = module.TransformerBlockRegistry.get(type(model.transformer_blocks[0]))
-    assert found.return_hidden_states_index == 3 and known._cls is OwnBlock is not found._cls
+    metadata = module.TransformerBlockRegistry.get(type(model.transformer_blocks[0]))
+    assert metadata.return_hidden_states_index == 3 and registered._cls is OwnBlock is not metadata._cls
 
     monkeypatch.setattr(hooks, "_helpers", module)  # and put back
     monkeypatch.delitem(sys.modules, REGISTER)

@@ -1,4 +1,4 @@
-"""What the check of ditfast.accelerate looks at, and that nobody else notices it."""
+"""The check of ditfast.accelerate: what it compares, and that it has no side effects."""
 
 import copy
 import enum
@@ -17,21 +17,21 @@ from tests.adapters.conftest import assert_same
 from tests.adapters.foreign_models import Attention, Block, Model, inputs, randomised
 
 
-def test_who_listens_hears_what_is_real():
-    """Hooks hear nothing of the check, and are not skipped by what was fused before or after they came."""
+def test_hooks_are_called_in_real_calls_only():
+    """The check calls no hooks, and fusing skips none, whether it came before or after them."""
     slow = randomised(Model(depth=1))
     fast = copy.deepcopy(slow)
-    heard = []
+    called = []
 
     def listen(*paths):
         for model in (fast, slow):
             for path in paths:
                 part = model.blocks[0].get_submodule(path)
-                part.register_forward_hook(lambda *_, path=path: heard.append(path))
+                part.register_forward_hook(lambda *_, path=path: called.append(path))
 
     listen("", "attn", "mlp.act", "attn.attn_drop")
     report = ditfast.accelerate(fast)
-    assert not heard
+    assert not called
     assert {entry.module: entry.reason for entry in report.skipped} == {
         "blocks.0.attn": "attn_drop has hooks, which the fused forward would skip",
         "blocks.0.mlp": "act has hooks, which the fused forward would skip",
@@ -39,19 +39,19 @@ def test_who_listens_hears_what_is_real():
     for listened in ([], ["mlp.drop2"]):
         listen(*listened)
         for model in (fast, slow):
-            heard.append(model)
+            called.append(model)
             model(*inputs())
-        middle = heard.index(slow)
-        # SDPA runs without its dropout module
-        assert heard[1:middle] == heard[middle + 1 :] == ["attn", "mlp.act", *listened, ""]
-        heard.clear()
+        middle = called.index(slow)
+        # SDPA does not call the dropout module
+        assert called[1:middle] == called[middle + 1 :] == ["attn", "mlp.act", *listened, ""]
+        called.clear()
     for path in ("mlp.act", "mlp.drop1", "adaLN_modulation.1"):
         fast = slow = randomised(Model(depth=1))
         ditfast.accelerate(fast)
         listen(path)
-        heard.clear()
+        called.clear()
         fast(*inputs())
-        assert heard == [path] * 2  # it listened twice
+        assert called == [path] * 2  # it was registered twice
 
 
 class Configured(Block):
@@ -76,7 +76,7 @@ class Config:
 
 
 class Scaled(Block):
-    """By what an object holds that is no plain value itself."""
+    """By the contents of an object that is no plain value itself."""
 
     def __init__(self, setting):
         super().__init__(48, 2)
@@ -93,25 +93,25 @@ class Scaled(Block):
     [tuple(Factor), (Config("once"), Config("twice")), ([Config("once")], [Config("twice")])],
     ids=["enum", "dataclass", "nested"],
 )
-def test_blocks_are_told_apart_by_what_their_settings_hold(settings):
+def test_blocks_differ_by_the_contents_of_their_settings(settings):
     model = Model()
     model.blocks = nn.ModuleList(map(Scaled, settings))
     report = ditfast.accelerate(randomised(model))
     assert [entry.module for entry in report.skipped] == ["blocks.1"]
 
 
-def test_settings_that_say_the_same_share_a_verdict(monkeypatch):
-    """Every block has an object of its own: they are checked once for all that."""
+def test_equal_settings_share_a_verdict(monkeypatch):
+    """Every block has an object of its own; equal contents are checked once."""
     model = Model(depth=3)
     model.blocks = nn.ModuleList(Scaled(Config("once")) for _ in range(3))
-    real, asked = accelerate_module.disagreement, []
-    monkeypatch.setattr(accelerate_module, "disagreement", lambda m, a: asked.append(m) or real(m, a))
+    disagreement, compared = accelerate_module.disagreement, []
+    monkeypatch.setattr(accelerate_module, "disagreement", lambda m, a: compared.append(m) or disagreement(m, a))
     ditfast.accelerate(randomised(model), strict=True)
-    assert [type(module) for module in asked].count(type(model.blocks[0])) == 1
+    assert [type(module) for module in compared].count(type(model.blocks[0])) == 1
 
 
 @pytest.mark.parametrize("activations", [(torch.sigmoid, torch.relu), (F.silu, F.relu)])
-def test_blocks_are_told_apart_by_their_settings(activations):
+def test_blocks_differ_by_their_settings(activations):
     model = Model()
     model.blocks = nn.ModuleList(map(Configured, activations))
     report = ditfast.accelerate(randomised(model))
@@ -151,7 +151,7 @@ class LookedAdapter(Adapter):
         return torch.randn(2, 3, generator=generator), {"at": torch.tensor([4, 0])}
 
 
-def test_an_adapters_inputs_may_be_named_and_whole(monkeypatch):
+def test_inputs_of_an_adapter_may_be_keywords_and_integers(monkeypatch):
     monkeypatch.setattr(adapter, "_ADAPTERS", list(adapter._ADAPTERS))
     register_adapter(LookedAdapter())
     assert ditfast.accelerate(Looked()).accelerated
@@ -163,7 +163,7 @@ def test_an_adapters_inputs_may_be_named_and_whole(monkeypatch):
 
 
 def test_parameters_in_a_dtype_for_storage():
-    """As layerwise casting leaves them: torch cannot even tell whether they are finite."""
+    """As layerwise casting leaves them: torch cannot check whether they are finite."""
     model = randomised(Model(depth=1))
     model.blocks[0].mlp.fc1.to(torch.float8_e4m3fn)
     reasons = {entry.module: entry.reason for entry in ditfast.accelerate(model).skipped}
@@ -175,7 +175,7 @@ def test_parameters_in_a_dtype_for_storage():
 
 
 class NoGradient(Block):
-    """The same numbers; its condition learns nothing."""
+    """Returns the same numbers, but gives its condition no gradient."""
 
     def forward(self, x, c):
         return super().forward(x, c.detach())
@@ -194,7 +194,7 @@ class Frozen(Attention):
 
 
 class Saving(Block):
-    """Keeps none of its activations, as U-ViT's blocks do where they are told to."""
+    """Keeps none of its activations, as U-ViT's blocks do on request."""
 
     def __init__(self, dim, num_heads, reentrant):
         super().__init__(dim, num_heads)
@@ -229,10 +229,10 @@ class Remembering(Block):
 
 
 class Visualised(Attention):
-    """Somebody looks at what it has seen."""
+    """Keeps its input to be looked at."""
 
     def forward(self, x):
-        self.seen = x
+        self.last_input = x
         return super().forward(x)
 
 
@@ -251,18 +251,18 @@ class ExactAttention(Attention):
 
 
 def reason_for(path, module, calls=torch.no_grad):
-    """Why a module is skipped; it is then what it was, also in such calls."""
+    """Why a module is skipped; its results stay the same, also under ``calls``."""
     slow = Model()
     slow.set_submodule(path, module)
     fast = copy.deepcopy(randomised(slow))
     (entry,) = ditfast.accelerate(fast).skipped
     assert entry.module == path
-    given = (torch.randn(3, 9, 48), torch.randn(3, 48))[: 1 if path.endswith("attn") else 2]
+    arguments = (torch.randn(3, 9, 48), torch.randn(3, 48))[: 1 if path.endswith("attn") else 2]
     results = []
     for model in (fast, slow):
-        x = given[0].clone().requires_grad_()
+        x = arguments[0].clone().requires_grad_()
         with calls():
-            results.append(model.get_submodule(path)(x, *given[1:]))
+            results.append(model.get_submodule(path)(x, *arguments[1:]))
     assert_same(*results)
     return entry.reason
 
@@ -270,7 +270,7 @@ def reason_for(path, module, calls=torch.no_grad):
 @pytest.mark.parametrize(
     ("path", "kind"), [("blocks.0", NoGradient), ("blocks.0", LessGradient), ("blocks.0.attn", Frozen)]
 )
-def test_gradients_that_are_another_functions(path, kind):
+def test_wrong_gradients(path, kind):
     assert reason_for(path, kind(48, 2)).startswith(
         "its gradients are another function's: the fused one is off by"
     )
@@ -282,10 +282,10 @@ def test_gradients_that_are_another_functions(path, kind):
     [("blocks.1", Saving, "adaLN_modulation"), ("blocks.1.attn", SavingAttention, "qkv")],
 )
 def test_parts_that_checkpoint_themselves(path, kind, part, reentrant):
-    """Fused they would keep the activations that they are told not to keep."""
-    found = reason_for(path, kind(48, 2, reentrant), torch.enable_grad)
+    """Fused, they would keep the activations that checkpointing drops."""
+    reason = reason_for(path, kind(48, 2, reentrant), torch.enable_grad)
     assert (
-        found
+        reason
         == f"its own forward computes {part} again in the backward (checkpointing), the fused one does not"
     )
 
@@ -299,41 +299,41 @@ def test_a_block_that_writes_into_its_input():
 
 
 @pytest.mark.parametrize(
-    ("path", "kind", "name"), [("blocks.0", Remembering, "calls"), ("blocks.0.attn", Visualised, "seen")]
+    ("path", "kind", "name"), [("blocks.0", Remembering, "calls"), ("blocks.0.attn", Visualised, "last_input")]
 )
-def test_parts_that_keep_something_of_a_call(path, kind, name):
+def test_parts_that_store_a_tensor_of_a_call(path, kind, name):
     assert reason_for(path, kind(48, 2)) == f"its own forward writes {name}, the fused one does not"
 
 
 @pytest.mark.parametrize(("path", "kind"), [("blocks.0", Exact), ("blocks.0.attn", ExactAttention)])
-def test_parts_that_autocast_is_kept_from(path, kind):
-    found = reason_for(path, kind(48, 2), lambda: torch.autocast("cpu", torch.bfloat16))
-    assert found.startswith("its own forward keeps autocast out on cpu (test_check.py:")
+def test_parts_that_disable_autocast(path, kind):
+    reason = reason_for(path, kind(48, 2), lambda: torch.autocast("cpu", torch.bfloat16))
+    assert reason.startswith("its own forward keeps autocast out on cpu (test_check.py:")
 
 
 # --- where accelerate is called
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
-def test_whatever_the_default_device(device):
+def test_any_default_device(device):
     model = randomised(Model())
     with torch.device(device):
         ditfast.accelerate(model, strict=True)
 
 
-@pytest.mark.parametrize("made", [False, True])
-def test_in_inference_mode(made):
+@pytest.mark.parametrize("created_inside", [False, True])
+def test_in_inference_mode(created_inside):
     slow = randomised(Model())
     with torch.inference_mode():
-        fast = randomised(Model()) if made else copy.deepcopy(slow)
+        fast = randomised(Model()) if created_inside else copy.deepcopy(slow)
         ditfast.accelerate(fast, strict=True)
         assert_same(fast(*inputs()), slow(*inputs()))
     ditfast.restore(fast)
     ditfast.accelerate(fast, strict=True)
 
 
-def test_nobodys_random_numbers_are_drawn(monkeypatch):
-    """torch.manual_seed seeds every GPU: ranks would go on with the same noise."""
+def test_random_states_are_untouched(monkeypatch):
+    """torch.manual_seed seeds every GPU: all ranks would continue with the same noise."""
     seeded = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     model, state = randomised(Model()), torch.get_rng_state()

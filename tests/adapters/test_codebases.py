@@ -1,4 +1,4 @@
-"""The codebases of docs/accelerate.md: blocks with their structure, written from the papers, and what is reported."""
+"""The codebases of docs/accelerate.md: blocks with their structure, written from the papers, and their reports."""
 
 import copy
 import re
@@ -171,7 +171,7 @@ def test_blocks_of_one_length_without_the_check():
     assert_trained_alike(fast, slow, join=True)
 
 
-# what diffusers builds its other transformers of -> the class, its small sizes, and what is matched
+# diffusers' other transformers: class -> (small sizes, what is matched)
 SIZES = {"num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 1}
 OTHERS = {
     "PixArtTransformer2DModel": (
@@ -237,7 +237,7 @@ def fused_rms_block(x, modulation, w1, w2, attn, mlp):
 
 
 def test_the_worked_example_of_an_adapter(monkeypatch):
-    """As it stands in CONTRIBUTING.md: for its own blocks, and in nobody else's way."""
+    """The adapter of CONTRIBUTING.md matches its own blocks and no others."""
     monkeypatch.setattr(adapter_module, "_ADAPTERS", list(adapter_module._ADAPTERS))
     page = (Path(__file__).resolve().parents[2] / "CONTRIBUTING.md").read_text()
     (code,) = re.findall(r"```python\n([^`]*register_adapter\(RmsBlockAdapter\(\)\)[^`]*)```", page)
@@ -246,8 +246,8 @@ def test_the_worked_example_of_an_adapter(monkeypatch):
     slow.blocks = nn.ModuleList([RmsBlock(48, 2), RmsBlock(48, 2, eps=0.1), RmsBlock(48, 2, more=1), Block(48, 2)])
     fast = copy.deepcopy(randomised(slow))
     report = ditfast.accelerate(fast)
-    found = {entry.module: (entry.adapter, entry.status) for entry in report.entries if entry.module.count(".") == 1}
-    assert found == {
+    entries = {entry.module: (entry.adapter, entry.status) for entry in report.entries if entry.module.count(".") == 1}
+    assert entries == {
         "blocks.0": ("rms block", "accelerated"),
         "blocks.1": ("rms block", "skipped"),
         "blocks.2": ("rms block", "skipped"),

@@ -1,4 +1,4 @@
-"""What random numbers do not show of a forward: refused, and named, by what it computes."""
+"""Forwards whose differences random inputs do not show: refused by what they compute, with the operation named."""
 
 import copy
 import functools
@@ -35,7 +35,7 @@ from tests.adapters.hidden_parts import (
 
 
 def entries_of(*modules):
-    """What stands in the report of each, beside a part that is always accelerated."""
+    """The report's entry for each module, beside a part that is always accelerated."""
     report = ditfast.accelerate(nn.ModuleList([*modules, Mlp(48, 96)]))
     return [next(entry for entry in report.entries if entry.module == str(i)) for i in range(len(modules))]
 
@@ -43,18 +43,18 @@ def entries_of(*modules):
 @pytest.mark.parametrize(
     ("kind", "reason"), [*ATTENTIONS.items(), *BLOCKS.items(), (AutocastClamp, "computes clamp")]
 )
-def test_what_hides_from_numbers_is_named(kind, reason):
+def test_differences_that_random_inputs_do_not_show(kind, reason):
     module = kind(48, 96) if issubclass(kind, Mlp) else kind(48, 2)
     (entry,) = entries_of(module)
     assert entry.status == "skipped" and entry.reason.startswith(f"its own forward {reason}"), entry.reason
     assert type(module) is kind
 
 
-def test_where_and_when_it_does_so():
+def test_the_reason_names_line_dtype_and_mode():
     clamped, drawn = entries_of(HalfClamp(48, 2), LayerDrop(48, 2))
     line = HalfClamp.forward.__code__.co_firstlineno + 2
-    said = f"its own forward computes clamp (hidden_parts.py:{line}) in float16, which the fused one does not"
-    assert clamped.reason == said and "in training" in drawn.reason
+    reason = f"its own forward computes clamp (hidden_parts.py:{line}) in float16, which the fused one does not"
+    assert clamped.reason == reason and "in training" in drawn.reason
 
 
 def half_clamped(kind):
@@ -66,7 +66,7 @@ def half_clamped(kind):
 
 
 def test_every_adapter_is_asked_for_its_fused_forward():
-    """One that fell back to the module's own for fake tensors would contain whatever that does."""
+    """A fused forward that fell back to the module's own for fake tensors would contain all of its operations."""
     (final,) = entries_of(half_clamped(FinalLayer)(48, 8))
     diffusers = pytest.importorskip("diffusers", reason="needs the package diffusers")
     sizes = {"num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 1, "num_embeds_ada_norm": 10}
@@ -104,7 +104,7 @@ class Upcast(Block):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_same_by_hand_stays_accelerated(dtype):
+def test_equivalent_operations_stay_accelerated(dtype):
     slow = [ByHand(48, 2), Upcast(48, 2), Attention(48, 2, fused_attn=False), Block(48, 2), FinalLayer(48, 8)]
     slow += [Block(48, 2, drop_path=DropPath(0.1)), Attention(48, 2, attn_drop=0.1)]
     fast = [copy.deepcopy(module).to(dtype) for module in slow]
@@ -112,7 +112,7 @@ def test_the_same_by_hand_stays_accelerated(dtype):
         assert (entry.status, entry.note) == ("accelerated", "")
 
 
-def test_what_a_trace_cannot_tell_is_said_and_numbers_decide():
+def test_untraceable_forwards_are_noted_and_compared_in_numbers():
     class Printed(Block):
         def forward(self, x, c):
             c.detach().numpy()
@@ -123,10 +123,10 @@ def test_what_a_trace_cannot_tell_is_said_and_numbers_decide():
             return 1.01 * super().forward(x, c)
 
     report = ditfast.accelerate(nn.ModuleList([Printed(48, 2), Another(48, 2)]))
-    told, refused = (next(entry for entry in report.entries if entry.module == i) for i in "01")
-    assert told.status == "accelerated" and told.note.startswith("not traced with symbolic sizes: ")
+    accepted, refused = (next(entry for entry in report.entries if entry.module == i) for i in "01")
+    assert accepted.status == "accelerated" and accepted.note.startswith("not traced with symbolic sizes: ")
     assert refused.reason.startswith("its forward is another function in inference")
-    assert told.note in str(report)
+    assert accepted.note in str(report)
 
 
 GUARD = False
@@ -138,8 +138,8 @@ class ByAGlobal(Block):
         return out.clamp(-1e6, 1e6) if GUARD and out.dtype == torch.float16 else out
 
 
-def test_what_was_found_before_is_looked_at_again(monkeypatch):
-    """A process keeps what it found of a class and its settings; a global may have changed since."""
+def test_cached_findings_are_checked_again(monkeypatch):
+    """Findings are cached by class and settings; a global may have changed since."""
     for guarded in (False, True, False):
         monkeypatch.setitem(globals(), "GUARD", guarded)
         (entry,) = entries_of(ByAGlobal(48, 2))
@@ -148,12 +148,12 @@ def test_what_was_found_before_is_looked_at_again(monkeypatch):
     assert entries_of(ByAGlobal(48, 2))[0].status == "accelerated"
 
 
-def test_nothing_of_it_is_left_behind():
+def test_the_trace_leaves_no_state_behind():
     methods = [torch.SymBool.__bool__, torch.SymInt.__index__, torch.SymInt.__int__, torch.SymFloat.__float__]
     states = random.getstate(), str(numpy.random.get_state())
     window.cache_clear()
-    kept = [copy.copy(WINDOWS), SharedWindow.mask, Counting.steps, GENERATOR.getstate()]
-    # a size that one compares is free again for the next
+    state = [copy.copy(WINDOWS), SharedWindow.mask, Counting.steps, GENERATOR.getstate()]
+    # a size that one trace compares is unconstrained in the next
     for kind in (
         LongSoftcap,
         CachedWindow,
@@ -174,7 +174,7 @@ def test_nothing_of_it_is_left_behind():
         torch.SymFloat.__float__,
     ] == methods
     assert (random.getstate(), str(numpy.random.get_state())) == states
-    assert [WINDOWS, SharedWindow.mask, Counting.steps, GENERATOR.getstate()] == kept
+    assert [WINDOWS, SharedWindow.mask, Counting.steps, GENERATOR.getstate()] == state
     assert type(window(4099, 4096)) is torch.Tensor and not hasattr(FirstWindow, "first")
 
 
@@ -226,7 +226,7 @@ class SquaredReluAdapter(Adapter):
         return (torch.randn(2, 3, 8, generator=generator),)
 
 
-def test_adapters_of_ones_own_are_looked_at_alike(monkeypatch):
+def test_registered_adapters_are_checked_alike(monkeypatch):
     monkeypatch.setattr(adapter, "_ADAPTERS", list(adapter._ADAPTERS))
     register_adapter(SquaredReluAdapter())
     same, bounded, gained = entries_of(SquaredRelu(), Bounded(), Gained())

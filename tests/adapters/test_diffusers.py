@@ -91,19 +91,19 @@ def test_it_runs_the_kernels():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "found"),
+    ("overrides", "activation"),
     [
         ({"activation_fn": "gelu"}, "GELU(approximate='none')"),
         ({"activation_fn": "geglu"}, "GEGLU(approximate=None)"),
         ({"activation_fn": "linear-silu"}, "LinearActivation(approximate=None)"),
     ],
 )
-def test_other_activations_are_left_as_they_are_within_a_block(overrides, found):
+def test_other_activations_are_left_as_they_are_within_a_block(overrides, activation):
     fast, slow = pair(**overrides)
     report = ditfast.accelerate(fast, check=False)
     assert len(report.accelerated) == DEPTH
     assert {entry.reason for entry in report.skipped} == {
-        f"its activation is {found}, the fused one GELU(approximate='tanh')"
+        f"its activation is {activation}, the fused one GELU(approximate='tanh')"
     }
     assert_parity(fast, slow)
 
@@ -134,7 +134,7 @@ BLOCK = {"timestep": torch.tensor([3, 500, 999]), "class_labels": torch.tensor([
 
 
 @pytest.mark.parametrize(
-    "given",
+    "arguments",
     [
         {},
         {"cross_attention_kwargs": {}},
@@ -144,28 +144,28 @@ BLOCK = {"timestep": torch.tensor([3, 500, 999]), "class_labels": torch.tensor([
         {"cross_attention_kwargs": {"scale": 1.0}},
         {"added_cond_kwargs": {"resolution": None}},
     ],
-    ids=lambda given: "+".join(given) or "plain",
+    ids=lambda arguments: "+".join(arguments) or "plain",
 )
-def test_arguments_of_a_block(given, monkeypatch):
-    """Those that the fused forward does not know take the block's own."""
-    own, calls = BasicTransformerBlock.forward, []
+def test_arguments_of_a_block(arguments, monkeypatch):
+    """With arguments that the fused forward does not know, the block runs its own."""
+    original, calls = BasicTransformerBlock.forward, []
 
     def forward(self, *args, **kwargs):
         calls.append(type(self))
-        return own(self, *args, **kwargs)
+        return original(self, *args, **kwargs)
 
     block = lone_block().eval()
     fast = copy.deepcopy(block)
     ditfast.accelerate(fast, strict=True, check=False)
     monkeypatch.setattr(BasicTransformerBlock, "forward", forward)
     x = torch.randn(3, 9, 72)
-    given = {**BLOCK, **given}
-    actual, wanted = fast(x, **given), block(x, **given)
-    assert_same(actual, wanted)
-    fused = not any(len(given[name]) for name in given if name not in BLOCK)
+    arguments = {**BLOCK, **arguments}
+    actual, expected = fast(x, **arguments), block(x, **arguments)
+    assert_same(actual, expected)
+    fused = not any(len(arguments[name]) for name in arguments if name not in BLOCK)
     assert calls == ([type(block)] if fused else [type(fast), type(block)])
-    positional = [given.get(name) for name in list(inspect.signature(own).parameters)[2:]]
-    assert_same(fast(x, *positional), wanted)
+    positional = [arguments.get(name) for name in list(inspect.signature(original).parameters)[2:]]
+    assert_same(fast(x, *positional), expected)
 
 
 def test_gligen_is_not_dropped():
@@ -193,7 +193,7 @@ class Negated(BasicTransformerBlock):
 
 
 class NegatedLater(BasicTransformerBlock):
-    """The same signature; another function."""
+    """The same signature, but another function."""
 
     @functools.wraps(BasicTransformerBlock.forward)
     def forward(self, hidden_states, *args, **kwargs):
@@ -257,9 +257,9 @@ HOOKED = ["norm1", "norm1.emb", "norm1.norm", "norm3", "ff", "ff.net.0", "ff.net
 def test_hooks_that_come_later_are_called(path):
     fast, slow = pair()
     ditfast.accelerate(fast, check=False)
-    seen = []
+    outputs = []
     for model in (fast, slow):
         inner = model.transformer_blocks[1].get_submodule(path)
-        inner.register_forward_hook(lambda *args: seen.append(args[-1]))
+        inner.register_forward_hook(lambda *args: outputs.append(args[-1]))
     assert_same_in_inference(fast, slow)
-    assert len(seen) == 3  # the copy in fp64 as well
+    assert len(outputs) == 3  # the copy in fp64 as well

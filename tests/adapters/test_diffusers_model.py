@@ -76,7 +76,7 @@ def of_a_block(path, change):
     ],
 )
 def test_embedders_that_change_between_calls(change):
-    """Every block calls its own, as it is at the time."""
+    """Every block calls its own embedder with its current weights."""
     fast, slow = pair()
     ditfast.accelerate(fast, check=False)
     assert_same_in_inference(fast, slow)
@@ -93,9 +93,9 @@ def test_embedders_that_change_between_calls(change):
 def test_copies_pickles_and_folders(tmp_path):
     fast, slow = pair()
     ditfast.accelerate(fast)
-    for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), copy.copy(fast)):
-        assert [type(part) for part in other.modules()] == [type(part) for part in fast.modules()]
-        assert_same_in_inference(other, slow)
+    for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), copy.copy(fast)):
+        assert [type(part) for part in copied.modules()] == [type(part) for part in fast.modules()]
+        assert_same_in_inference(copied, slow)
     fast.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "DiTTransformer2DModel"
     loaded = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path)
@@ -104,9 +104,9 @@ def test_copies_pickles_and_folders(tmp_path):
     with torch.no_grad():
         assert_same(run(loaded), run(slow))
     assert len(ditfast.accelerate(loaded).accelerated) == ALL
-    another = type(fast).from_config(fast.config)  # as EMAModel makes one
-    another.load_state_dict(fast.state_dict())
-    assert_same_in_inference(another.eval(), slow)
+    rebuilt = type(fast).from_config(fast.config)  # as EMAModel makes one
+    rebuilt.load_state_dict(fast.state_dict())
+    assert_same_in_inference(rebuilt.eval(), slow)
 
 
 def test_gradient_checkpointing():
@@ -140,7 +140,7 @@ def test_low_precision_and_autocast(dtype):
 
 @pytest.mark.compiler
 def test_compiled_whole():
-    """Inference by Inductor; training, which takes it a minute, by what stands before it."""
+    """Inference by Inductor; training, which takes Inductor a minute, by Dynamo and AOTAutograd alone."""
     fast, slow = pair(num_layers=1)
     ditfast.accelerate(fast, check=False)
     # Inductor's exp is off by an ulp, which late timesteps multiply

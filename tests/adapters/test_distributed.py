@@ -17,7 +17,7 @@ pytestmark = pytest.mark.subprocess
 
 @pytest.fixture(scope="module")
 def output():
-    """What one run of all cases printed, up to the first failure."""
+    """The output of one run of all cases, up to the first failure."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     worker = str(Path(__file__).with_name("distributed_worker.py"))
     ran = subprocess.run(

@@ -33,8 +33,8 @@ def doubled(module, args, output):
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_steps_of_an_optimiser(accumulate):
-    found, _ = assert_trained_alike(*pair(), accumulate=accumulate, x_learns=True, steps=3)
-    assert "gradient of x" in found
+    actual, _ = assert_trained_alike(*pair(), accumulate=accumulate, x_learns=True, steps=3)
+    assert "gradient of x" in actual
 
 
 def test_deterministic_algorithms():
@@ -58,12 +58,12 @@ def test_ema():
         trained(model)
         ema.update_parameters(model)
         with torch.no_grad():
-            for mean, now in zip(copied.parameters(), model.parameters(), strict=True):
-                mean.lerp_(now, 0.5)
+            for mean, current in zip(copied.parameters(), model.parameters(), strict=True):
+                mean.lerp_(current, 0.5)
             x, t, y = inputs()
             x = x.to(next(model.parameters()))
             averages.append({"AveragedModel": ema(x, t, y), "deepcopy": copied(x, t, y)})
-    # with the model itself, within whose forward they share
+    # with the model itself, in whose forward they share a launch
     assert accelerated_by(copied.blocks[0]) is None and sum(map(bool, map(accelerated_by, fast.modules()))) == ALL + 1
     assert_judged(*averages)
 
@@ -82,10 +82,10 @@ def test_autocast_on_the_kernels(dtype):
 # --- frozen parts
 
 
-def only(*kept):
+def only(*trainable):
     def freeze(model):
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(any(part in name for part in kept))
+            parameter.requires_grad_(any(part in name for part in trainable))
 
     return freeze
 
@@ -93,18 +93,18 @@ def only(*kept):
 SUBSETS = [("attn.qkv",), ("adaLN_modulation",), ("mlp.fc2.bias",), ("x_embedder",), ("attn", "mlp.fc1"), ()]
 
 
-@pytest.mark.parametrize("kept", SUBSETS, ids=lambda kept: "+".join(kept) or "only x")
-def test_frozen_parts(kept):
-    for x_learns in (False, True) if kept else (True,):
-        found, _ = assert_trained_alike(*pair(after=only(*kept)), x_learns=x_learns)
-        learned = {name.rpartition(" ")[2] for name in found if name.startswith("gradient")} - {"x"}
-        assert bool(learned) == bool(kept) and all(any(part in name for part in kept) for name in learned)
+@pytest.mark.parametrize("trainable", SUBSETS, ids=lambda trainable: "+".join(trainable) or "only x")
+def test_frozen_parts(trainable):
+    for x_learns in (False, True) if trainable else (True,):
+        actual, _ = assert_trained_alike(*pair(after=only(*trainable)), x_learns=x_learns)
+        learned = {name.rpartition(" ")[2] for name in actual if name.startswith("gradient")} - {"x"}
+        assert bool(learned) == bool(trainable) and all(any(part in name for part in trainable) for name in learned)
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("kept", ["attn.qkv", "adaLN_modulation", "only x"])
-def test_frozen_parts_on_the_kernels(kept):
-    assert_trained_alike_by_kernels(*pair(after=only(kept), **KERNELS), x_learns=True)
+@pytest.mark.parametrize("trainable", ["attn.qkv", "adaLN_modulation", "only x"])
+def test_frozen_parts_on_the_kernels(trainable):
+    assert_trained_alike_by_kernels(*pair(after=only(trainable), **KERNELS), x_learns=True)
 
 
 # --- hooks
@@ -112,7 +112,7 @@ def test_frozen_parts_on_the_kernels(kept):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_hooks_on_blocks(when):
-    """Forward, forward-pre and full backward hooks, each of which changes what it is given."""
+    """Forward, forward-pre and full backward hooks, each of which changes its input."""
 
     def hook(model):
         first, second = model.blocks
@@ -133,7 +133,7 @@ INNER += ["drop_path", "adaLN_modulation", "adaLN_modulation.0"]
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("inner", INNER)
 def test_hooks_inside_of_blocks(inner, when):
-    """They run: what would skip one is left to its own forward, and reported where the hook came first."""
+    """A module whose fused forward would skip a hook runs its own; it is reported if the hook came first."""
     def hook(model):
         model.blocks[0].get_submodule(inner).register_forward_hook(doubled)
 
@@ -163,21 +163,21 @@ def test_global_hooks():
 
 
 def test_hooks_are_not_called_by_the_check():
-    """Nor copied: they may hold anything."""
-    model, seen = randomised(Model()), []
+    """Hooks are not copied either: they may hold anything."""
+    model, called = randomised(Model()), []
 
     class Uncopyable:
         def __deepcopy__(self, memo):
             raise AssertionError("copied")
 
         def hook(self, module, args, output):
-            seen.append(module)
+            called.append(module)
 
     for path in ("blocks.0", "blocks.0.attn", "blocks.1.mlp.fc1", "final_layer.linear"):
         model.get_submodule(path).register_forward_hook(Uncopyable().hook)
-    assert len(ditfast.accelerate(model).accelerated) == ALL and not seen
+    assert len(ditfast.accelerate(model).accelerated) == ALL and not called
     model(*inputs())
-    assert len(seen) == 4
+    assert len(called) == 4
 
 
 def test_hooks_in_ditfasts_own_model():

@@ -1,4 +1,4 @@
-"""Accelerated models where only a GPU can tell: captured CUDA graphs, a second device, training in bf16 there."""
+"""Accelerated models on a GPU: captured CUDA graphs, a second device, training in bf16."""
 
 import copy
 
@@ -22,22 +22,22 @@ def pair(device, dtype=torch.bfloat16):
     return fast, slow
 
 
-def given(device, dtype=torch.bfloat16, seed=1):
+def batch(device, dtype=torch.bfloat16, seed=1):
     x, t, y = inputs(seed=seed)
     return x.to(device, dtype), t.to(device), y.to(device)
 
 
-def assert_judged(found, slow, arguments, dtype=torch.bfloat16):
+def assert_judged(actual, slow, arguments, dtype=torch.bfloat16):
     with torch.no_grad():
         expected = slow(*arguments)
         exact = copy.deepcopy(slow).double()(arguments[0].double(), *arguments[1:])
-    verdict = judge("model", found, expected, exact, dtype)
+    verdict = judge("model", actual, expected, exact, dtype)
     assert verdict.ok, verdict
 
 
 def test_in_a_captured_graph():
     fast, slow = pair("cuda")
-    static = tuple(value.clone() for value in given("cuda"))
+    static = tuple(value.clone() for value in batch("cuda"))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.no_grad(), torch.cuda.stream(side):
@@ -48,7 +48,7 @@ def test_in_a_captured_graph():
     with torch.no_grad(), torch.cuda.graph(graph):
         out = fast(*static)
     for seed in (2, 3):
-        new = given("cuda", seed=seed)
+        new = batch("cuda", seed=seed)
         for buffer, value in zip(static, new, strict=True):
             buffer.copy_(value)
         graph.replay()
@@ -63,7 +63,7 @@ def test_in_a_captured_graph():
 
 def test_a_training_step_in_a_captured_graph():
     fast, slow = pair("cuda")
-    x, t, y = given("cuda")
+    x, t, y = batch("cuda")
     models = (fast, slow, copy.deepcopy(slow).double())
 
     def gradients(model):
@@ -78,9 +78,9 @@ def test_a_training_step_in_a_captured_graph():
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = gradients(fast)
+        actual = gradients(fast)
     graph.replay()
-    joined = [torch.cat([value.flatten() for value in each]) for each in (found, *map(gradients, models[1:]))]
+    joined = [torch.cat([value.flatten() for value in each]) for each in (actual, *map(gradients, models[1:]))]
     verdict = judge("model", *joined, torch.bfloat16)
     assert verdict.ok, verdict
 
@@ -91,7 +91,7 @@ def test_a_second_device():
         pytest.skip("needs two NVIDIA GPUs")
     for device in ("cuda:1", "cuda:0"):
         fast, slow = pair(device)
-        arguments = given(device)
+        arguments = batch(device)
         with torch.no_grad():
             assert_judged(fast(*arguments), slow, arguments)
         assert torch.cuda.current_device() == 0

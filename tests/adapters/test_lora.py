@@ -1,4 +1,4 @@
-"""Accelerated models whose parts are others: LoRA, layers replaced before or after, odd heads, calls by other names.
+"""Accelerated models with changed parts: LoRA, layers replaced before or after, odd heads, other argument names.
 
 peft's own LoRA is in test_peft.py.
 """
@@ -31,7 +31,7 @@ from tests.adapters.foreign_models import (
 
 
 class Lora(nn.Module):
-    """In peft's style: the Linear's result, and that of two small ones."""
+    """In peft's style: the Linear's result plus that of two small ones."""
 
     def __init__(self, base, rank=4):
         super().__init__()
@@ -64,7 +64,7 @@ class Scaled(Lora):
 
 
 class Untold(nn.Module):
-    """A wrapper that says nothing of its sizes."""
+    """A wrapper without in_features and out_features."""
 
     def __init__(self, base):
         super().__init__()
@@ -76,7 +76,7 @@ class Untold(nn.Module):
 
 
 def wrapped(kind, *paths):
-    """The change to a model: in its first block these Linears in LoRA, all else frozen."""
+    """A change to a model: these Linears of its first block wrapped in LoRA, all else frozen."""
 
     def change(model):
         torch.manual_seed(4)
@@ -106,16 +106,16 @@ PAIRS = [  # every wrapper with every Linear, each before accelerate for some an
     ("kind", "autocast", "path", "when"), PAIRS, ids=lambda value: getattr(value, "__name__", str(value))
 )
 def test_lora_is_honoured(path, kind, when, autocast):
-    plain = randomised(Model(depth=1))(*inputs()).detach()
+    unadapted = randomised(Model(depth=1))(*inputs()).detach()
     fast, slow = pair(**{when: wrapped(kind, path)}, depth=1)
-    found, _ = assert_trained_alike(fast, slow, autocast=autocast)
-    assert not torch.allclose(found["output 0.0"].float(), plain, rtol=0.01)
-    gradients = [value for name, value in found.items() if name.startswith("gradient 0")]
+    actual, _ = assert_trained_alike(fast, slow, autocast=autocast)
+    assert not torch.allclose(actual["output 0.0"].float(), unadapted, rtol=0.01)
+    gradients = [value for name, value in actual.items() if name.startswith("gradient 0")]
     assert len(gradients) == {Lora: 2, Scaled: 3, Untold: 1}[kind] and all(map(torch.count_nonzero, gradients))
 
 
 def test_what_lora_leaves_accelerated():
-    """Attention and modulation call their Linears; the fused MLP reads its own, and says so."""
+    """Attention and modulation call their Linears; the fused MLP reads its weights, so a wrapped one is skipped."""
     changed = randomised(Model())
     wrapped(Lora, *LINEARS)(changed)
     report = ditfast.accelerate(changed)
@@ -203,8 +203,8 @@ def test_calls_with_other_names_and_one_condition_for_all():
         for args, kwargs in calls:
             results = []
             for model, dtype in ((fast, torch.float32), (slow, torch.float32), (oracle, torch.float64)):
-                given = [value.to(dtype) for value in args]
-                results.append({"out": model(*given, **{k: v.to(dtype) for k, v in kwargs.items()}).detach()})
+                arguments = [value.to(dtype) for value in args]
+                results.append({"out": model(*arguments, **{k: v.to(dtype) for k, v in kwargs.items()}).detach()})
             assert_judged(*results)
     attention = randomised(Attention(48, 2))
     expected = attention(x)
@@ -226,11 +226,11 @@ def test_further_arguments_that_are_none(monkeypatch):
     slow = randomised(Masked(48, 2))
     fast = copy.deepcopy(slow)
     ditfast.accelerate(fast, strict=True)
-    own, calls = Masked.forward, []
+    original, calls = Masked.forward, []
 
     def forward(self, *args, **kwargs):
         calls.append(type(self))
-        return own(self, *args, **kwargs)
+        return original(self, *args, **kwargs)
 
     monkeypatch.setattr(Masked, "forward", forward)
     x, c, mask = torch.randn(3, 9, 48), torch.randn(3, 48), torch.randn(3, 9, 1)
@@ -240,7 +240,7 @@ def test_further_arguments_that_are_none(monkeypatch):
 
 
 class Either(Block):
-    """Conditioned by one of two, or both."""
+    """Conditioned by one of two inputs, or by both."""
 
     def forward(self, x, c=None, e=None):
         return super().forward(x, 2 * e if c is None else c if e is None else c + 2 * e)
@@ -275,7 +275,7 @@ def test_odd_head_dims(dim, heads):
 
 @pytest.mark.kernels
 def test_odd_head_dims_on_the_kernels():
-    """20 runs; 160 is more than the kernels take, which is said where they are demanded."""
+    """20 runs; 160 is more than the kernels take, and demanding them raises an error."""
     assert_trained_alike_by_kernels(*pair(dim=80, num_heads=4, depth=1))
     fast, _ = pair(dim=320, depth=1)
     with ditfast.ops.use_backend("triton"), pytest.raises(RuntimeError, match="head dims of at most 128, got 160"):

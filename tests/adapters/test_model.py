@@ -1,4 +1,4 @@
-"""Whole models in the official shape in inference: one launch for all modulations, of which nothing is left behind."""
+"""Whole models in the official shape in inference: one launch for all modulations, whose results are not kept."""
 
 import copy
 import inspect
@@ -21,21 +21,21 @@ DEPTH = 3
 
 @pytest.fixture(autouse=True)
 def launches(monkeypatch, request):
-    """How many Linears each launch took, which the library's GEMMs stand for: the kernel has tests of its own."""
-    seen, own = [], shared.all_modulations
+    """How many Linears each launch took. Library GEMMs replace the kernel, which has its own tests."""
+    counts, original = [], shared.all_modulations
 
     def together(linears, c):
         if "kernels" in request.keywords:
-            found = own(linears, c)
+            out = original(linears, c)
         else:
             plain = all(map(are_readable, linears))
-            found = torch.cat([linear(c) for linear in linears], dim=1) if plain else None
-        if found is not None:
-            seen.append(len(linears))
-        return found
+            out = torch.cat([linear(c) for linear in linears], dim=1) if plain else None
+        if out is not None:
+            counts.append(len(linears))
+        return out
 
     monkeypatch.setattr(shared, "all_modulations", together)
-    return seen
+    return counts
 
 
 def pair(kind=Model):
@@ -45,11 +45,11 @@ def pair(kind=Model):
     return fast, slow
 
 
-def assert_same(fast, slow, given=None, dtype=torch.float32, context=nullcontext):
-    given = given or inputs()
-    exact = copy.deepcopy(slow).double()(given[0].double(), *given[1:])
+def assert_same(fast, slow, arguments=None, dtype=torch.float32, context=nullcontext):
+    arguments = arguments or inputs()
+    exact = copy.deepcopy(slow).double()(arguments[0].double(), *arguments[1:])
     with context():
-        verdict = judge("model", fast(*given), slow(*given), exact, dtype)
+        verdict = judge("model", fast(*arguments), slow(*arguments), exact, dtype)
     assert verdict.ok, verdict
 
 
@@ -109,7 +109,7 @@ def test_the_models_class_goes_with_its_layers(launches):
 
 
 class Registered(Model):
-    """Whose subclasses must be named."""
+    """A class whose subclasses must have a name."""
 
     register = {}
 
@@ -117,7 +117,7 @@ class Registered(Model):
         Registered.register[name] = cls
 
 
-def test_a_register_of_subclasses_does_not_hear_of_it():
+def test_a_register_of_subclasses_is_not_called():
     pair(Registered)
     assert not Registered.register
 
@@ -205,7 +205,7 @@ def test_weights_that_change_between_calls(change):
 
 
 class OwnConditions(Model):
-    """Every block is given a condition of its own, made as ``how`` says."""
+    """Every block gets a condition of its own, made as ``how`` says."""
 
     how = "new"
 
@@ -246,7 +246,7 @@ def test_two_models_do_not_share(launches):
 
 
 class Encoded(Model):
-    """With a block beside the others, which is called first, and whose condition has another width."""
+    """With an extra block that is called first, and whose condition has another width."""
 
     def __init__(self, depth):
         super().__init__(depth=depth)
@@ -270,11 +270,11 @@ def test_an_accelerated_block_elsewhere_in_the_model(launches):
 
 def test_changed_layers_are_called_as_modules(launches):
     fast, slow = pair()
-    heard = []
-    fast.blocks[1].adaLN_modulation[1].register_forward_hook(lambda *_: heard.append("linear"))
+    called = []
+    fast.blocks[1].adaLN_modulation[1].register_forward_hook(lambda *_: called.append("linear"))
     with torch.no_grad():
         assert_same(fast, slow)
-    assert heard == ["linear"]
+    assert called == ["linear"]
     fast, slow = pair()
     for model in (fast, slow):
         model.blocks[0].adaLN_modulation[0] = nn.GELU()

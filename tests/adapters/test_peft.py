@@ -29,7 +29,7 @@ def config(*targets, **options):
 
 
 def injected(*targets, **options):
-    """The change to a model: peft's layers in place of its Linears, the same random ones every time."""
+    """A change to a model: peft's layers in place of its Linears, with the same random weights every time."""
 
     def change(model):
         torch.manual_seed(4)
@@ -47,25 +47,25 @@ def assert_alike(fast, slow):
     x, t, y = inputs()
     with torch.no_grad():
         models = (fast.eval(), slow.eval(), copy.deepcopy(slow).double())
-        found = [{"output": model(x.to(dtype), t, y)} for model, dtype in
+        results = [{"output": model(x.to(dtype), t, y)} for model, dtype in
                  zip(models, (torch.float32, torch.float32, torch.float64), strict=True)]  # fmt: skip
-    assert_judged(*found)
-    return found[0]["output"]
+    assert_judged(*results)
+    return results[0]["output"]
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("path", LINEARS)
 def test_each_linear(path, when):
-    plain = randomised(Model(depth=1))(*inputs()).detach()
+    unadapted = randomised(Model(depth=1))(*inputs()).detach()
     fast, slow = pair(**{when: injected(path)}, depth=1)
-    found, _ = assert_trained_alike(fast, slow, join=True)
-    assert not torch.allclose(found["output 0.0"], plain, rtol=0.01)
-    learned = {name.partition(" of ")[2]: value for name, value in found.items() if name.startswith("gradient 0")}
+    actual, _ = assert_trained_alike(fast, slow, join=True)
+    assert not torch.allclose(actual["output 0.0"], unadapted, rtol=0.01)
+    learned = {name.partition(" of ")[2]: value for name, value in actual.items() if name.startswith("gradient 0")}
     assert len(learned) == 2 * len(lora_layers(fast)) and all("lora" in name for name in learned)
     assert all(map(torch.count_nonzero, learned.values()))
     skipped = {entry.module: entry.reason for entry in ditfast.accelerate(fast).skipped}
-    read = path.startswith("mlp") and when == "before"
-    assert skipped == ({"blocks.0.mlp": f"{path[4:]} {READ}"} if read else {})
+    read_directly = path.startswith("mlp") and when == "before"
+    assert skipped == ({"blocks.0.mlp": f"{path[4:]} {READ}"} if read_directly else {})
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -80,8 +80,8 @@ def test_all_of_them(options, when):
     for autocast in (None, torch.bfloat16):
         for model in (fast, slow):
             model.load_state_dict(start)
-        found, _ = assert_trained_alike(fast, slow, autocast=autocast, join=True)
-        learned = [name for name in found if name.startswith("gradient 0")]
+        actual, _ = assert_trained_alike(fast, slow, autocast=autocast, join=True)
+        learned = [name for name in actual if name.startswith("gradient 0")]
         layers, biases = len(lora_layers(fast)), sum(name.endswith("bias") for name, _ in fast.named_parameters())
         extra = {"use_dora": layers, "lora_bias": layers, "bias": biases}.get(next(iter(options)), 0)
         assert len(learned) == 2 * layers + extra
@@ -90,24 +90,24 @@ def test_all_of_them(options, when):
 @pytest.mark.kernels
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_on_the_kernels(when):
-    """Frozen Linears' gradients are not asked for; those that peft wraps are called."""
+    """Frozen Linears get no gradient; those that peft wraps are called."""
     fast, slow = pair(**{when: injected("attn.qkv", "mlp.fc2", "adaLN_modulation.1")}, **KERNELS)
     assert_trained_alike_by_kernels(fast, slow, join=True)
 
 
 def test_a_live_dropout_of_loras():
     fast, slow = pair(before=injected(*LINEARS, lora_dropout=0.4))
-    found = []
+    outputs = []
     for model in (fast.train(), slow.train()):
         torch.manual_seed(0)
-        found.append(model(*inputs()))
-    assert_same(*found)
-    assert not torch.allclose(fast(*inputs()), found[0], rtol=0.01)
+        outputs.append(model(*inputs()))
+    assert_same(*outputs)
+    assert not torch.allclose(fast(*inputs()), outputs[0], rtol=0.01)
     assert_alike(fast, slow)
 
 
 def test_merged_and_unmerged():
-    """Merging writes into the weights that the fused forward reads, or calls; both ways, and for good."""
+    """Merging writes into weights that the fused forward reads or calls; merged, unmerged, and unloaded."""
     fast, slow = pair(after=injected(*LINEARS))
     before = assert_alike(fast, slow)
     for model in (fast, slow):
@@ -121,7 +121,7 @@ def test_merged_and_unmerged():
 
 
 def wrapped(model):
-    """In peft's own model, which its users train."""
+    """Inside peft's own model class, which its users train."""
     torch.manual_seed(4)
     return peft.get_peft_model(model, config(*LINEARS))
 
@@ -143,9 +143,9 @@ def test_a_peft_model(when, tmp_path):
     assert all(torch.equal(value, fast.state_dict()[name]) for name, value in slow.state_dict().items())
     adapted = assert_alike(fast, slow)
     with fast.disable_adapter(), slow.disable_adapter():
-        plain = assert_alike(fast, slow)
-    assert_same(plain, randomised(Model())(*inputs()))
-    assert not torch.allclose(adapted, plain, rtol=0.01)
+        unadapted = assert_alike(fast, slow)
+    assert_same(unadapted, randomised(Model())(*inputs()))
+    assert not torch.allclose(adapted, unadapted, rtol=0.01)
     fast.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(randomised(Model()), tmp_path)
     assert_alike(loaded, slow)
@@ -161,7 +161,7 @@ def test_a_peft_model(when, tmp_path):
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("part", ["norm2", "attn", "mlp", "adaLN_modulation", "blocks.1", "final_layer"])
 def test_modules_that_peft_trains_whole(part, when):
-    """It wraps a copy of them: their gradients are the copy's."""
+    """peft trains a copy of them, so the copy gets the gradients."""
 
     def change(model):
         torch.manual_seed(4)
@@ -172,9 +172,9 @@ def test_modules_that_peft_trains_whole(part, when):
                     parameter.mul_(1.5)
 
     fast, slow = pair(**{when: change})
-    found, _ = assert_trained_alike(fast, slow, join=True)
-    assert any("modules_to_save" in name for name in found) or part == "norm2"
-    assert not any("original_module" in name for name in found)
+    actual, _ = assert_trained_alike(fast, slow, join=True)
+    assert any("modules_to_save" in name for name in actual) or part == "norm2"
+    assert not any("original_module" in name for name in actual)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -194,8 +194,8 @@ def test_other_methods_of_peft(other, when):
         torch.manual_seed(4)
         peft.inject_adapter_in_model(copy.deepcopy(other), model)
 
-    plain = randomised(Model(depth=1))(*inputs()).detach()
+    unadapted = randomised(Model(depth=1))(*inputs()).detach()
     fast, slow = pair(**{when: change}, depth=1)
     slow.load_state_dict(fast.state_dict())
-    found, _ = assert_trained_alike(fast, slow, join=True)
-    assert not torch.allclose(found["output 0.0"], plain, rtol=0.01)
+    actual, _ = assert_trained_alike(fast, slow, join=True)
+    assert not torch.allclose(actual["output 0.0"], unadapted, rtol=0.01)

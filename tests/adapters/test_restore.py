@@ -1,6 +1,6 @@
-"""ditfast.restore, and leaving a with-block, after somebody changed the accelerated model: it stays what it was.
+"""ditfast.restore, and leaving a with-block, after the accelerated model was changed: the changes survive.
 
-Whoever wraps a forward keeps the accelerated one; whoever gives a module another class hides the accelerated one.
+A wrapper around a forward keeps the accelerated one; a new class for a module hides it.
 """
 
 import copy
@@ -28,7 +28,7 @@ def parts(model):
 
 
 def computed(model):
-    """Every gradient as one tensor, and its output in inference; which last, for a pruned model to be copied."""
+    """Every gradient as one tensor, then the output in inference: in this order a pruned model can be copied."""
     model.zero_grad()
     out = model(*inputs())
     (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
@@ -38,8 +38,8 @@ def computed(model):
 
 
 def assert_alike(fast, slow):
-    for found, expected in zip(computed(fast), computed(slow), strict=True):
-        assert_same(found, expected)
+    for actual, expected in zip(computed(fast), computed(slow), strict=True):
+        assert_same(actual, expected)
 
 
 def pair(model=Model, **options):
@@ -52,21 +52,21 @@ def is_accelerated(model):
 
 
 def accelerate_again(model):
-    """Where somebody left a forward on every instance nothing is accelerated: said, and no harm."""
+    """If every instance has a forward of its own, nothing is accelerated: the report says so, and nothing breaks."""
     with suppress(ValueError):
         ditfast.accelerate(model, check=False)
 
 
-def closure(own):
-    return lambda *args: own(*args) * 1.1
+def closure(forward):
+    return lambda *args: forward(*args) * 1.1
 
 
 def put_closures(model):
-    """Undone by putting back what was kept, which leaves it on the instance."""
-    kept = [(module, module.forward) for module in parts(model)]
-    for module, own in kept:
-        module.forward = closure(own)
-    return lambda: [setattr(module, "forward", own) for module, own in kept]
+    """Undone by assigning the saved forward, which stays on the instance."""
+    forwards = [(module, module.forward) for module in parts(model)]
+    for module, forward in forwards:
+        module.forward = closure(forward)
+    return lambda: [setattr(module, "forward", forward) for module, forward in forwards]
 
 
 def put_methods(model, kind=types.MethodType):
@@ -99,13 +99,13 @@ def put_compiled(model):
     return lambda: setattr(model.blocks[0], "_compiled_call_impl", None)
 
 
-def on_linears(put, undo):
+def on_linears(apply, remove):
     def change(model):
         torch.manual_seed(3)  # spectral_norm draws
         linears = [module for module in parts(model) if isinstance(module, nn.Linear)][1::2]
         for linear in linears:
-            put(linear, "weight")
-        return lambda: [undo(linear, "weight") for linear in linears]
+            apply(linear, "weight")
+        return lambda: [remove(linear, "weight") for linear in linears]
 
     return change
 
@@ -130,7 +130,7 @@ ORDERS = [  # every change with both values of each, and all four of them among 
 
 @pytest.mark.parametrize(("change", "before", "restored_first"), ORDERS)
 def test_changed(change, before, restored_first):
-    """Changed before or while accelerated, undone before or after it is restored; and all of that again."""
+    """Changed before or while accelerated, undone before or after the restore; all of it twice."""
     fast, slow = pair(depth=1)
     for again in (False, True):
         if not before:
@@ -150,7 +150,7 @@ def test_changed(change, before, restored_first):
 
 @pytest.mark.parametrize("error", [None, KeyError])
 def test_wrapped_within_a_with_block(error):
-    """The wrapper goes on around the module's own forward, whatever ended the block."""
+    """The wrapper stays around the module's own forward, however the block ended."""
     fast, slow = pair()
     with suppress(KeyError), ditfast.accelerated(fast, check=False):
         put_closures(fast), put_closures(slow)
@@ -164,16 +164,16 @@ def test_wrapped_within_a_with_block(error):
     assert_alike(fast, slow)
 
 
-def test_pickled_with_a_kept_forward():
-    """What accelerate and diffusers leave on an instance is its class's forward, wherever it is loaded."""
+def test_pickled_with_a_forward_on_the_instance():
+    """accelerate and diffusers leave a forward on the instance; a loaded pickle has its class's."""
     fast, slow = pair()
     ditfast.accelerate(fast, check=False)
-    kept = [(module, module.forward) for module in parts(fast)]
+    forwards = [(module, module.forward) for module in parts(fast)]
     for restored in (False, True):
         if restored:
             ditfast.restore(fast)
-        for module, own in kept:
-            module.forward = own
+        for module, forward in forwards:
+            module.forward = forward
         loaded = pickle.loads(pickle.dumps(fast))
         assert is_accelerated(loaded) is not restored
         assert_alike(loaded, slow)
@@ -182,14 +182,14 @@ def test_pickled_with_a_kept_forward():
 
 
 class Scaled(nn.Module):
-    """A parametrisation; and a class that a block is given."""
+    """A parametrisation, and a new class for a block."""
 
     def forward(self, *args):
         return (super().forward(*args) if hasattr(self, "norm1") else args[0]) * 1.5
 
 
 class WithPositions(Model):
-    """Parameters of the model's own, which is accelerated for its blocks to share a launch."""
+    """Parametrised parameters of the model itself, which is accelerated so that its blocks share a launch."""
 
     def __init__(self):
         super().__init__()
@@ -201,7 +201,7 @@ class WithPositions(Model):
 
 @pytest.mark.parametrize(("before", "after"), [(["shift"], []), ([], ["shift"]), (["shift"], ["scale"])])
 def test_a_parametrised_model(before, after):
-    """Parametrising and its undoing put a class below or above the module's, and properties into its class."""
+    """Parametrising inserts a class below or above the module's, and adds properties to its class."""
     fast, slow = pair(WithPositions)
     for model, name in itertools.product((fast, slow), before):
         parametrize.register_parametrization(model, name, Scaled())
@@ -220,7 +220,7 @@ def test_a_parametrised_model(before, after):
     assert_alike(fast, slow)
 
 
-def test_a_copy_keeps_a_class_that_was_given_later():
+def test_a_copy_keeps_a_class_assigned_later():
     fast, slow = pair()
     ditfast.accelerate(fast, check=False)
     for model in (fast, slow):
@@ -245,7 +245,7 @@ def test_prepared_for_mixed_precision(keep):
             else:
                 ditfast.accelerate(fast, check=False)
                 fast, slow = change(fast), change(slow)
-            found = ({"output": model(*inputs()).detach()} for model in (fast, slow))
-            assert_judged(*found, exact, torch.bfloat16)
+            outputs = ({"output": model(*inputs()).detach()} for model in (fast, slow))
+            assert_judged(*outputs, exact, torch.bfloat16)
     finally:
         accelerate.state.AcceleratorState._reset_state(True)

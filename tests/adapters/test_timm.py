@@ -40,7 +40,7 @@ def tanh_gelu():
 
 
 def from_timm(drop_path=0.0, dim=WIDTH, act_layer=tanh_gelu, **options):
-    """The change to a model: its blocks of timm's parts, as the official release builds them."""
+    """A change to a model: its blocks get timm's parts, as the official release builds them."""
 
     def change(model):
         for block in model.blocks:
@@ -52,19 +52,19 @@ def from_timm(drop_path=0.0, dim=WIDTH, act_layer=tanh_gelu, **options):
     return change
 
 
-def results(module, x, **given):
+def results(module, x, **options):
     """Output and every gradient of a lone module."""
     x = x.to(next(module.parameters())).requires_grad_()
-    out = module(x, **given)
+    out = module(x, **options)
     incoming = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out)
     names = [f"gradient of {name}" for name in ("x", *(name for name, _ in module.named_parameters()))]
     gradients = torch.autograd.grad(out, [x, *module.parameters()], incoming)
     return {"output": out.detach(), **dict(zip(names, gradients, strict=True))}
 
 
-def assert_judged_alone(fast, slow, x, **given):
+def assert_judged_alone(fast, slow, x, **options):
     models = (fast, slow, copy.deepcopy(slow).double())
-    assert_judged(*(results(module, x, **given) for module in models), join=True)
+    assert_judged(*(results(module, x, **options) for module in models), join=True)
 
 
 def assert_alike(fast, slow, x=None):
@@ -75,14 +75,14 @@ def assert_alike(fast, slow, x=None):
 
 
 def fused_calls(monkeypatch):
-    """What runs a fused forward from here on."""
+    """The modules that run a fused forward from here on, by name."""
     calls = []
     for kind in (PackedAttention, GeluMlp):
-        own = kind.fused
+        original = kind.fused
 
-        def fused(self, x, own=own):
+        def fused(self, x, original=original):
             calls.append(accelerated_by(self)[1].__name__)
-            return own(self, x)
+            return original(self, x)
 
         monkeypatch.setattr(kind, "fused", fused)
     return calls
@@ -108,13 +108,13 @@ def test_attention(options, monkeypatch):
     calls = fused_calls(monkeypatch)
     x = torch.randn(3, 9, WIDTH)
     if "attn_drop" in options:
-        found = []
+        computed = []
         for module in (fast.train(), slow.train()):
             torch.manual_seed(0)
-            found.append(results(module, x))
+            computed.append(results(module, x))
         assert not calls
-        for name in found[0]:
-            assert_same(found[0][name], found[1][name])
+        for name in computed[0]:
+            assert_same(computed[0][name], computed[1][name])
         assert_judged_alone(fast.eval(), slow.eval(), x)
     else:
         assert_alike(fast, slow, x)
@@ -124,22 +124,22 @@ def test_attention(options, monkeypatch):
 MASKS = [{"attn_mask": None, "is_causal": False}, {"attn_mask": "float"}, {"attn_mask": "bool"}, {"is_causal": True}]
 
 
-@pytest.mark.parametrize("given", MASKS, ids=str)
+@pytest.mark.parametrize("options", MASKS, ids=str)
 @pytest.mark.parametrize("fused", [True, False])
-def test_masks(fused, given, monkeypatch):
-    """As timm's blocks hand them on: without one the fused forward runs, else timm's own."""
+def test_masks(fused, options, monkeypatch):
+    """As timm's blocks pass them: without a mask the fused forward runs, else timm's own."""
     slow = randomised(attention(fused=fused))
     fast = copy.deepcopy(slow)
     ditfast.accelerate(fast, strict=True)
     calls = fused_calls(monkeypatch)
-    kind = given.get("attn_mask")
+    kind = options.get("attn_mask")
     masks = {None: None, "bool": torch.ones(9, 9).tril().bool(), "float": torch.randn(9, 9)}
-    x, found = torch.randn(3, 9, WIDTH), []
+    x, computed = torch.randn(3, 9, WIDTH), []
     for module in (fast, slow, copy.deepcopy(slow).double()):
         mask = masks[kind].to(next(module.parameters())) if kind == "float" else masks[kind]
-        found.append(results(module, x, **{**given, "attn_mask": mask}))
-    assert_judged(*found, join=True)
-    assert bool(calls) == (kind is None and not given["is_causal"])
+        computed.append(results(module, x, **{**options, "attn_mask": mask}))
+    assert_judged(*computed, join=True)
+    assert bool(calls) == (kind is None and not options["is_causal"])
 
 
 UNKNOWN = "which the fused forward does not know"
@@ -210,8 +210,8 @@ def test_mlp_of_another_kind_is_left_as_it_is(module, reason):
     assert entry.adapter == "timm mlp" and entry.reason.startswith(reason) and type(module) is before
 
 
-def test_an_activation_that_is_more_than_its_class():
-    """Put there after the check: what a subclass of GELU does is its own affair."""
+def test_a_subclass_of_gelu():
+    """A subclass of GELU, put in after the check, may compute anything."""
 
     class Twice(nn.GELU):
         def forward(self, x):
@@ -248,8 +248,8 @@ def test_a_model_of_timms_parts_in_inference(monkeypatch):
     calls = fused_calls(monkeypatch)
     with torch.inference_mode():
         x, t, y = inputs()
-        found = [{"output": model(x, t, y)} for model in (fast, slow)]
-        assert_judged(*found, {"output": copy.deepcopy(slow).double()(x.double(), t, y)})
+        outputs = [{"output": model(x, t, y)} for model in (fast, slow)]
+        assert_judged(*outputs, {"output": copy.deepcopy(slow).double()(x.double(), t, y)})
     assert calls == ["Attention", "Mlp"] * 2
 
 
@@ -265,25 +265,25 @@ def test_a_model_of_timms_parts_compiled():
     fast, slow = pair(before=from_timm(act_layer=layers.GELUTanh))
     compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
     assert_trained_alike(
-        fast, slow, call=lambda model, *given: (compiled if model is fast else model)(*given), join=True
+        fast, slow, call=lambda model, *arguments: (compiled if model is fast else model)(*arguments), join=True
     )
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_drop_path_and_dropouts(when):
-    """Live ones run timm's own code with its own random numbers; in evaluation they are silent."""
+    """In training they run timm's own code with its own random numbers; in evaluation they do nothing."""
     fast, slow = pair(**{when: from_timm(drop_path=0.4, attn_drop=0.3, proj_drop=0.2)})
     if when == "before":
         assert len(ditfast.accelerate(fast).accelerated) == ALL
-    found = []
+    computed = []
     for model in (fast.train(), slow.train()):
         torch.manual_seed(0)
         out = model(*inputs())
-        found.append([out.detach(), *torch.autograd.grad(out.square().mean(), list(model.parameters()))])
-    for actual, expected in zip(*found, strict=True):
+        computed.append([out.detach(), *torch.autograd.grad(out.square().mean(), list(model.parameters()))])
+    for actual, expected in zip(*computed, strict=True):
         assert_same(actual, expected)
     torch.manual_seed(1)
-    assert not torch.allclose(fast(*inputs()), found[0][0], rtol=0.01)
+    assert not torch.allclose(fast(*inputs()), computed[0][0], rtol=0.01)
     fast.eval(), slow.eval()
     assert_trained_alike(fast, slow, join=True)
 
@@ -312,11 +312,11 @@ def test_a_vision_transformer(options, monkeypatch):
         calls.clear()
         assert_judged_alone(fast, slow, x)
         assert calls == ["Attention", "Mlp"] * 2
-    found = []
+    outputs = []
     for model in (fast.train(), slow.train()):
         torch.manual_seed(0)
-        found.append(model(x))
-    assert_same(*found)
+        outputs.append(model(x))
+    assert_same(*outputs)
 
 
 def test_a_vision_transformer_with_the_exact_gelu_keeps_its_mlp():

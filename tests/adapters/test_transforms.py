@@ -28,7 +28,7 @@ def fresh_compiler():
 
 def by(compiled, fast):
     """A call that runs the compiled function in the fast model's place."""
-    return lambda model, *given: compiled(*given) if model is fast else model(*given)
+    return lambda model, *arguments: compiled(*arguments) if model is fast else model(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_no_recompile_after_the_second_batch_size(training):
 
 
 def test_blocks_compiled_one_by_one():
-    """Before accelerate and after it: what was traced of the old class is not run for the new one."""
+    """Before and after accelerate: traces of the old class are not run for the new one."""
     fast, slow = pair()
     for block in fast.blocks:
         block.compile(backend="eager", fullgraph=True)
@@ -71,7 +71,7 @@ def test_blocks_compiled_one_by_one():
     assert_trained_alike(late, slow)
 
 
-def test_a_compiled_model_is_looked_into():
+def test_a_compiled_model():
     slow = randomised(Model())
     fast = copy.deepcopy(slow)
     compiled = torch.compile(fast, backend="eager", fullgraph=True)
@@ -121,15 +121,15 @@ def test_checkpoint_wrappers(when):
 
 
 def test_functional_call():
-    def call(model, *given):
-        return torch.func.functional_call(model, dict(model.named_parameters()), given)
+    def call(model, *arguments):
+        return torch.func.functional_call(model, dict(model.named_parameters()), arguments)
 
     assert_trained_alike(*pair(), call=call)
 
 
-def gradients(model, given):
+def gradients(model, arguments):
     """By torch.func.grad of a functional call."""
-    x, t, y = given
+    x, t, y = arguments
     x = x.to(next(model.parameters()))
 
     def loss(parameters):
@@ -140,17 +140,17 @@ def gradients(model, given):
 
 def test_func_grad():
     fast, slow = pair()
-    given = inputs()
-    assert_judged(gradients(fast, given), gradients(slow, given), gradients(copy.deepcopy(slow).double(), given))
+    batch = inputs()
+    assert_judged(gradients(fast, batch), gradients(slow, batch), gradients(copy.deepcopy(slow).double(), batch))
 
 
 @pytest.mark.kernels
 def test_func_grad_on_the_kernels():
     fast, slow = pair(**KERNELS)
-    given = inputs(4, size=SMALL)
+    arguments = inputs(4, size=SMALL)
     with ditfast.ops.use_backend("triton"):
-        found = gradients(fast, given)
-    assert_judged(found, gradients(slow, given), gradients(copy.deepcopy(slow).double(), given))
+        actual = gradients(fast, arguments)
+    assert_judged(actual, gradients(slow, arguments), gradients(copy.deepcopy(slow).double(), arguments))
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -159,18 +159,18 @@ def test_export_with_a_dynamic_batch(strict):
     batch = torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(fast.eval(), inputs(3), dynamic_shapes=({0: batch},) * 3, strict=strict)
     x, t, y = inputs(4)
-    found = program.module()(x, t, y).detach()
+    actual = program.module()(x, t, y).detach()
     oracle = copy.deepcopy(slow).double()(x.double(), t, y)
-    assert_judged({"out": found}, {"out": slow(x, t, y).detach()}, {"out": oracle.detach()})
+    assert_judged({"out": actual}, {"out": slow(x, t, y).detach()}, {"out": oracle.detach()})
 
 
 def mapped(model, x, t, y):
-    return torch.func.vmap(lambda one: model(one[None], t[:1], y[:1])[0])(x)
+    return torch.func.vmap(lambda sample: model(sample[None], t[:1], y[:1])[0])(x)
 
 
-def with_doubled_parameters(model, *given):
+def with_doubled_parameters(model, *arguments):
     doubled = {name: 2 * parameter for name, parameter in model.named_parameters()}
-    return torch.func.functional_call(model, doubled, given)
+    return torch.func.functional_call(model, doubled, arguments)
 
 
 @pytest.mark.parametrize("transform", [mapped, with_doubled_parameters])
@@ -178,5 +178,5 @@ def test_in_inference(transform):
     fast, slow = pair()
     x, t, y = inputs()
     with torch.no_grad():
-        found = [{"out": transform(model, x, t, y)} for model in (fast, slow)]
-        assert_judged(*found, {"out": transform(copy.deepcopy(slow).double(), x.double(), t, y)})
+        outputs = [{"out": transform(model, x, t, y)} for model in (fast, slow)]
+        assert_judged(*outputs, {"out": transform(copy.deepcopy(slow).double(), x.double(), t, y)})

@@ -1,4 +1,4 @@
-"""timm's own modules for the tests, also where its torchvision cannot be had."""
+"""timm's own modules for the tests, also where torchvision is not installed."""
 
 from tests.torchvision_stand_in import imported
 

@@ -1,4 +1,4 @@
-"""Files that are broken, hostile or another model's: refused, naming file, tensor and what was wanted."""
+"""Files that are broken, hostile or another model's are refused; the error names file, tensor and expectation."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _write(path: Path, content: Any, metadata: dict[str, str] | None = None) -> 
 
 
 def _message(path: Path, **options: Any) -> str:
-    """What a load is refused with; it always names the file."""
+    """The message of a refused load; it always names the file."""
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(path, **{"num_heads": 2, **options})
     assert str(path) in str(caught.value)
@@ -64,24 +64,24 @@ def _legacy(content: Any, path: Path) -> None:
 
 @pytest.mark.quick
 @pytest.mark.parametrize("write", [torch.save, _legacy, _bare_pickle])
-@pytest.mark.parametrize("place", ["entry", "args", "whole"])
-def test_code_in_a_pickle_is_not_run(tmp_path: Path, write: Callable[[Any, Path], None], place: str) -> None:
+@pytest.mark.parametrize("location", ["entry", "args", "whole"])
+def test_code_in_a_pickle_is_not_run(tmp_path: Path, write: Callable[[Any, Path], None], location: str) -> None:
     canary = tmp_path / "canary"
     content: Any = {"ema": _state(), "args": argparse.Namespace(model=_Canary(canary))}
-    if place == "entry":
+    if location == "entry":
         content = {**_state(), "x": _Canary(canary)}
-    elif place == "whole":
+    elif location == "whole":
         content = _Canary(canary)
     path = tmp_path / "a.pt"
     write(content, path)
     message = _message(path)
     if (
         write is not _bare_pickle
-    ):  # without torch's frame around it, it is refused before its content is looked at
+    ):  # a bare pickle is refused before its content is read
         assert f"refused, because its pickle calls for {os.mkdir.__module__}.mkdir" in message
         assert "weights_only" not in message  # torch's own advice is to switch the guard off
     assert not canary.exists()
-    pickle.loads(pickle.dumps(_Canary(canary)))  # it does sing where nobody guards
+    pickle.loads(pickle.dumps(_Canary(canary)))  # unguarded, the canary does run
     assert canary.exists()
 
 
@@ -138,7 +138,7 @@ def test_files_that_are_no_checkpoint(tmp_path: Path, content: bytes, message: s
     assert message in _message(path)
 
 
-def test_paths_that_hold_nothing(tmp_path: Path) -> None:
+def test_missing_files_and_broken_configs(tmp_path: Path) -> None:
     assert "cannot be read: No such file" in _message(tmp_path / "none.pt")
     save_checkpoint(DiT(replace(TINY, timestep_freq_shift=1.0)), tmp_path / "folder")
     (tmp_path / "folder" / "config.json").write_text("{")
@@ -220,7 +220,7 @@ def test_missing_and_unexpected_are_counted_and_five_named(tmp_path: Path, suffi
     assert "7 unexpected: ema_1 (1,), ema_2 (2,), ema_3 (3,), ema_4 (4,), ema_5 (5,), ..." in message
 
 
-def test_training_files_without_what_was_asked(tmp_path: Path) -> None:
+def test_training_files_without_the_requested_weights(tmp_path: Path) -> None:
     path = _write(tmp_path / "a.pt", {"model": _state(), "opt": {}})
     assert "no 'ema' in it; it holds 'model'" in _message(path, weights="ema")
     path = _write(tmp_path / "b.pt", _state())
@@ -355,7 +355,7 @@ def test_wrong_arguments_of_save(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_nothing_is_left_of_a_refused_conversion(tmp_path: Path) -> None:
+def test_a_refused_conversion_leaves_no_file(tmp_path: Path) -> None:
     broken: dict[str, Tensor] = {**_state(), QKV: torch.zeros(2)}
     with pytest.raises(CheckpointError, match=QKV):
         convert(_write(tmp_path / "a.pt", broken), tmp_path / "b.safetensors", num_heads=2)

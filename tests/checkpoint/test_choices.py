@@ -1,4 +1,4 @@
-"""Which weights are taken of a training file that holds several, and what a label table is taken for."""
+"""Which weights are taken from a training file that holds several, and how a label table is interpreted."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _refused(path: Path, content: Any, **options: Any) -> str:
 
 
 def _averaged_model() -> State:
-    """torch's own average: under module., and how often it was updated."""
+    """torch's own average: names under module., and an update counter."""
     model = torch.optim.swa_utils.AveragedModel(DiT(TINY))
     model.module.load_state_dict(ema)
     state: State = model.state_dict()
@@ -64,7 +64,7 @@ def _averaged_model() -> State:
 
 
 def _without_dots(prefix: str) -> State:
-    """As latent-diffusion codebases keep it: of what is trained, under names without dots."""
+    """As in latent-diffusion codebases: an average of the trained parameters, under names without dots."""
     flat = {name.replace(".", ""): value for name, value in ema.items() if name != "pos_embed"}
     return {
         **_under(prefix, flat),
@@ -146,7 +146,7 @@ AVERAGES: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", AVERAGES)
-def test_the_average_is_taken_whatever_it_is_called(tmp_path: Path, name: str) -> None:
+def test_the_average_is_taken_under_any_name(tmp_path: Path, name: str) -> None:
     content = AVERAGES[name]()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -178,7 +178,7 @@ def test_an_entry_without_weights_is_no_average(tmp_path: Path, empty: Any) -> N
         ({"model": raw, "ema": torch.cat([value.flatten() for value in ema.values()])}, "ema"),
         ({"model": raw, 0.9999: torch.cat([value.flatten() for value in ema.values()])}, "0.9999"),
         ({"model": raw, "ema": [[[[[[[[*ema.values()]]]]]]]]}, "ema"),
-        # of what was trained, when the rest was frozen
+        # an average of the trained parameters; the others were frozen
         ({"model": raw, "ema": [ema["final_layer.linear.weight"], ema["final_layer.linear.bias"]]}, "ema"),
         ({"model": raw, "ema_params": tuple(ema.values())}, "ema_params"),
         (
@@ -201,7 +201,7 @@ def test_an_average_without_names_is_named(tmp_path: Path, content: Any, named: 
 
 
 @pytest.mark.quick
-def test_several_that_could_be_meant_are_listed(tmp_path: Path) -> None:
+def test_several_candidates_are_listed(tmp_path: Path) -> None:
     path, content = tmp_path / "a.pt", {"model": raw, "ema_0.999": other, "ema_0.9999": ema}
     listed = (
         "several that could be meant: 'ema_0.999', 'ema_0.9999'; choose one by name, for example weights="
@@ -228,13 +228,13 @@ def test_several_that_could_be_meant_are_listed(tmp_path: Path) -> None:
     assert _taken(path, pair, weights="teacher") == OTHER and _taken(path, pair, weights="model") == RAW
 
 
-def test_an_average_of_something_called_model_is_not_the_model(tmp_path: Path) -> None:
+def test_an_average_named_model_is_not_the_raw_model(tmp_path: Path) -> None:
     content = {"net": raw, "ema": {"model": ema}}
     assert _taken(tmp_path / "a.pt", content) == EMA
     assert _taken(tmp_path / "a.pt", content, weights="model") == RAW
 
 
-def test_a_bare_state_dict_says_nothing_of_what_it_is(tmp_path: Path) -> None:
+def test_a_bare_state_dict_has_no_named_weights(tmp_path: Path) -> None:
     for weights in ("model", "ema", "best"):
         assert "this is a bare state dict" in _refused(tmp_path / "a.pt", raw, weights=weights)
     assert _taken(tmp_path / "a.pt", _averaged_model()) == EMA
@@ -256,7 +256,7 @@ def test_wrappers_are_stripped_anywhere_in_names(tmp_path: Path, wrapper: str) -
 
 
 @pytest.mark.parametrize("prefix", ["model.", "net.module.", "model.diffusion_model.", "_forward_module."])
-def test_a_common_prefix_is_stripped_and_what_is_strange_is_named(tmp_path: Path, prefix: str) -> None:
+def test_a_common_prefix_is_stripped_and_foreign_names_are_listed(tmp_path: Path, prefix: str) -> None:
     assert _taken(tmp_path / "a.pt", {"state_dict": _under(prefix, raw), "epoch": 3}) == RAW
     strange = _under(prefix, {**raw, "extra.weight": torch.zeros(3)})
     assert "1 unexpected: extra.weight (3,)" in _refused(tmp_path / "a.pt", strange)
@@ -269,7 +269,7 @@ def test_a_log_of_averages_is_no_average(tmp_path: Path, name: str, log: Any) ->
 
 
 @pytest.mark.parametrize("name", ["schema_model", "cinema", "email", "emanation", 0.9, 1.0, 3])
-def test_what_only_looks_like_an_average_is_listed(tmp_path: Path, name: Any) -> None:
+def test_entries_that_look_like_an_average_are_listed(tmp_path: Path, name: Any) -> None:
     assert f"'model', '{name}'; choose one by name" in _refused(tmp_path / "a.pt", {"model": raw, name: other})
 
 
@@ -278,7 +278,7 @@ def test_the_example_is_a_whole_model(tmp_path: Path) -> None:
     assert "for example weights='net' (" in _refused(tmp_path / "a.pt", moments)
 
 
-def test_what_an_optimiser_keeps_by_number_is_not_the_average(tmp_path: Path) -> None:
+def test_numbered_optimiser_state_is_not_the_average(tmp_path: Path) -> None:
     by_number = {"state": {0: {"ema": torch.zeros(30, 40)}}, "param_groups": [{}]}
     assert _taken(tmp_path / "a.pt", {"model": raw, "opt": by_number}) == RAW
 
@@ -305,9 +305,9 @@ def test_a_label_table_that_may_have_no_null_row(tmp_path: Path) -> None:
     torch.save(state, path)
     with pytest.warns(
         UserWarning, match=r"a\.pt: the label table has 10 rows, and nothing says .* class_dropout_prob=0"
-    ) as seen:
+    ) as warned:
         assert load_checkpoint(path, num_heads=2).config.null_class == 9
-    assert seen[0].filename == __file__
+    assert warned[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert load_checkpoint(path, num_heads=2, num_classes=9).config.null_class == 9
@@ -329,7 +329,7 @@ def test_a_label_table_that_may_have_no_null_row(tmp_path: Path) -> None:
 def test_only_a_round_number_of_rows_is_suspicious(tmp_path: Path, rows: int, warns: bool) -> None:
     state = {**raw, "y_embedder.embedding_table.weight": torch.randn(rows, 24)}
     torch.save(state, tmp_path / "a.pt")
-    with warnings.catch_warnings(record=True) as seen:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         assert load_checkpoint(tmp_path / "a.pt", num_heads=2).config.num_classes == rows - 1
-    assert bool(seen) == warns
+    assert bool(warned) == warns

@@ -47,7 +47,7 @@ class _Fp64Timesteps(nn.Module):
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def _theirs(seed: int = 0, **overrides: Any) -> Any:
+def _diffusers_model(seed: int = 0, **overrides: Any) -> Any:
     sizes = {
         "num_attention_heads": 2,
         "attention_head_dim": 36,
@@ -63,7 +63,7 @@ def _theirs(seed: int = 0, **overrides: Any) -> Any:
     return model
 
 
-def _ours(config: DiTConfig = CONFIG, seed: int = 0) -> DiT:
+def _ditfast_model(config: DiTConfig = CONFIG, seed: int = 0) -> DiT:
     model = DiT(config)
     randomize_(model, seed)
     return model.eval()
@@ -99,8 +99,8 @@ def _agree(a: Tensor, b: Tensor, single: Tensor) -> bool:
 
 
 def _same_state(a: nn.Module, b: nn.Module) -> bool:
-    ours, theirs = a.state_dict(), b.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    first, second = a.state_dict(), b.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 VARIANTS: list[dict[str, Any]] = [
@@ -115,11 +115,11 @@ VARIANTS: list[dict[str, Any]] = [
 @pytest.mark.quick
 @pytest.mark.parametrize("overrides", VARIANTS, ids=str)
 def test_from_diffusers_computes_the_same(tmp_path: Path, overrides: dict[str, Any]) -> None:
-    theirs = _theirs(**overrides)
-    theirs.save_pretrained(tmp_path)
-    ours = load_checkpoint(tmp_path)
-    values = theirs.config
-    assert ours.config == DiTConfig(
+    transformer = _diffusers_model(**overrides)
+    transformer.save_pretrained(tmp_path)
+    dit = load_checkpoint(tmp_path)
+    values = transformer.config
+    assert dit.config == DiTConfig(
         depth=3,
         hidden_size=values.num_attention_heads * values.attention_head_dim,
         num_heads=values.num_attention_heads,
@@ -132,63 +132,63 @@ def test_from_diffusers_computes_the_same(tmp_path: Path, overrides: dict[str, A
         timestep_freq_shift=1.0,
     )
     # the table is the class's own, bit for bit
-    assert torch.equal(ours.pos_embed.data, theirs.pos_embed.pos_embed)
-    batch = _batch(ours.config)
-    ours_fp32, theirs_fp32 = _run(ours, batch, torch.float32), _run(theirs, batch, torch.float32)
-    oracle, ours_fp64 = _run(theirs, batch), _run(ours, batch)
-    assert judge("model", ours_fp32, theirs_fp32, oracle, torch.float32).ok
-    assert _agree(oracle, ours_fp64, ours_fp32)
+    assert torch.equal(dit.pos_embed.data, transformer.pos_embed.pos_embed)
+    batch = _batch(dit.config)
+    dit_fp32, transformer_fp32 = _run(dit, batch, torch.float32), _run(transformer, batch, torch.float32)
+    oracle, dit_fp64 = _run(transformer, batch), _run(dit, batch)
+    assert judge("model", dit_fp32, transformer_fp32, oracle, torch.float32).ok
+    assert _agree(oracle, dit_fp64, dit_fp32)
 
 
 @pytest.mark.parametrize("overrides", VARIANTS, ids=str)
 def test_to_diffusers_loads_strictly_and_computes_the_same(tmp_path: Path, overrides: dict[str, Any]) -> None:
-    _theirs(**overrides).save_pretrained(tmp_path / "in")
+    _diffusers_model(**overrides).save_pretrained(tmp_path / "in")
     config = load_checkpoint(tmp_path / "in").config
-    ours = _ours(config, seed=1)
-    save_checkpoint(ours, tmp_path / "out")
-    theirs, info = DiTTransformer2DModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    dit = _ditfast_model(config, seed=1)
+    save_checkpoint(dit, tmp_path / "out")
+    transformer, info = DiTTransformer2DModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
-    assert type(theirs) is DiTTransformer2DModel
+    assert type(transformer) is DiTTransformer2DModel
     batch = _batch(config)
-    ours_fp32, theirs_fp32 = _run(ours, batch, torch.float32), _run(theirs, batch, torch.float32)
-    oracle, theirs_fp64 = _run(ours, batch), _run(theirs, batch)
-    assert judge("model", ours_fp32, theirs_fp32, oracle, torch.float32).ok
-    assert _agree(oracle, theirs_fp64, ours_fp32)
+    dit_fp32, transformer_fp32 = _run(dit, batch, torch.float32), _run(transformer, batch, torch.float32)
+    oracle, transformer_fp64 = _run(dit, batch), _run(transformer, batch)
+    assert judge("model", dit_fp32, transformer_fp32, oracle, torch.float32).ok
+    assert _agree(oracle, transformer_fp64, dit_fp32)
 
 
 @pytest.mark.parametrize("change", [{"norm2_eps": 1e-6}, {"timestep_freq_shift": 0.0}, {"norm1_eps": 1e-5}])
 def test_the_comparison_sees_every_constant(tmp_path: Path, change: dict[str, Any]) -> None:
-    theirs = _theirs()
-    theirs.save_pretrained(tmp_path)
-    ours = load_checkpoint(tmp_path, config=replace(CONFIG, **change))
-    single = _run(ours, _batch(), torch.float32)
-    assert not _agree(_run(theirs, _batch()), _run(ours, _batch()), single)
+    transformer = _diffusers_model()
+    transformer.save_pretrained(tmp_path)
+    dit = load_checkpoint(tmp_path, config=replace(CONFIG, **change))
+    single = _run(dit, _batch(), torch.float32)
+    assert not _agree(_run(transformer, _batch()), _run(dit, _batch()), single)
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_round_trips_keep_every_bit(tmp_path: Path, dtype: torch.dtype) -> None:
-    theirs = _theirs().to(dtype)
-    theirs.save_pretrained(tmp_path / "theirs")
+    transformer = _diffusers_model().to(dtype)
+    transformer.save_pretrained(tmp_path / "theirs")
     convert(tmp_path / "theirs", tmp_path / "ours.safetensors")
     convert(tmp_path / "ours.safetensors", tmp_path / "again")
-    again = DiTTransformer2DModel.from_pretrained(tmp_path / "again", torch_dtype=dtype)
-    assert _same_state(theirs, again)
+    reconverted = DiTTransformer2DModel.from_pretrained(tmp_path / "again", torch_dtype=dtype)
+    assert _same_state(transformer, reconverted)
     first, second = (
         json.loads((tmp_path / name / "config.json").read_text()) for name in ("theirs", "again")
     )
     # only the version of the library that wrote it is left out
     assert first.pop("_diffusers_version") and first == second
 
-    ours = _ours().to(dtype)
-    save_checkpoint(ours, tmp_path / "folder")
+    dit = _ditfast_model().to(dtype)
+    save_checkpoint(dit, tmp_path / "folder")
     loaded = load_checkpoint(tmp_path / "folder")
-    assert loaded.config == CONFIG and _same_state(ours, loaded)
+    assert loaded.config == CONFIG and _same_state(dit, loaded)
     assert {p.dtype for p in loaded.parameters()} == {dtype}
 
 
 def test_official_constants_are_refused_unless_inexact_is_allowed(tmp_path: Path) -> None:
-    official = _ours(replace(CONFIG, norm2_eps=1e-6, timestep_freq_shift=0.0, norm1_eps=1e-5))
+    official = _ditfast_model(replace(CONFIG, norm2_eps=1e-6, timestep_freq_shift=0.0, norm1_eps=1e-5))
     save_checkpoint(official, tmp_path / "in.safetensors")
     message = (
         r"out.*norm1_eps becomes 1e-06 instead of 1e-05, timestep_freq_shift becomes 1 instead of 0, "
@@ -204,12 +204,12 @@ def test_official_constants_are_refused_unless_inexact_is_allowed(tmp_path: Path
     assert load_checkpoint(tmp_path / "out").config == constants
     moved = DiT(constants).eval()
     moved.load_state_dict(official.state_dict())
-    theirs = DiTTransformer2DModel.from_pretrained(tmp_path / "out")
+    transformer = DiTTransformer2DModel.from_pretrained(tmp_path / "out")
     single = _run(moved, _batch(), torch.float32)
-    assert _agree(_run(moved, _batch()), _run(theirs, _batch()), single)
-    # and whoever knows where the weights came from gets them back
-    back = load_checkpoint(tmp_path / "out", config=official.config)
-    assert back.config == official.config and _same_state(back, official)
+    assert _agree(_run(moved, _batch()), _run(transformer, _batch()), single)
+    # a user who knows the weights' origin gets them back
+    restored = load_checkpoint(tmp_path / "out", config=official.config)
+    assert restored.config == official.config and _same_state(restored, official)
 
 
 @pytest.mark.parametrize(
@@ -229,12 +229,12 @@ def test_models_the_class_does_not_have_are_always_refused(
     tmp_path: Path, change: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(CheckpointError, match=f"out: .* cannot hold this model: {named}"):
-        save_checkpoint(_ours(replace(CONFIG, **change)), tmp_path / "out", allow_inexact=True)
+        save_checkpoint(_ditfast_model(replace(CONFIG, **change)), tmp_path / "out", allow_inexact=True)
     assert not list(tmp_path.iterdir())
 
 
 def test_another_position_table_is_inexact(tmp_path: Path) -> None:
-    model = _ours()
+    model = _ditfast_model()
     with torch.no_grad():
         model.pos_embed.mul_(0.5)
     with pytest.raises(CheckpointError, match="pos_embed becomes the sine-cosine table"):
@@ -243,13 +243,13 @@ def test_another_position_table_is_inexact(tmp_path: Path) -> None:
 
 
 def test_a_pipelines_folder_and_older_files(tmp_path: Path) -> None:
-    theirs = _theirs()
-    theirs.save_pretrained(tmp_path / "pipeline" / "transformer")
+    transformer = _diffusers_model()
+    transformer.save_pretrained(tmp_path / "pipeline" / "transformer")
     (tmp_path / "pipeline" / "model_index.json").write_text("{}")
     expected = load_checkpoint(tmp_path / "pipeline")
     # before diffusers 0.28: another class, no norm_eps in its config, and pickles
     old = tmp_path / "old"
-    theirs.save_pretrained(old, safe_serialization=False)
+    transformer.save_pretrained(old, safe_serialization=False)
     values = json.loads((old / "config.json").read_text())
     values.update(_class_name="Transformer2DModel", cross_attention_dim=None, num_vector_embeds=None)
     del values["norm_eps"]
@@ -260,10 +260,10 @@ def test_a_pipelines_folder_and_older_files(tmp_path: Path) -> None:
 
 
 def test_embedders_that_differ_between_blocks_are_refused(tmp_path: Path) -> None:
-    theirs = _theirs()
+    transformer = _diffusers_model()
     with torch.no_grad():
-        theirs.get_parameter(EMBEDDER)[3, 4] += 1e-6
-    theirs.save_pretrained(tmp_path)
+        transformer.get_parameter(EMBEDDER)[3, 4] += 1e-6
+    transformer.save_pretrained(tmp_path)
     with pytest.raises(
         CheckpointError, match=f"diffusion_pytorch_model.safetensors: tensor '{EMBEDDER}' differs"
     ):
@@ -271,14 +271,14 @@ def test_embedders_that_differ_between_blocks_are_refused(tmp_path: Path) -> Non
 
 
 def test_the_class_count_changes_on_load_here_too(tmp_path: Path) -> None:
-    _theirs().save_pretrained(tmp_path / "in")
+    _diffusers_model().save_pretrained(tmp_path / "in")
     loaded = load_checkpoint(tmp_path / "in", num_classes=4)
     assert loaded.config == replace(CONFIG, num_classes=4)
     save_checkpoint(loaded, tmp_path / "out")
-    theirs = DiTTransformer2DModel.from_pretrained(tmp_path / "out")
+    transformer = DiTTransformer2DModel.from_pretrained(tmp_path / "out")
     batch = _batch(loaded.config)
     single = _run(loaded, batch, torch.float32)
-    assert _agree(_run(loaded, batch), _run(theirs, batch), single)
+    assert _agree(_run(loaded, batch), _run(transformer, batch), single)
     before, after = _run(load_checkpoint(tmp_path / "in"), _batch()), _run(loaded, batch)
     assert torch.equal(before, after)  # labels 3, null, 0 are in both
 
@@ -306,7 +306,7 @@ def test_the_class_count_changes_on_load_here_too(tmp_path: Path) -> None:
     ids=str,
 )
 def test_other_configurations_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    _theirs().save_pretrained(tmp_path)
+    _diffusers_model().save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -315,7 +315,7 @@ def test_other_configurations_are_refused(tmp_path: Path, change: dict[str, Any]
 
 
 def test_a_config_that_contradicts_the_folder_is_refused(tmp_path: Path) -> None:
-    _theirs().save_pretrained(tmp_path)
+    _diffusers_model().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"the file holds a model of num_heads=2 \(wanted 4\)"):
         load_checkpoint(tmp_path, config=replace(CONFIG, num_heads=4))
     with pytest.raises(CheckpointError, match=r"latent_size=\(16, 16\) \(wanted \(8, 32\)\)"):

@@ -41,9 +41,9 @@ def _training_file(path: Path, **entries: Any) -> Path:
 
 
 def _equal(a: nn.Module, b: nn.Module) -> bool:
-    ours, theirs = a.state_dict(), b.state_dict()
-    return ours.keys() == theirs.keys() and all(
-        torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype for key in ours
+    first, second = a.state_dict(), b.state_dict()
+    return first.keys() == second.keys() and all(
+        torch.equal(first[key], second[key]) and first[key].dtype == second[key].dtype for key in first
     )
 
 
@@ -94,10 +94,10 @@ def test_safetensors_carries_what_tensors_cannot_show(tmp_path: Path) -> None:
     assert loaded.config == config and _equal(loaded, model)
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         assert DiTConfig.from_dict(json.loads(file.metadata()["ditfast_config"])) == config
-    # without the metadata the same tensors are inferred, as far as they go
+    # without the metadata the config is inferred from the tensors as far as possible
     safetensors.torch.save_file(model.state_dict(), tmp_path / "b.safetensors")
-    bare = load_checkpoint(tmp_path / "b.safetensors", num_heads=3, latent_size=(8, 12), num_classes=9)
-    assert bare.config == DiTConfig(
+    inferred = load_checkpoint(tmp_path / "b.safetensors", num_heads=3, latent_size=(8, 12), num_classes=9)
+    assert inferred.config == DiTConfig(
         depth=2, hidden_size=72, num_heads=3, latent_size=(8, 12), num_classes=9, mlp_ratio=2.5
     )
 
@@ -196,10 +196,10 @@ def test_changing_the_class_count(tmp_path: Path, num_classes: int, dropout: flo
     loaded = load_checkpoint(tmp_path / "a.safetensors", num_classes=num_classes)
     assert loaded.config == replace(TINY, class_dropout_prob=dropout, num_classes=num_classes)
     old, new = model.state_dict(), loaded.state_dict()
-    kept = min(10, num_classes)
+    shared = min(10, num_classes)
     assert new[TABLE].shape[0] == loaded.config.num_embeddings
-    assert torch.equal(new[TABLE][:kept], old[TABLE][:kept])
-    fresh = new[TABLE][kept:num_classes]
+    assert torch.equal(new[TABLE][:shared], old[TABLE][:shared])
+    fresh = new[TABLE][shared:num_classes]
     if dropout:
         assert torch.equal(new[TABLE][-1], old[TABLE][-1])
         # the null class predicts what it did, under its new label

@@ -1,4 +1,4 @@
-"""Folders: diffusers' variants and shards, training folders, accelerate's; and those that are only named."""
+"""Folders: diffusers' variants and shards, training folders, accelerate's; others are refused by name."""
 
 from __future__ import annotations
 
@@ -96,11 +96,11 @@ def test_what_diffusers_writes_is_read(
     for path in (folder, tmp_path / "pipeline"):
         assert _same(path, rounded)
         assert {file.name for file in read(path, "auto").files} == written
-    # a path to one of the files will do, where its config.json lies beside it
-    one = next(path for path in folder.iterdir() if path.name != "config.json" and "-of-" not in path.name)
-    assert _same(one, rounded)
+    # a path to one of the files is enough if its config.json lies beside it
+    weights_file = next(path for path in folder.iterdir() if path.name != "config.json" and "-of-" not in path.name)
+    assert _same(weights_file, rounded)
     (folder / "config.json").unlink()
-    for path in (one, folder):
+    for path in (weights_file, folder):
         assert (
             "names are those of diffusers' DiTTransformer2DModel, which needs its config.json; give the folder"
             in _refused(path)
@@ -163,7 +163,7 @@ def test_an_index_that_does_not_fit(tmp_path: Path, saved: Any, change: Any, mes
     assert message.replace("{}", str(len(shards) + 1)) in _refused(tmp_path)
 
 
-def test_shards_that_are_not_there(tmp_path: Path, saved: Any) -> None:
+def test_missing_shards(tmp_path: Path, saved: Any) -> None:
     saved(tmp_path, max_shard_size="40KB")
     first = sorted(tmp_path.glob("*-of-*"))[0]
     first.unlink()
@@ -224,7 +224,7 @@ def test_a_folder_of_accelerate(tmp_path: Path, safe: bool) -> None:
     )
     torch.save({"ema": ema.state_dict(), "decay": 0.9}, folder / "custom_checkpoint_1.pkl")
     assert _same(folder, ema, **options) and _same(folder, raw, weights="model", **options)
-    # what would run code is not looked into: an average may be in it
+    # a pickle that would run code is not read, so it may hold an average
     torch.save({"path": Path("x"), "ema": ema.state_dict()}, folder / "custom_checkpoint_1.pkl")
     assert "it could run code: custom_checkpoint_1; weights='model'" in _refused(folder)
     assert _same(folder, raw, weights="model", **options)
@@ -236,14 +236,14 @@ def test_accelerates_shards_and_averages_beside(tmp_path: Path) -> None:
     names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     for half, name in zip(halves, names, strict=True):
         safetensors.torch.save_file(half, folder / name)
-    where = {key: name for half, name in zip(halves, names, strict=True) for key in half}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    weight_map = {key: name for half, name in zip(halves, names, strict=True) for key in half}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     assert _same(folder, raw, config=CONFIG) and len(read(folder, "auto").files) == 3
-    for place in ("ema", "model_ema"):
-        (folder / place).mkdir()
-        torch.save(ema.state_dict(), folder / place / "pytorch_model.bin")
+    for subfolder in ("ema", "model_ema"):
+        (folder / subfolder).mkdir()
+        torch.save(ema.state_dict(), folder / subfolder / "pytorch_model.bin")
         assert _same(folder, ema, config=CONFIG) and _same(folder, raw, config=CONFIG, weights="model")
-        shutil.rmtree(folder / place)
+        shutil.rmtree(folder / subfolder)
     save_checkpoint(ema, folder / "ema.pt", allow_inexact=True)
     assert _same(folder, ema, config=CONFIG) and _same(folder, raw, config=CONFIG, weights="model")
 
@@ -265,13 +265,13 @@ def test_a_folder_of_torchs_distributed_checkpoint(tmp_path: Path, monkeypatch: 
     monkeypatch.delitem(sys.modules, module, raising=False)
     runpy.run_module(module, run_name="__main__")
     assert _same(target, ema, config=CONFIG) and _same(target, raw, config=CONFIG, weights="model")
-    # where FSDP's own shards lie in accelerate's folder
+    # the place of FSDP's own shards in accelerate's folder
     outer = tmp_path / "accelerate"
     shutil.copytree(folder, outer / "pytorch_model_fsdp_0")
     assert "dcp_to_torch" in _refused(outer) and str(outer / "pytorch_model_fsdp_0") in _refused(outer)
     torch.save({"steps": 3}, outer / "custom_checkpoint_0.pkl")
     assert "dcp_to_torch" in _refused(outer)
-    # and no raw weights where the average is in such a folder
+    # raw weights are not taken if the average is in such a folder
     os.rename(outer / "pytorch_model_fsdp_0", outer / "ema")
     _accelerate(outer, raw.state_dict())
     assert "holds an average that cannot be taken" in _refused(outer)

@@ -27,20 +27,20 @@ class Corner(torch_fidelity.FeatureExtractorBase):
 
     def forward(self, images):
         assert images.dtype == torch.uint8 and images.shape[1] == 3
-        found = {
+        features = {
             "corner": images[:, :, 0, 0].double(),
             "red": images[:, 0].flatten(1).double(),
             "classes": images[:, :2, 0, 0].double() / 64,
         }
-        return tuple(found[name] for name in self.features_list)
+        return tuple(features[name] for name in self.features_list)
 
 
 class Returns(nn.Module):
     """An extractor that returns this."""
 
-    def __init__(self, found):
+    def __init__(self, features):
         super().__init__()
-        self.found = found
+        self.features = features
 
     def get_requested_features_list(self):
         return ["a"]
@@ -49,7 +49,7 @@ class Returns(nn.Module):
         return "a"
 
     def forward(self, images):
-        return self.found
+        return self.features
 
 
 def images(count, height=4, width=3, seed=0, high=256):
@@ -65,8 +65,8 @@ def saved(path, array=None, compressed=False, **arrays):
 
 def two_files(folder):
     """Samples and a reference that overlap: two files, and their arrays."""
-    ours, theirs = images(50, seed=1, high=200), images(40, seed=2, high=200) + np.uint8(56)
-    return saved(folder / "samples.npz", ours), saved(folder / "reference.npz", theirs), ours, theirs
+    generated, real = images(50, seed=1, high=200), images(40, seed=2, high=200) + np.uint8(56)
+    return saved(folder / "samples.npz", generated), saved(folder / "reference.npz", real), generated, real
 
 
 def moments(features):
@@ -81,15 +81,15 @@ def root(matrix):
     return vectors * np.sqrt(values.clip(0)) @ vectors.T
 
 
-def distance(one, other):
-    """Frechet's, by roots of symmetric matrices alone."""
-    (mu, sigma), (nu, tau) = one, other
+def distance(samples, reference):
+    """The Frechet distance, by roots of symmetric matrices alone."""
+    (mu, sigma), (nu, tau) = samples, reference
     half = root(sigma)
     return ((mu - nu) ** 2).sum() + np.trace(sigma + tau - 2 * root(half @ tau @ half))
 
 
-def close(found, wanted):
-    torch.testing.assert_close(torch.tensor(found).double(), torch.tensor(wanted).double())
+def close(actual, expected):
+    torch.testing.assert_close(torch.tensor(actual).double(), torch.tensor(expected).double())
 
 
 def damaged(path, how):

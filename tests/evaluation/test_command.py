@@ -45,25 +45,25 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_spatial_features_are_the_first_seven_channels_of_mixed_6d(weights: Path) -> None:
-    ours, notes = inception.load(["2048", "logits_unbiased", "spatial"], weights)
+    network, notes = inception.load(["2048", "logits_unbiased", "spatial"], weights)
     assert len(notes) == 1 and "not torch-fidelity's file" in notes[0]
-    theirs = inception_source.FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], str(weights))
+    original = inception_source.FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], str(weights))
     x = torch.randint(0, 256, (2, 3, 40, 32), dtype=torch.uint8)
-    pool, logits, spatial = ours(x)
-    torch.testing.assert_close((pool, logits), theirs(x))
+    pool, logits, spatial = network(x)
+    torch.testing.assert_close((pool, logits), original(x))
     assert pool.shape == (2, 2048) and logits.shape == (2, 1008) and spatial.shape == (2, 2023)
     y = inception_source.interpolate_bilinear_2d_like_tensorflow1x(x.float(), (299, 299), align_corners=False)
     y = (y - 128) / 128
-    for name, module in theirs.named_children():
+    for name, module in original.named_children():
         if name == "Mixed_6d":
             break
         y = module(y)
-    for module in (theirs.Mixed_6d.branch1x1.conv, theirs.Mixed_6d.branch1x1.bn):
+    for module in (original.Mixed_6d.branch1x1.conv, original.Mixed_6d.branch1x1.bn):
         y = module(y)
-    wanted = y.relu()[:, :7]
-    assert wanted.std() > 0.01
+    expected = y.relu()[:, :7]
+    assert expected.std() > 0.01
     for row, column, channel in ((0, 0, 0), (3, 5, 2), (16, 16, 6)):
-        torch.testing.assert_close(spatial[:, (row * 17 + column) * 7 + channel], wanted[:, channel, row, column])
+        torch.testing.assert_close(spatial[:, (row * 17 + column) * 7 + channel], expected[:, channel, row, column])
     # for sFID alone it stops early
     (alone,) = inception.load(["spatial"], weights)[0](x)
     torch.testing.assert_close(alone, spatial)
@@ -165,17 +165,17 @@ def test_the_command(pair: Any, tmp_path: Path) -> None:
     arguments = ("--npz", pair[0], "--reference", pair[1], "--extractor", f"{network}:make", "--device", "cpu")
     result = _ditfast(*arguments, "--batch-size", 16)
     assert result.exit_code == 0, result.output
-    found = json.loads(_ditfast(*arguments, "--json").stdout)
-    assert found["samples"] == 50 and found["reference_images"] == 40
-    assert Evaluation(**found).metrics.keys() == {"fid", "sfid", "is", "precision", "recall"}
-    close(found["metrics"]["fid"], distance(*(moments(array.mean((1, 2))) for array in pair[2:])))
-    for label, value in zip(("FID", "sFID", "Inception Score", "precision"), found["metrics"].values(), strict=False):
+    results = json.loads(_ditfast(*arguments, "--json").stdout)
+    assert results["samples"] == 50 and results["reference_images"] == 40
+    assert Evaluation(**results).metrics.keys() == {"fid", "sfid", "is", "precision", "recall"}
+    close(results["metrics"]["fid"], distance(*(moments(array.mean((1, 2))) for array in pair[2:])))
+    for label, value in zip(("FID", "sFID", "Inception Score", "precision"), results["metrics"].values(), strict=False):
         assert any(label in line and f"{value:.4f}" in line for line in result.stdout.splitlines())
     assert "samples: 50 of 50" in result.stderr and "images/s" in result.stderr and "reference: 40" in result.stderr
 
 
 @pytest.mark.quick
-def test_the_command_says_what_it_cannot_give(pair: Any, tmp_path: Path) -> None:
+def test_the_command_names_missing_metrics(pair: Any, tmp_path: Path) -> None:
     network = tmp_path / "network.py"
     network.write_text(_NETWORK)
     mu, sigma = moments(pair[3].mean((1, 2)))

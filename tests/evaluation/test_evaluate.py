@@ -30,17 +30,17 @@ from tests.evaluation.conftest import (
 )
 
 
-def neighbourhoods(ours, theirs, k=3):
-    """Precision and recall by every distance, one at a time, fp64."""
+def neighbourhoods(generated, real, k=3):
+    """Precision and recall from all pairwise distances, one at a time, in fp64."""
 
-    def within(points, others):
+    def within(points, manifold):
         def norm(a, b):
             return float(np.sqrt(((a.astype(np.float64) - b) ** 2).sum()))
 
-        radii = [sorted(norm(a, b) for b in others)[k] for a in others]  # the first is its own
-        return sum(any(norm(p, o) <= r for o, r in zip(others, radii, strict=True)) for p in points) / len(points)
+        radii = [sorted(norm(a, b) for b in manifold)[k] for a in manifold]  # the first is its own
+        return sum(any(norm(p, o) <= r for o, r in zip(manifold, radii, strict=True)) for p in points) / len(points)
 
-    return within(ours, theirs), within(theirs, ours)
+    return within(generated, real), within(real, generated)
 
 
 @pytest.mark.quick
@@ -52,8 +52,8 @@ def test_the_frechet_distance_of_two_gaussians() -> None:
     close(frechet({"mu": mu, "sigma": sigma}, {"mu": nu, "sigma": tau}), distance((mu, sigma), (nu, tau)))
     # where the covariances commute: |mu - nu|^2 + sum (sqrt a - sqrt b)^2
     d, e = rng.random((2, 8))
-    found = frechet({"mu": mu, "sigma": np.diag(d)}, {"mu": nu, "sigma": np.diag(e)})
-    close(found, ((mu - nu) ** 2).sum() + ((np.sqrt(d) - np.sqrt(e)) ** 2).sum())
+    actual = frechet({"mu": mu, "sigma": np.diag(d)}, {"mu": nu, "sigma": np.diag(e)})
+    close(actual, ((mu - nu) ** 2).sum() + ((np.sqrt(d) - np.sqrt(e)) ** 2).sum())
 
 
 @pytest.fixture
@@ -63,15 +63,15 @@ def pair(tmp_path: Path) -> Any:
 
 @pytest.mark.quick
 def test_all_five_against_brute_force(pair: Any) -> None:
-    npz, reference, ours, theirs = pair
+    npz, reference, generated, real = pair
     result = evaluate(npz, reference, extractor=Corner(), batch_size=7)
     assert list(result.metrics) == ["fid", "sfid", "is", "precision", "recall"] and not result.missing
-    close(result.metrics["fid"], distance(moments(ours[:, 0, 0]), moments(theirs[:, 0, 0])))
-    close(result.metrics["sfid"], distance(moments(ours[..., 0]), moments(theirs[..., 0])))
-    logits = ours[:, 0, 0, :2] / 64.0
+    close(result.metrics["fid"], distance(moments(generated[:, 0, 0]), moments(real[:, 0, 0])))
+    close(result.metrics["sfid"], distance(moments(generated[..., 0]), moments(real[..., 0])))
+    logits = generated[:, 0, 0, :2] / 64.0
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     close(result.metrics["is"], np.exp((p * np.log(p / p.mean(0))).sum(1).mean()))
-    precision, recall = neighbourhoods(ours[:, 0, 0], theirs[:, 0, 0])
+    precision, recall = neighbourhoods(generated[:, 0, 0], real[:, 0, 0])
     assert 0 < precision < 1 and 0 < recall < 1
     # torch-fidelity averages yes and no in fp32
     assert result.metrics["precision"] == np.float32(precision)
@@ -81,31 +81,31 @@ def test_all_five_against_brute_force(pair: Any) -> None:
 
 @pytest.mark.quick
 def test_statistics_give_what_their_images_give(pair: Any, tmp_path: Path) -> None:
-    npz, reference, _, theirs = pair
-    (mu, sigma), (mu_s, sigma_s) = moments(theirs[:, 0, 0]), moments(theirs[..., 0])
+    npz, reference, _, real = pair
+    (mu, sigma), (mu_s, sigma_s) = moments(real[:, 0, 0]), moments(real[..., 0])
     stored = {"mu": mu, "sigma": np.asfortranarray(sigma), "mu_s": mu_s, "sigma_s": sigma_s}
-    both = evaluate(npz, reference, metrics=["fid", "sfid"], extractor=Corner())
+    from_images = evaluate(npz, reference, metrics=["fid", "sfid"], extractor=Corner())
     alone = evaluate(npz, saved(tmp_path / "alone.npz", **stored), extractor=Corner())
-    for metric, value in both.metrics.items():
+    for metric, value in from_images.metrics.items():
         close(alone.metrics[metric], value)
     assert list(alone.metrics) == ["fid", "sfid", "is"] and alone.by_statistics == ["fid", "sfid"]
     assert list(alone.missing) == ["precision", "recall"] and "statistics alone" in alone.missing["recall"]
     # as in ADM's references: statistics of a whole data set beside some of its images
-    mixed = saved(tmp_path / "mixed.npz", theirs[:20], **stored)
+    mixed = saved(tmp_path / "mixed.npz", real[:20], **stored)
     result = evaluate(npz, mixed, extractor=Corner())
-    close(result.metrics["fid"], both.metrics["fid"])
+    close(result.metrics["fid"], from_images.metrics["fid"])
     assert result.metrics["recall"] == evaluate(
-        npz, saved(tmp_path / "some.npz", theirs[:20]), metrics=["recall"], extractor=Corner()
+        npz, saved(tmp_path / "some.npz", real[:20]), metrics=["recall"], extractor=Corner()
     ).metrics["recall"]
     # fp32 statistics are ADM's; without mu_s no sFID, and the reason
     part = saved(tmp_path / "part.npz", mu=mu.astype(np.float32), sigma=sigma.astype(np.float32))
     result = evaluate(npz, part, metrics=["fid", "sfid"], extractor=Corner())
-    assert result.metrics["fid"] == pytest.approx(both.metrics["fid"], rel=torch.finfo(torch.float32).eps * 10)
+    assert result.metrics["fid"] == pytest.approx(from_images.metrics["fid"], rel=torch.finfo(torch.float32).eps * 10)
     assert result.missing == {"sfid": "the reference has neither mu_s and sigma_s nor images"}
 
 
 def test_the_inception_score_of_known_classifiers() -> None:
-    close(inception_score(torch.zeros(30, 5)), 1.0)  # every image says the same
+    close(inception_score(torch.zeros(30, 5)), 1.0)  # every image has the same prediction
     close(inception_score(99 * torch.eye(7).repeat(10, 1)), 7.0)  # sure of each of seven classes equally
     p = torch.tensor([[0.9, 0.1], [0.1, 0.9]], dtype=torch.float64)
     close(inception_score(p.log().repeat(50, 1)), np.exp(0.9 * np.log(1.8) + 0.1 * np.log(0.2)))
@@ -120,18 +120,18 @@ def test_precision_and_recall_of_points_on_a_line(swapped: bool) -> None:
     # the reference's third neighbours are 30, 20, 20 and 30 away: 60 lies on the border, 61 outside;
     # the samples' are 190 and more away, and reach all of the reference
     reference, samples = ([[x] for x in points] for points in ((0, 10, 20, 30), (35, 60, 61, 250)))
-    ours, theirs = (torch.tensor(points) for points in ((reference, samples) if swapped else (samples, reference)))
-    wanted = {"precision": 1.0, "recall": 0.5} if swapped else {"precision": 0.5, "recall": 1.0}
-    assert precision_recall(ours, theirs) == wanted
+    generated, real = (torch.tensor(points) for points in ((reference, samples) if swapped else (samples, reference)))
+    expected = {"precision": 1.0, "recall": 0.5} if swapped else {"precision": 0.5, "recall": 1.0}
+    assert precision_recall(generated, real) == expected
 
 
 @pytest.mark.quick
 def test_precision_and_recall_against_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, theirs = torch.randn(60, 5, dtype=torch.float64), torch.randn(45, 5, dtype=torch.float64) * 1.3
-    wanted = tuple(map(np.float32, neighbourhoods(ours.numpy(), theirs.numpy())))
-    assert tuple(precision_recall(ours, theirs).values()) == wanted
+    generated, real = torch.randn(60, 5, dtype=torch.float64), torch.randn(45, 5, dtype=torch.float64) * 1.3
+    expected = tuple(map(np.float32, neighbourhoods(generated.numpy(), real.numpy())))
+    assert tuple(precision_recall(generated, real).values()) == expected
     monkeypatch.setattr("ditfast.evaluation.metrics._ROWS", 7)  # blocks that divide neither number
-    assert tuple(precision_recall(ours, theirs).values()) == wanted
+    assert tuple(precision_recall(generated, real).values()) == expected
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -156,7 +156,7 @@ def test_a_large_file_is_never_in_memory(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
-def test_few_images_are_told_of(tmp_path: Path) -> None:
+def test_few_images_are_warned_of(tmp_path: Path) -> None:
     three = saved(tmp_path / "three.npz", images(3))
     result = evaluate(three, three, extractor=Corner())
     assert list(result.missing) == ["precision", "recall"] and "more than 3 images" in result.missing["precision"]
@@ -256,13 +256,13 @@ def test_arguments_that_cannot_serve(pair: Any, tmp_path: Path) -> None:
     refused("batch_size must be an int above 0, got 0", batch_size=0)
     refused("give one of the two", weights=tmp_path)
     refused("extractor must be a torch-fidelity FeatureExtractorBase, got Linear", TypeError, extractor=nn.Linear(1, 1))
-    found = torch.zeros(50, 3)
-    for wrong in (found, (found, found)):
-        refused("extractor must return a tuple of its 1 features", extractor=Returns(wrong))
-    for wrong in (found[:9], found[0], found.int()):
-        refused(r"extractor must return 'a' as \(50, D\) floats", extractor=Returns((wrong,)))
-    found[3, 1] = torch.nan
-    refused("extractor must return finite features", extractor=Returns((found,)))
+    features = torch.zeros(50, 3)
+    for returned in (features, (features, features)):
+        refused("extractor must return a tuple of its 1 features", extractor=Returns(returned))
+    for returned in (features[:9], features[0], features.int()):
+        refused(r"extractor must return 'a' as \(50, D\) floats", extractor=Returns((returned,)))
+    features[3, 1] = torch.nan
+    refused("extractor must return finite features", extractor=Returns((features,)))
     refused("device must be a device of torch's, such as cpu or cuda, got 'tpux'", device="tpux")
     with pytest.raises(ValueError, match="reference must hold images of the samples' size, 4x3, got 5x3"):
         evaluate(pair[0], saved(tmp_path / "other.npz", images(9, 5)), extractor=Corner())

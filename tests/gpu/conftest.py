@@ -13,7 +13,7 @@ from ditfast.testing.operators import OPERATORS, Shape, draw_inputs, run
 from tests.kernels.conftest import failures, triton_operator
 
 DEVICE = torch.device("cuda")
-CYCLES = 20_000_000  # about 10 ms: whoever does not wait is early
+CYCLES = 20_000_000  # about 10 ms: work that does not wait runs too early
 FAR = 1 << 31  # elements, past which an int32 offset is negative
 SMALL = DiTConfig(depth=2, hidden_size=384, num_heads=6, latent_size=32, num_classes=10)
 # the models' widths and heads, with tokens that fill tiles and tokens that do not
@@ -31,7 +31,7 @@ every_backend = pytest.mark.parametrize("backend", by)
 
 
 class Question:
-    """One operator with inputs in bf16 on the GPU, and what the rule says of results from wherever they came."""
+    """One operator with bf16 inputs on the GPU, and the rule's verdict on any results of it."""
 
     def __init__(self, operator, shape=MODELS[-1], seed=0, gradients=True):
         self.operator, self.options = operator, operator.options(shape)
@@ -41,11 +41,11 @@ class Question:
     def run(self, inputs=None):
         return run(self.operator.fused, self.inputs if inputs is None else inputs, self.options, self.wanted)
 
-    def failures(self, found):
+    def failures(self, actual):
         arguments = (self.operator.formula, self.inputs, self.options, self.wanted)
         oracle, yardstick = run(*arguments, torch.float64), run(*arguments)
         return failures(
-            {name: judge("operator", found[name], yardstick[name], oracle[name], torch.bfloat16) for name in oracle}
+            {name: judge("operator", actual[name], yardstick[name], oracle[name], torch.bfloat16) for name in oracle}
         )
 
 
@@ -57,7 +57,7 @@ def pair(config, dtype=torch.float32):
     return fast, slow
 
 
-def model_failures(found, yardstick, oracle, dtype):
+def model_failures(actual, yardstick, oracle, dtype):
     """By the rule for models, all gradients ("d_...") as one tensor: of a few elements rounding is a lottery."""
 
     def joined(values):
@@ -65,26 +65,26 @@ def model_failures(found, yardstick, oracle, dtype):
         outputs = {name: value for name, value in values.items() if not name.startswith("d_")}
         return outputs | {"gradients": torch.cat(gradients)}
 
-    found, yardstick, oracle = map(joined, (found, yardstick, oracle))
-    return failures({name: judge("model", found[name], yardstick[name], oracle[name], dtype) for name in oracle})
+    actual, yardstick, oracle = map(joined, (actual, yardstick, oracle))
+    return failures({name: judge("model", actual[name], yardstick[name], oracle[name], dtype) for name in oracle})
 
 
 def spy_on(monkeypatch, *launchers):
     """(name, current stream) of every call of the launchers, each a module and a name, as they come."""
-    seen = []
+    calls = []
 
     def spied(module, name):
         original = getattr(module, name)
 
         def spy(*args, **kwargs):
-            seen.append((name, torch.cuda.current_stream()))
+            calls.append((name, torch.cuda.current_stream()))
             return original(*args, **kwargs)
 
         monkeypatch.setattr(module, name, spy)
 
     for launcher in launchers:
         spied(*launcher)
-    return seen
+    return calls
 
 
 class OtherWork:
@@ -131,8 +131,8 @@ def in_threads(functions):
 
 
 def usable(config):
-    """A GEMM's configuration, where the GPU has what it takes."""
-    # a conftest.py of a folder named on the command line is read before triton may be: see tests/conftest.py
+    """A GEMM's configuration; skips if the GPU cannot run it."""
+    # a conftest.py of a folder named on the command line must not import triton: see tests/conftest.py
     from ditfast.kernels.configs import gemm
 
     if config.tma and torch.cuda.get_device_capability()[0] not in gemm.PERSISTENT:

@@ -46,29 +46,29 @@ def test_biases_that_broadcast(bias):
 
 @pytest.mark.parametrize("scale", [-0.3, 100.0])
 def test_scales(scale):
-    """Exponents far apart, by the GPU's own exp2."""
+    """Exponents far apart, through the GPU's own exp2."""
     assert not check(*drawn(3, 257, 2, 72, torch.bfloat16), scale=scale)
 
 
 @pytest.mark.parametrize("offset", [-torch.inf, -1e4])
 def test_masked_keys(offset):
-    """Whole tiles of them, the first ones."""
+    """The first tiles are masked entirely."""
     qkv, d_out, bias = drawn(2, 257, 2, 72, torch.bfloat16, "1HTT")
     bias[:, 1, :, :130] = offset
     assert not check(qkv, d_out, bias)
 
 
 def test_masked_rows():
-    """They give 0 and pass nothing back; torch's own kernels may give NaN, so that there is no yardstick."""
+    """They give 0 and no gradient; torch's own kernels may give NaN, so there is no yardstick."""
     qkv, d_out, bias = drawn(2, 257, 2, 72, torch.bfloat16, "1HTT")
     before = kernels(qkv, d_out, bias)
     bias[:, 0, 3:140] = -torch.inf
-    found = kernels(qkv, d_out, bias)
-    assert all(value.isfinite().all() for value in found.values())
-    assert not found["out"][:, 3:140, :72].any() and not found["d_qkv"][:, 3:140, 0, 0].any()
-    assert not found["d_bias"][:, 0, 3:140].any()
+    results = kernels(qkv, d_out, bias)
+    assert all(value.isfinite().all() for value in results.values())
+    assert not results["out"][:, 3:140, :72].any() and not results["d_qkv"][:, 3:140, 0, 0].any()
+    assert not results["d_bias"][:, 0, 3:140].any()
     for rows in (slice(None, 3), slice(140, None)):
-        assert torch.equal(found["out"][:, rows], before["out"][:, rows])
+        assert torch.equal(results["out"][:, rows], before["out"][:, rows])
 
 
 @pytest.mark.parametrize("tokens", [33, 257])

@@ -41,9 +41,9 @@ def test_the_heuristics_tiles(config, dtype):
 
 @every_tile
 def test_many_runs_are_bit_equal(config):
-    """Persistent programs go on to their next tile while others store: whoever is early or late must not matter."""
+    """Persistent programs start their next tile while others store: the order must not matter."""
     x, weight, bias, vectors, residual = drawn(16, 257, 1160, 1144, torch.bfloat16)
-    work, config = OtherWork(), usable(config)
+    other_work, config = OtherWork(), usable(config)
 
     def results():
         act, pre = linear.linear_gelu(x, weight, bias, True, config)
@@ -52,17 +52,17 @@ def test_many_runs_are_bit_equal(config):
 
     first = results()
     for repeat in range(20):
-        work.queue(repeat % 4)
-        assert all(torch.equal(one, other) for one, other in zip(first, results(), strict=True)), repeat
+        other_work.queue(repeat % 4)
+        assert all(torch.equal(result, repeated) for result, repeated in zip(first, results(), strict=True)), repeat
 
 
 @every_tile
 def test_the_backward_computes_the_activation_again(config):
-    """Bit for bit: the forward takes it of the rounded pre-activation that it stores."""
+    """Bit for bit: the forward computes it from the rounded pre-activation that it stores."""
     x, weight, bias, *_ = drawn(*SHAPE, torch.bfloat16)
     act, pre = linear.linear_gelu(x, weight, bias, True, usable(config))
-    again = linear.linear_gelu_backward(x, weight.t().contiguous(), pre, False, usable(config))[1]
-    assert torch.equal(again, act)
+    recomputed = linear.linear_gelu_backward(x, weight.t().contiguous(), pre, False, usable(config))[1]
+    assert torch.equal(recomputed, act)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -74,6 +74,6 @@ def test_large_pre_activations(config, dtype):
     act, saved = linear.linear_gelu(pre, eye, None, True, usable(config))
     assert torch.equal(saved, pre)
     assert torch.equal(act.double(), F.gelu(pre.double(), approximate="tanh"))
-    d_pre, again, _ = linear.linear_gelu_backward(torch.ones_like(pre), eye, pre, False, usable(config))
+    d_pre, recomputed, _ = linear.linear_gelu_backward(torch.ones_like(pre), eye, pre, False, usable(config))
     slope, _ = gelu_gradient(torch.ones_like(pre).double(), pre.double())
-    assert torch.equal(again, act) and torch.equal(d_pre.double(), slope)
+    assert torch.equal(recomputed, act) and torch.equal(d_pre.double(), slope)

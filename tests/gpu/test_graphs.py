@@ -42,11 +42,11 @@ def test_operators(name, backend):
 @designs
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_a_forward(conditioning, dtype, monkeypatch):
-    """Of other inputs, and of weights that were written in place since: nothing made of either was captured."""
+    """Replayed with other inputs, and with weights written in place: the graph holds no copy of either."""
     fast, slow = pair(replace(SMALL, conditioning=conditioning), dtype)
     static = random_batch(SMALL, 3, DEVICE, dtype)
-    together, own = [], modulations.modulations
-    monkeypatch.setattr(modulations, "modulations", lambda *given: together.append(len(given[1])) or own(*given))
+    together, original = [], modulations.modulations
+    monkeypatch.setattr(modulations, "modulations", lambda *args: together.append(len(args[1])) or original(*args))
     with torch.no_grad():
         graph, out = captured(lambda: fast(*static))
         assert set(together) == {SMALL.depth + 1}  # in the capture and before it
@@ -83,7 +83,7 @@ def test_a_training_step(conditioning):
 
         return step
 
-    graph, found = captured(steps(fast))
+    graph, actual = captured(steps(fast))
     fast.load_state_dict(start)  # the calls before the capture were steps too
     yardstick, oracle = steps(slow), steps(copy.deepcopy(slow).double())
     for seed in (1, 2, 3):
@@ -91,4 +91,4 @@ def test_a_training_step(conditioning):
         for buffer, value in zip(static, new, strict=True):
             buffer.copy_(value)
         graph.replay()
-        assert not model_failures(found, yardstick(), oracle(), torch.float32), seed
+        assert not model_failures(actual, yardstick(), oracle(), torch.float32), seed

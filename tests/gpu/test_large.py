@@ -1,4 +1,4 @@
-"""Elements past 2^31, where an int32 offset turns negative: read there, and written there."""
+"""Reads and writes of elements past 2^31, where an int32 offset turns negative."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ both_kernels = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def memory_for_the_others():
-    """Tests of other processes run beside: none keeps the 4 to 6 GB that it had."""
+    """Frees 4 to 6 GB after each test: other processes' tests share the GPU."""
     yield
     torch.cuda.empty_cache()
 
@@ -46,16 +46,16 @@ def test_rows_are_read(strides):
     _, _, mean, rstd = forward[0]
     arguments = (x, gate, shift, scale, mean, rstd, True, True, True, True, True, True)
     near = adaln.adaln_bwd(x, x, x, *arguments)
-    for given in ((far, x, x), (x, far, x), (x, x, far)):
-        found = adaln.adaln_bwd(*given, *arguments)
-        assert all(torch.equal(*pair) for pair in zip(near[:5], found[:5], strict=True))
+    for operands in ((far, x, x), (x, far, x), (x, x, far)):
+        results = adaln.adaln_bwd(*operands, *arguments)
+        assert all(torch.equal(*pair) for pair in zip(near[:5], results[:5], strict=True))
 
 
-def assert_repeated(whole, parts, yardstick, oracle):
-    """A result past 2^31 of one part again and again along axis ``parts``: right, and the same to the last."""
-    assert whole.numel() > FAR
-    first = whole.narrow(parts, 0, 1)
-    assert all((some == first).all() for some in whole.split(1 << (16 if parts else 8), dim=parts))
+def assert_repeated(result, parts, yardstick, oracle):
+    """A result past 2^31 that repeats one part along axis ``parts``: the first is right, and all are equal."""
+    assert result.numel() > FAR
+    first = result.narrow(parts, 0, 1)
+    assert all((chunk == first).all() for chunk in result.split(1 << (16 if parts else 8), dim=parts))
     verdict = judge("operator", first, yardstick, oracle, BF16)
     assert verdict.ok, verdict
 
@@ -74,8 +74,8 @@ def test_rows_are_written():
     _, out, mean, rstd = adaln.adaln_fwd(x, None, None, shift, scale, 1e-6)
     assert_repeated(out, 1, *expected[0])
     del out
-    wants = (True, False, False, False, False, False)
-    d_x = adaln.adaln_bwd(None, d_out, x, None, None, None, scale, mean, rstd, *wants)[0]
+    needed_gradients = (True, False, False, False, False, False)
+    d_x = adaln.adaln_bwd(None, d_out, x, None, None, None, scale, mean, rstd, *needed_gradients)[0]
     assert_repeated(d_x, 1, *expected[1])
     del d_x
     expected = [formulas.gated_residual(*(v.to(dtype) for v in (row, row, gate))) for dtype in (BF16, torch.float64)]
@@ -95,14 +95,14 @@ def test_attention_writes():
         qkv, d_out, _ = draw_attention(1, 256, 16, 72, BF16)
     yardstick, oracle = (formula(qkv, d_out, None, 0.1, dtype) for dtype in (BF16, torch.float64))
     out, stats = attention_fwd(qkv, 0.1)
-    whole, _ = attention_fwd(qkv.expand(FAR // out.numel() + 2, *qkv.shape[1:]), 0.1, save=False)
-    assert_repeated(whole, 0, yardstick["out"], oracle["out"])
-    del whole
+    result, _ = attention_fwd(qkv.expand(FAR // out.numel() + 2, *qkv.shape[1:]), 0.1, save=False)
+    assert_repeated(result, 0, yardstick["out"], oracle["out"])
+    del result
     batch = FAR // qkv.numel() + 2
     expanded = [value.expand(batch, *value.shape[1:]) for value in (d_out, qkv)]
     copied = [value.repeat(batch, *(1 for _ in value.shape[1:])) for value in (out, stats)]
-    whole, _, _ = attention_bwd(*expanded, *copied, 0.1)
-    assert_repeated(whole, 0, yardstick["d_qkv"], oracle["d_qkv"])
+    result, _, _ = attention_bwd(*expanded, *copied, 0.1)
+    assert_repeated(result, 0, yardstick["d_qkv"], oracle["d_qkv"])
 
 
 def gelu(x, weight, bias):

@@ -40,14 +40,14 @@ def test_with_the_kernels_demanded(conditioning, dtype, latent_size):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_the_kernels_are_on_the_path(training, monkeypatch):
-    """Without being demanded: on a GPU "auto" takes them."""
-    seen = spy_on(monkeypatch, (adaln, "adaln_fwd"), (adaln, "adaln_bwd"))
+    """On a GPU "auto" takes them without a demand."""
+    launches = spy_on(monkeypatch, (adaln, "adaln_fwd"), (adaln, "adaln_bwd"))
     fast, _ = pair(SMALL, torch.bfloat16)
     with torch.set_grad_enabled(training):
         out = fast(*random_batch(SMALL, 3, DEVICE, torch.bfloat16))
     if training:
         out.sum().backward()
-    norms, calls = 2 * SMALL.depth + 1, [name for name, _ in seen]
+    norms, calls = 2 * SMALL.depth + 1, [name for name, _ in launches]
     assert (calls.count("adaln_fwd"), calls.count("adaln_bwd")) == (norms, norms if training else 0)
 
 
@@ -55,11 +55,11 @@ def test_the_kernels_are_on_the_path(training, monkeypatch):
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_autocast(conditioning, dtype):
     fast, slow = pair(replace(SMALL, conditioning=conditioning), torch.float32)
-    given = random_batch(SMALL, 3, DEVICE)
+    batch = random_batch(SMALL, 3, DEVICE)
     with torch.autocast("cuda", DTYPES[dtype]):
-        found, yardstick = (run_model(model, *given) for model in (fast, slow))
-    oracle = run_model(copy.deepcopy(slow).double(), *given)
-    assert not model_failures(found, yardstick, oracle, DTYPES[dtype])
+        actual, yardstick = (run_model(model, *batch) for model in (fast, slow))
+    oracle = run_model(copy.deepcopy(slow).double(), *batch)
+    assert not model_failures(actual, yardstick, oracle, DTYPES[dtype])
 
 
 def trained(model, autocast=None):
@@ -106,10 +106,10 @@ def outputs_and_gradients(model, x, t, y):
     return {"output": out.detach()} | {f"d_{name}": value.grad for name, value in learning.items()}
 
 
-def assert_alike(fast, slow, given, dtype=torch.bfloat16):
-    found, yardstick = (outputs_and_gradients(model, *given) for model in (fast, slow))
-    oracle = outputs_and_gradients(copy.deepcopy(slow).double(), *given)
-    assert not model_failures(found, yardstick, oracle, dtype)
+def assert_alike(fast, slow, arguments, dtype=torch.bfloat16):
+    actual, yardstick = (outputs_and_gradients(model, *arguments) for model in (fast, slow))
+    oracle = outputs_and_gradients(copy.deepcopy(slow).double(), *arguments)
+    assert not model_failures(actual, yardstick, oracle, dtype)
 
 
 def test_compiled():
@@ -134,12 +134,12 @@ def test_threads_share_a_model(conditioning, training):
     config = replace(SMALL, conditioning=conditioning, class_dropout_prob=0.0)
     fast, slow = (model.train(training) for model in pair(config, torch.float32))
     batches = [random_batch(config, 3, DEVICE, seed=seed) for seed in range(3)]
-    fresh = in_threads([lambda given=given: run_model(fast, *given) for given in batches])
-    again = in_threads([lambda given=given: [run_model(fast, *given) for _ in range(3)][-1] for given in batches])
+    fresh = in_threads([lambda batch=batch: run_model(fast, *batch) for batch in batches])
+    again = in_threads([lambda batch=batch: [run_model(fast, *batch) for _ in range(3)][-1] for batch in batches])
     exact = copy.deepcopy(slow).double()
-    for given, *found in zip(batches, fresh, again, strict=True):
-        yardstick, oracle = (run_model(model, *given) for model in (slow, exact))
-        for results in found:
+    for batch, *runs in zip(batches, fresh, again, strict=True):
+        yardstick, oracle = (run_model(model, *batch) for model in (slow, exact))
+        for results in runs:
             assert not model_failures(results, yardstick, oracle, torch.float32)
 
 

@@ -64,9 +64,9 @@ def odd_rows(value):
 
 
 def a_chunk(value):
-    """As the fifth of a modulation's six."""
-    others = torch.full_like(value, torch.nan)
-    return torch.cat([others, others, others, others, value, others], dim=-1).chunk(6, dim=-1)[4]
+    """As the fifth of a modulation's six chunks."""
+    padding = torch.full_like(value, torch.nan)
+    return torch.cat([padding, padding, padding, padding, value, padding], dim=-1).chunk(6, dim=-1)[4]
 
 
 @every_operator
@@ -91,7 +91,7 @@ def test_a_tangent_is_the_formulas():
     with DEVICE:
         qkv, tangent = torch.randn(2, 3, 65, 216, dtype=torch.bfloat16).unbind(0)
     exact = torch.func.jvp(lambda x: OPERATORS["self_attention"].formula(x, 3), (qkv.double(),), (tangent.double(),))[1]
-    found = torch.func.jvp(lambda x: OPERATORS["self_attention"].fused(x, 3), (qkv,), (tangent,))[1]
+    actual = torch.func.jvp(lambda x: OPERATORS["self_attention"].fused(x, 3), (qkv,), (tangent,))[1]
     with sdpa_kernel(SDPBackend.MATH):
         yardstick = torch.func.jvp(lambda x: OPERATORS["self_attention"].formula(x, 3), (qkv,), (tangent,))[1]
-    assert judge("operator", found, yardstick, exact, torch.bfloat16).ok
+    assert judge("operator", actual, yardstick, exact, torch.bfloat16).ok

@@ -1,4 +1,4 @@
-"""What comes when on a GPU: repeated runs, neighbours in a batch, streams, threads, a second device."""
+"""Order of execution on a GPU: repeated runs, neighbours in a batch, streams, threads, a second device."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ LEARNING = [name for name, operator in OPERATORS.items() if operator.gradients]
 
 @every_operator
 def test_many_runs_are_bit_equal(name, monkeypatch):
-    """With other work queued beside: whoever reads before a write has finished, or adds in any order, is found out."""
+    """With other work queued beside: early reads and sums in varying order change bits."""
     poison(monkeypatch)
     question, work = Question(triton_operator(name), FULL), OtherWork()
     first = question.run()
@@ -48,7 +48,7 @@ def test_a_sample_does_not_depend_on_its_neighbours(name, row):
 @every_operator
 @every_backend
 def test_on_a_side_stream(name, backend):
-    """Its inputs come there at the last moment: on another stream it would read what was there before."""
+    """Its inputs arrive on that stream at the last moment: on another stream it would read old values."""
     question = Question(by[backend](name))
     late = {
         key: torch.full_like(value, torch.nan) if value.is_floating_point() else torch.zeros_like(value)
@@ -61,15 +61,15 @@ def test_on_a_side_stream(name, backend):
         torch.cuda._sleep(CYCLES)
         for key, value in question.inputs.items():
             late[key].copy_(value)
-        found = question.run(late)
+        results = question.run(late)
     torch.cuda.current_stream().wait_stream(side)
-    assert not question.failures(found)
+    assert not question.failures(results)
 
 
 @pytest.mark.parametrize("name", LEARNING)
 def test_a_backward_runs_on_its_forwards_stream(name, monkeypatch):
-    """Asked for on another one, where its incoming gradient comes at the last moment."""
-    seen = spy_on(
+    """The backward is called on another stream, where its incoming gradient arrives at the last moment."""
+    launches = spy_on(
         monkeypatch,
         (adaln, "adaln_bwd"),
         (attention_bwd, "attention_bwd"),
@@ -78,7 +78,7 @@ def test_a_backward_runs_on_its_forwards_stream(name, monkeypatch):
     )
     question = Question(triton_operator(name))
     expected = question.run()
-    seen.clear()
+    launches.clear()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     leaves = {key: value.detach().requires_grad_() for key, value in question.inputs.items()}
@@ -86,16 +86,16 @@ def test_a_backward_runs_on_its_forwards_stream(name, monkeypatch):
         out = question.operator.fused(**leaves, **question.options)
     out = out if isinstance(out, tuple) else (out,)
     generator = torch.Generator(DEVICE).manual_seed(1)  # as in run
-    given = [torch.randn(o.mT.shape, generator=generator, device=DEVICE).mT.to(o.dtype) for o in out]
-    late = [torch.full_like(value, torch.nan) for value in given]
+    incoming = [torch.randn(o.mT.shape, generator=generator, device=DEVICE).mT.to(o.dtype) for o in out]
+    late = [torch.full_like(value, torch.nan) for value in incoming]
     torch.cuda.synchronize()
     torch.cuda._sleep(CYCLES)
-    for buffer, value in zip(late, given, strict=True):
+    for buffer, value in zip(late, incoming, strict=True):
         buffer.copy_(value)
     gradients = torch.autograd.grad(out, list(leaves.values()), late)
-    assert seen and {stream for _, stream in seen} == {side}
-    found = {f"d_{key}": value for key, value in zip(leaves, gradients, strict=True)}
-    assert not question.failures(expected | found)
+    assert launches and {stream for _, stream in launches} == {side}
+    results = {f"d_{key}": value for key, value in zip(leaves, gradients, strict=True)}
+    assert not question.failures(expected | results)
 
 
 @every_operator
@@ -106,11 +106,11 @@ def test_threads_on_streams_of_their_own(name, backend):
     for question in questions:
         question.run()
 
-    def often(question):
+    def ten_runs(question):
         return lambda: [question.run() for _ in range(10)]
 
-    for question, found in zip(questions, in_threads(list(map(often, questions))), strict=True):
-        for results in found:
+    for question, runs in zip(questions, in_threads(list(map(ten_runs, questions))), strict=True):
+        for results in runs:
             assert not question.failures(results)
 
 

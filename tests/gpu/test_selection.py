@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import _is_for
 
 TESTS = Path(__file__).parents[1]
-# every sampler is diffusers': their test on a GPU is skipped with its module
+# the module compares samplers with diffusers', so its GPU test is skipped with it
 NEEDS_DIFFUSERS = {"inference/test_samplers.py"}
 MISSING = """
 import sys
@@ -49,8 +49,8 @@ sys.meta_path[:] = map(Without, sys.meta_path)
     ],
 )
 def test_what_a_session_is_for(expression, session):
-    found = [tests for tests in ("gpu", "rehearsal") if _is_for(tests, expression)]
-    assert found == ([] if session is None else [session])
+    selected = [tests for tests in ("gpu", "rehearsal") if _is_for(tests, expression)]
+    assert selected == ([] if session is None else [session])
 
 
 @pytest.mark.subprocess

@@ -25,7 +25,7 @@ captures = _captures
 
 
 def assert_follows(change, prepare=lambda model: None):
-    """Parity after a change to both models that makes other latents."""
+    """Parity after a change to both models that changes the latents."""
     fast, slow = models()
     for model in (fast, slow):
         prepare(model)
@@ -86,7 +86,7 @@ class LowRank(nn.Module):
 
 
 def lower_rank(model):
-    """A modulation of unknown width: no table any more."""
+    """A modulation of unknown width turns the table off."""
     model.blocks[0].adaLN_modulation[1] = LowRank(model.blocks[0].adaLN_modulation[1])
 
 
@@ -115,7 +115,7 @@ def test_adapters_that_are_switched_off(target, captures):
     assert captures == []
 
 
-def test_what_ran_before_does_no_harm():
+def test_earlier_runs_do_not_matter():
     fast, slow = models()
     engine = Engine(fast, Sampler("ddim", 3), Guidance(2.0))
     x, t, y = noise(), torch.full((3,), 500), torch.tensor(LABELS)
@@ -131,21 +131,21 @@ def test_what_ran_before_does_no_harm():
 def test_a_table_is_freed_with_its_call(captures, monkeypatch):
     fast, _ = models()
     engine = Engine(fast, Sampler("ddim", 3), Guidance(2.0))
-    made, modulation = [], ditfast.DiT.modulation
+    tables, modulation = [], ditfast.DiT.modulation
 
     def recorded(model, t, y):
         table = modulation(model, t, y)
-        made.append(StorageWeakRef(table.untyped_storage()))
+        tables.append(StorageWeakRef(table.untyped_storage()))
         return table
 
     monkeypatch.setattr(ditfast.DiT, "modulation", recorded)
-    held = []
-    engine(noise(), LABELS, on_step=lambda _: held.append(not made[-1].expired()))
-    assert held == [True] * 3 and [table.expired() for table in made] == [True]
+    alive = []
+    engine(noise(), LABELS, on_step=lambda _: alive.append(not tables[-1].expired()))
+    assert alive == [True] * 3 and [table.expired() for table in tables] == [True]
     with torch.no_grad():
         fast.y_embedder.embedding_table.weight[0] = torch.nan
     with pytest.raises(NotFinite) as stopped:
         engine(noise(), LABELS)
     # while the traceback holds the call's frames
-    assert stopped.tb is not None and [table.expired() for table in made] == [True] * 2
+    assert stopped.tb is not None and [table.expired() for table in tables] == [True] * 2
     assert captures == [3]

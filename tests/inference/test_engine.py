@@ -38,18 +38,18 @@ def generators(count=3):
 
 @torch.no_grad()
 def plain_loop(model, sampler, guidance, labels=LABELS, dtype=torch.float32, start=None):
-    """The loop as anyone writes it, every modulation computed in every step."""
+    """The plain loop, every modulation computed in every step."""
     x = sampler.start((noise(len(labels)) if start is None else start).to(dtype))
     draws, y = generators(len(labels)), torch.tensor(labels, device=sampler.timesteps.device)
     weights = next(model.parameters()).dtype
     for i, t in enumerate(sampler.timesteps):
-        given = sampler.model_input(x, i).to(weights)
+        model_input = sampler.model_input(x, i).to(weights)
         scale = 1.0 if guidance is None else guidance.scale_at(float(t))
         if scale == 1:
-            output = model(given, t.expand(len(y)), y)
+            output = model(model_input, t.expand(len(y)), y)
         else:
-            both = torch.cat([y, torch.full_like(y, model.config.null_class)])
-            output = model(torch.cat([given, given]), t.expand(len(both)), both)
+            all_labels = torch.cat([y, torch.full_like(y, model.config.null_class)])
+            output = model(torch.cat([model_input, model_input]), t.expand(len(all_labels)), all_labels)
             output = guidance.apply(output, scale, x.shape[1])
         x = sampler.step(x, output.to(dtype), i, draws)
     return x
@@ -57,14 +57,14 @@ def plain_loop(model, sampler, guidance, labels=LABELS, dtype=torch.float32, sta
 
 def assert_parity(engine, slow, guidance, labels=LABELS, dtype=torch.float32):
     """Final latents by the rule for models: the reference's plain loop is the yardstick, in fp64 the oracle."""
-    found = engine(noise(len(labels)), labels, generators(len(labels)))
+    actual = engine(noise(len(labels)), labels, generators(len(labels)))
     expected = plain_loop(slow, engine.sampler, guidance, labels)
     # an ancestral solver would draw other noise in fp64
     solver = torch.float32 if engine.sampler.name == "ddpm" else torch.float64
     exact = plain_loop(copy.deepcopy(slow).double(), engine.sampler, guidance, labels, solver)
-    verdict = judge("model", found, expected, exact, dtype)
+    verdict = judge("model", actual, expected, exact, dtype)
     assert verdict.ok, verdict
-    assert verdict.yardstick < 1000 * torch.finfo(dtype).eps  # or rounding is all there is
+    assert verdict.yardstick < 1000 * torch.finfo(dtype).eps  # else only rounding would be compared
 
 
 @pytest.mark.quick
@@ -120,18 +120,18 @@ def test_with_the_kernels():
     # guidance makes two rows of one image
     fast, slow = models(depth=2)
     with ditfast.ops.use_backend("triton"):
-        found = Engine(fast, Sampler("ddim", 2), Guidance(2.0))(noise(1), LABELS[:1])
+        actual = Engine(fast, Sampler("ddim", 2), Guidance(2.0))(noise(1), LABELS[:1])
     expected, exact = (
         plain_loop(model, Sampler("ddim", 2), Guidance(2.0), LABELS[:1], dtype)
         for model, dtype in ((slow, torch.float32), (copy.deepcopy(slow).double(), torch.float64))
     )
-    assert judge("model", found, expected, exact, torch.float32).ok
+    assert judge("model", actual, expected, exact, torch.float32).ok
 
 
 def rows_made(monkeypatch):
     """How many rows each of the table's GEMMs has, as they come."""
-    rows, made = [], ditfast.DiT.modulation
-    monkeypatch.setattr(ditfast.DiT, "modulation", lambda model, t, y: rows.append(len(t)) or made(model, t, y))
+    rows, modulation = [], ditfast.DiT.modulation
+    monkeypatch.setattr(ditfast.DiT, "modulation", lambda model, t, y: rows.append(len(t)) or modulation(model, t, y))
     return rows
 
 
@@ -166,11 +166,11 @@ def test_the_loop_reads_no_adaln_weight():
         for part in (fast.t_embedder, fast.y_embedder, *(x.adaLN_modulation for x in (*fast.blocks, fast.final_layer))):
             for parameter in part.parameters():
                 parameter.fill_(math.nan)
-        found = [fast.forward_modulated(noise(), modulation) for modulation in modulations]
-        for ours, t in zip(found, (900, 5), strict=True):
-            given = torch.full((3,), t), torch.tensor(LABELS)
-            exact = copy.deepcopy(slow).double()(noise().double(), *given)
-            assert judge("model", ours, slow(noise(), *given), exact, torch.float32).ok
+        outputs = [fast.forward_modulated(noise(), modulation) for modulation in modulations]
+        for ours, t in zip(outputs, (900, 5), strict=True):
+            condition = torch.full((3,), t), torch.tensor(LABELS)
+            exact = copy.deepcopy(slow).double()(noise().double(), *condition)
+            assert judge("model", ours, slow(noise(), *condition), exact, torch.float32).ok
 
 
 def test_a_table_is_made_in_every_call(monkeypatch):
@@ -183,7 +183,7 @@ def test_a_table_is_made_in_every_call(monkeypatch):
     rows.clear()
     engine.guidance = Guidance(1.0)
     assert_parity(engine, slow, engine.guidance)
-    assert rows == [3 * 3]  # without guidance nobody reads the null class
+    assert rows == [3 * 3]  # without guidance the null class is not read
 
 
 def loaded(model):
@@ -209,11 +209,11 @@ def replaced(model):
 
 def test_changed_layers_are_called():
     fast, slow = models()
-    heard = []
-    fast.blocks[1].adaLN_modulation[1].register_forward_hook(lambda *_: heard.append(1))
+    called = []
+    fast.blocks[1].adaLN_modulation[1].register_forward_hook(lambda *_: called.append(1))
     engine = Engine(fast, Sampler("ddim", 3), Guidance(2.0))
     assert_parity(engine, slow, Guidance(2.0))
-    assert heard == [1]  # where the table is made
+    assert called == [1]  # where the table is made
     for model in (fast, slow):
         model.blocks[0].adaLN_modulation[0] = nn.GELU()
     assert_parity(Engine(fast, Sampler("ddim", 3), Guidance(2.0)), slow, Guidance(2.0))
@@ -221,7 +221,7 @@ def test_changed_layers_are_called():
 
 def test_a_model_of_another_codebase():
     _, slow = models()
-    seen = []
+    batches = []
 
     class Foreign(nn.Module):
         def __init__(self):
@@ -229,17 +229,17 @@ def test_a_model_of_another_codebase():
             self.inner = slow
 
         def forward(self, x, t, y):
-            seen.append(len(x))
+            batches.append(len(x))
             return self.inner(x, t, y)
 
     foreign = Foreign().eval()
     with pytest.raises(ValueError, match="guidance needs a null class, and the model's config has none"):
         Engine(foreign, Sampler("ddim", 3), Guidance(2.0))
     assert_parity(Engine(foreign, Sampler("ddim", 3), Guidance(2.0), null_class=10), slow, Guidance(2.0))
-    assert seen == [6, 6, 6]
-    seen.clear()
+    assert batches == [6, 6, 6]
+    batches.clear()
     assert_parity(Engine(foreign, Sampler("ddim", 3)), slow, None)
-    assert seen == [3, 3, 3]
+    assert batches == [3, 3, 3]
 
 
 def test_an_image_is_the_same_whatever_its_neighbours():
@@ -256,13 +256,13 @@ def test_an_image_is_the_same_whatever_its_neighbours():
 
 def test_latents_that_are_not_finite_stop_the_run():
     fast, _ = models()
-    done = []
+    steps = []
     engine = Engine(fast, Sampler("ddim", 60))
     with torch.no_grad():
         fast.y_embedder.embedding_table.weight[0] = math.nan
     with pytest.raises(ValueError, match="latents are not finite from step 1 of 60 on, image 1 of the batch"):
-        engine(noise(), LABELS, on_step=done.append)
-    assert len(done) < 60
+        engine(noise(), LABELS, on_step=steps.append)
+    assert len(steps) < 60
     start = noise()
     start[2, 0, 0, 0] = math.inf
     with pytest.raises(ValueError, match="from step 1 of 60 on, image 2 of the batch"):
@@ -340,11 +340,11 @@ def test_graphs(design):
             for model in (fast, slow):
                 change(model)
             labels = LABELS[:count]
-            found = engine(noise(count).cuda(), labels, generators(count))
+            actual = engine(noise(count).cuda(), labels, generators(count))
             start = noise(count).cuda()
             expected = plain_loop(slow, sampler, guidance, labels, start=start)
             exact = plain_loop(copy.deepcopy(slow).double(), sampler, guidance, labels, torch.float64, start)
-            verdict = judge("model", found, expected, exact, torch.float32)
+            verdict = judge("model", actual, expected, exact, torch.float32)
             assert verdict.ok, verdict
             assert 1 <= len(engine.graphs) <= 4
     fast.blocks[0].register_forward_hook(lambda *_: None)

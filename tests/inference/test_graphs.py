@@ -32,17 +32,17 @@ class Recorded:
 @pytest.fixture
 def captures(monkeypatch):
     """The batch sizes of the captures, as they come."""
-    made = []
+    batches = []
 
     def capture(function, inputs):
-        made.append(len(inputs[0]))
+        batches.append(len(inputs[0]))
         buffers = tuple(value.clone() for value in inputs)
         output = function(*buffers)
         return graphs._Captured(Recorded(function, buffers, output), buffers, output)
 
     monkeypatch.setattr(graphs, "_capture", capture)
     monkeypatch.setattr(graphs, "_DEVICE", "cpu")
-    return made
+    return batches
 
 
 @pytest.mark.quick
@@ -94,7 +94,7 @@ def test_weights_written_in_place_need_no_capture(change, captures):
     assert captures == [3]
 
 
-def test_weights_that_moved_do(captures):
+def test_moved_weights_need_a_capture(captures):
     fast, slow = models()
     engine = Engine(fast, Sampler("ddim", 3), Guidance(2.0))
     engine(noise(), LABELS)
@@ -115,10 +115,10 @@ def test_a_model_with_hooks_is_called(captures):
     fast, slow = models()
     engine = Engine(fast, Sampler("ddim", 3), Guidance(2.0))
     engine(noise(), LABELS)
-    heard = []
-    fast.blocks[0].register_forward_hook(lambda *_: heard.append(1))
+    called = []
+    fast.blocks[0].register_forward_hook(lambda *_: called.append(1))
     assert_parity(engine, slow, engine.guidance)
-    assert captures == [3] and len(heard) == 3 and len(engine.graphs) == 0
+    assert captures == [3] and len(called) == 3 and len(engine.graphs) == 0
     assert engine.graphs.unavailable() == "the model has hooks, which a replay would not call"
 
 
@@ -155,8 +155,8 @@ class Scaled(torch.nn.Module):
         super().__init__()
         self.inner, self.factor = inner, 1.0
 
-    def forward(self, *given):
-        return self.factor * self.inner(*given)
+    def forward(self, *arguments):
+        return self.factor * self.inner(*arguments)
 
 
 def wrap(model):
@@ -207,7 +207,7 @@ def test_nothing_is_captured_within_a_transform(captures):
     fast, slow = models()
     engine = Engine(fast, Sampler("ddim", 2), Guidance(2.0))
     start = noise()
-    found, _ = torch.func.jvp(lambda x: engine(x, LABELS), (start,), (start,))
+    derivative, _ = torch.func.jvp(lambda x: engine(x, LABELS), (start,), (start,))
     assert captures == []
     assert_parity(engine, slow, engine.guidance)
-    assert captures == [3] and relative_error(found, engine(start, LABELS)) < 1e-5  # another path of attention
+    assert captures == [3] and relative_error(derivative, engine(start, LABELS)) < 1e-5  # another path of attention

@@ -80,7 +80,7 @@ def test_the_interval():
     assert torch.equal(guidance(output, 900), output[:2]) and not torch.equal(guidance(output, 500), output[:2])
     powered = dataclasses.replace(guidance, power=4.0)
     assert powered.scale_at(100) == 1 < powered.scale_at(200) == Guidance(4.0, power=4.0).scale_at(200)
-    # a flow's t is fp32, which may lie past the bound it was meant to be
+    # a flow's t is fp32 and may round past the bound it stands for
     flow = Guidance(4.0, interval=(0.3, 0.6), span=(0.0, 1.0))
     times = torch.tensor([0.2, 0.3, 0.6, 0.7, 1.0])
     assert times[2].item() > 0.6
@@ -97,7 +97,7 @@ def test_one_half_alone():
 
 
 def test_a_tensor_scale_is_not_read_on_the_host():
-    """A meta tensor has no values: whoever asks for one raises."""
+    """A meta tensor has no values: reading one raises."""
     for scale in (torch.empty((), device="meta"), torch.empty(1, device="meta")):
         output = torch.empty(4, 8, 3, 3, device="meta")
         assert Guidance(rescale=0.5).apply(output, scale).shape == (2, 8, 3, 3)

@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
 def run(pipe, **options):
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(3)
-    torch.manual_seed(4)  # where a scheduler draws noise
+    torch.manual_seed(4)  # for schedulers that draw noise
     options = {"num_inference_steps": 5, "output_type": "np", "generator": generator, **options}
     return torch.from_numpy(pipe([1, 207], **options).images)
 
@@ -65,7 +65,7 @@ def test_the_same_images(folder, scheduler, scale, monkeypatch):
     draw = diffusers.utils.torch_utils.randn_tensor
 
     def recorded(*args, **options):
-        """What the first run drew, for the others in their precision."""
+        """The first run's noise, for the others in their precision."""
         if run_of["number"] == 0:
             drawn.append(draw(*args, **options))
             return drawn[-1]
@@ -74,26 +74,26 @@ def test_the_same_images(folder, scheduler, scale, monkeypatch):
         return value.to(options["dtype"])
 
     run_of = {"number": 0, "draws": 0}
-    ours = ditfast.DiTPipeline.from_pretrained(folder).to(torch.float64)
-    theirs = diffusers.DiTPipeline.from_pretrained(folder)
-    pipes = [theirs, ours, diffusers.DiTPipeline.from_pretrained(folder).to(torch.float64)]
+    ditfast_pipe = ditfast.DiTPipeline.from_pretrained(folder).to(torch.float64)
+    diffusers_pipe = diffusers.DiTPipeline.from_pretrained(folder)
+    pipes = [diffusers_pipe, ditfast_pipe, diffusers.DiTPipeline.from_pretrained(folder).to(torch.float64)]
     for module in MODULES:
         monkeypatch.setattr(f"{module}.randn_tensor", recorded)
-    found = []
+    images = []
     for number, pipe in enumerate(pipes):
         run_of.update(number=number, draws=0)
         if number == 2:  # its own sinusoid is fp32 whatever the model
             monkeypatch.setattr("diffusers.models.embeddings.get_timestep_embedding", sinusoid)
         if scheduler is not None:
             pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
-        found.append(run(pipe, guidance_scale=scale))
-    verdict = judge("model", found[1], found[0], found[2], torch.float32)
+        images.append(run(pipe, guidance_scale=scale))
+    verdict = judge("model", images[1], images[0], images[2], torch.float32)
     assert verdict.ok, verdict
-    assert found[0].std() > 0.01
+    assert images[0].std() > 0.01
 
 
 def test_the_same_seed_gives_the_same_noise(folder, monkeypatch):
-    """Every draw of a run, bit by bit: what is made of them is judged above."""
+    """Every draw of a run is bit-equal; the test above judges the images."""
     drawn, draw = [], diffusers.utils.torch_utils.randn_tensor
 
     def recorded(*args, **options):
@@ -109,28 +109,28 @@ def test_the_same_seed_gives_the_same_noise(folder, monkeypatch):
             for pipe in pipes:
                 pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
                 drawn.append([])
-                own = [torch.Generator().manual_seed(seed) for seed in seeds]
-                run(pipe, generator=own if len(own) > 1 else own[0])
-            theirs, ours = drawn
-            assert len(theirs) == len(ours) == count
-            assert all(torch.equal(a, b) for a, b in zip(theirs, ours, strict=True))
+                generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+                run(pipe, generator=generators if len(generators) > 1 else generators[0])
+            diffusers_draws, ditfast_draws = drawn
+            assert len(diffusers_draws) == len(ditfast_draws) == count
+            assert all(torch.equal(a, b) for a, b in zip(diffusers_draws, ditfast_draws, strict=True))
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_euler_starts_from_its_own_noise(folder, scale):
     """Its steps are DDIM's in other variables; theirs starts, and steps, from x where Euler's variable is x / alpha."""
-    pipe, found = ditfast.DiTPipeline.from_pretrained(folder).to(torch.float64), {}
+    pipe, images = ditfast.DiTPipeline.from_pretrained(folder).to(torch.float64), {}
     for name in ("DDIMScheduler", "EulerDiscreteScheduler"):
-        given = {"clip_sample": False} if name == "DDIMScheduler" else {"timestep_spacing": "leading"}
-        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **given)
-        found[name] = run(pipe, guidance_scale=scale)
-    torch.testing.assert_close(found["EulerDiscreteScheduler"], found["DDIMScheduler"], rtol=1e-4, atol=1e-4)
+        settings = {"clip_sample": False} if name == "DDIMScheduler" else {"timestep_spacing": "leading"}
+        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **settings)
+        images[name] = run(pipe, guidance_scale=scale)
+    torch.testing.assert_close(images["EulerDiscreteScheduler"], images["DDIMScheduler"], rtol=1e-4, atol=1e-4)
 
 
 def test_one_engine_with_a_table_in_every_call(folder, monkeypatch):
     pipe, rows = ditfast.DiTPipeline.from_pretrained(folder), []
-    made = ditfast.DiT.modulation
-    monkeypatch.setattr(ditfast.DiT, "modulation", lambda model, t, y: rows.append(len(t)) or made(model, t, y))
+    modulation = ditfast.DiT.modulation
+    monkeypatch.setattr(ditfast.DiT, "modulation", lambda model, t, y: rows.append(len(t)) or modulation(model, t, y))
     first = run(pipe)
     torch.testing.assert_close(run(pipe), first)
     run(pipe, num_inference_steps=4)
@@ -156,28 +156,28 @@ def test_names_outputs_and_dtype(folder):
 def test_saved_and_read_by_both(folder, tmp_path, monkeypatch):
     pipe = ditfast.DiTPipeline.from_pretrained(folder)
     pipe.save_pretrained(tmp_path / "copy")
-    again = ditfast.DiTPipeline.from_pretrained(tmp_path / "copy")
+    reloaded = ditfast.DiTPipeline.from_pretrained(tmp_path / "copy")
     for part in ("transformer", "vae"):
         state = getattr(pipe, part).state_dict()
-        assert all(torch.equal(value, state[name]) for name, value in getattr(again, part).state_dict().items())
-    theirs = diffusers.DiTPipeline.from_pretrained(tmp_path / "copy")
+        assert all(torch.equal(value, state[name]) for name, value in getattr(reloaded, part).state_dict().items())
+    diffusers_pipe = diffusers.DiTPipeline.from_pretrained(tmp_path / "copy")
     exact = diffusers.DiTPipeline.from_pretrained(tmp_path / "copy").to(torch.float64)
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     for module in MODULES[:2]:
         monkeypatch.setattr(f"{module}.randn_tensor", lambda *_, dtype, **__: noise.to(dtype))
-    found, expected = run(again.to(torch.float64)), run(theirs)  # in fp64 as above
+    actual, expected = run(reloaded.to(torch.float64)), run(diffusers_pipe)  # in fp64 as above
     monkeypatch.setattr("diffusers.models.embeddings.get_timestep_embedding", sinusoid)
-    verdict = judge("model", found, expected, run(exact), torch.float32)
+    verdict = judge("model", actual, expected, run(exact), torch.float32)
     assert verdict.ok, verdict
-    assert theirs.labels == pipe.labels
+    assert diffusers_pipe.labels == pipe.labels
 
 
 def test_bad_input(folder, tmp_path):
     with pytest.raises(ValueError, match="folder must be a diffusers pipeline's, with a model_index.json"):
         ditfast.DiTPipeline.from_pretrained(tmp_path)
-    theirs = diffusers.DiTPipeline.from_pretrained(folder)
+    diffusers_pipe = diffusers.DiTPipeline.from_pretrained(folder)
     with pytest.raises(TypeError, match="transformer must be a ditfast.DiT, got DiTTransformer2DModel"):
-        ditfast.DiTPipeline(theirs.transformer, theirs.vae, theirs.scheduler)
+        ditfast.DiTPipeline(diffusers_pipe.transformer, diffusers_pipe.vae, diffusers_pipe.scheduler)
     pipe = ditfast.DiTPipeline.from_pretrained(folder)
     pipe.scheduler = diffusers.TCDScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match="scheduler must be one of .*DDIM.*, got TCDScheduler: it is for models dist"):
@@ -189,9 +189,9 @@ def test_bad_input(folder, tmp_path):
 def test_a_scheduler_that_clips_is_warned_of(folder):
     pipe = ditfast.DiTPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    with pytest.warns(UserWarning, match="DDIMScheduler clips the latents.*clip_sample=False") as told:
+    with pytest.warns(UserWarning, match="DDIMScheduler clips the latents.*clip_sample=False") as warned:
         pipe([1], num_inference_steps=1, output_type="np")
-    assert [each.filename for each in told if "clips" in str(each.message)] == [__file__]
+    assert [each.filename for each in warned if "clips" in str(each.message)] == [__file__]
     pipe.scheduler = diffusers.DDIMScheduler(clip_sample=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*clips the latents")

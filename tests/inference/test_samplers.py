@@ -56,12 +56,12 @@ def draw(sources, dtype):
 
 def ancestral(noise, steps, model, sources, dtype):
     """Ho et al. 2020, equations 6 and 7, and Nichol & Dhariwal 2021, equation 15, on the respaced process."""
-    kept = [round(i * 999 / (steps - 1)) for i in range(steps)]
+    timesteps = [round(i * 999 / (steps - 1)) for i in range(steps)]
     x, path = noise.to(dtype), []
     for k in reversed(range(steps)):
-        bar, before = BARS[kept[k]], BARS[kept[k - 1]] if k else 1.0
+        bar, before = BARS[timesteps[k]], BARS[timesteps[k - 1]] if k else 1.0
         beta = 1 - bar / before
-        output = model(x, kept[k]).to(dtype)
+        output = model(x, timesteps[k]).to(dtype)
         data = (x - math.sqrt(1 - bar) * output[:, :4]) / math.sqrt(bar)
         x = math.sqrt(before) * beta / (1 - bar) * data + math.sqrt(1 - beta) * (1 - before) / (1 - bar) * x
         if k:
@@ -110,9 +110,9 @@ def test_respacing():
     # improved-diffusion adds the stride up: 10 * 49.95 stays below the tie at 499.5
     assert respace(21)[9:12] == [450, 499, 549]
     for steps in range(2, 1001):
-        kept = respace(steps)
-        assert len(set(kept)) == steps and kept[0] == 0 and kept[-1] == 999
-        assert all(abs(t - i * 999 / (steps - 1)) < 0.5 + 1e-9 for i, t in enumerate(kept))
+        timesteps = respace(steps)
+        assert len(set(timesteps)) == steps and timesteps[0] == 0 and timesteps[-1] == 999
+        assert all(abs(t - i * 999 / (steps - 1)) < 0.5 + 1e-9 for i, t in enumerate(timesteps))
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
@@ -121,11 +121,11 @@ def test_ddim_is_equation_12(steps, eta):
     noise = torch.randn(BATCH, *SHAPE, dtype=torch.float64)
     sources, x = generators(1, 2, 3), noise
     path = run(Sampler("ddim", steps, eta=eta), noise, generators=generators(1, 2, 3))
-    kept = respace(steps)
+    timesteps = respace(steps)
     for k, ours in zip(reversed(range(steps)), path, strict=True):
-        bar, before = BARS[kept[k]], BARS[kept[k - 1]] if k else 1.0
+        bar, before = BARS[timesteps[k]], BARS[timesteps[k - 1]] if k else 1.0
         sigma = eta * math.sqrt((1 - before) / (1 - bar) * (1 - bar / before))  # equation 16
-        epsilon = toy(x, kept[k])[:, :4]
+        epsilon = toy(x, timesteps[k])[:, :4]
         data = (x - math.sqrt(1 - bar) * epsilon) / math.sqrt(bar)
         x = math.sqrt(before) * data + math.sqrt(1 - before - sigma**2) * epsilon
         x = x + sigma * draw(sources, torch.float64) if eta else x
@@ -190,7 +190,7 @@ def test_flows_converge_to_the_data(name, order, noise_at):
         variance = t**2 * 0.36 + (1 - t) ** 2
         pull = (x - t * 0.5) / variance
         v = (0.5 + t * 0.36 * pull) - (1 - t) * pull
-        return torch.cat([v if noise_at == 0 else -v, x], dim=1)  # SiT keeps a second half, which nobody reads
+        return torch.cat([v if noise_at == 0 else -v, x], dim=1)  # SiT has a second half, which is not read
 
     errors = []
     for steps in (40, 80):
@@ -211,11 +211,11 @@ def test_the_steps_of_flows(steps):
     x, y = noise, noise
     path, pairs = run(euler, noise), run(heun, noise)
     for i in range(steps):
-        now, then = euler.timesteps[i], heun.timesteps[2 * i + 1]
-        x = x + toy(x, now)[:, :4] / steps
-        first = toy(y, now)[:, :4]
+        t_now, t_next = euler.timesteps[i], heun.timesteps[2 * i + 1]
+        x = x + toy(x, t_now)[:, :4] / steps
+        first = toy(y, t_now)[:, :4]
         predicted = y + first / steps
-        y = y + (first + toy(predicted, then)[:, :4]) / (2 * steps)
+        y = y + (first + toy(predicted, t_next)[:, :4]) / (2 * steps)
         for ours, expected in ((path[i], x), (pairs[2 * i], predicted), (pairs[2 * i + 1], y)):
             assert relative_error(ours, expected) < 1e-14
 
@@ -232,10 +232,10 @@ def test_the_steps_are_those_of_diffusers(name):
         scheduler.set_timesteps(sigmas=[1 - i / 10 for i in range(10)])
     noise = torch.randn(BATCH, *SHAPE)
     sampler, x = Sampler(name, 10, noise_at=0 if name == "dpm++" else 1), noise
-    ours = run(sampler, noise)[-1]
-    for theirs, t in zip(scheduler.timesteps, sampler.timesteps, strict=True):
-        x = scheduler.step(toy(x, t)[:, :4], theirs, x).prev_sample
-    assert relative_error(ours, x) < 100 * torch.finfo(torch.float32).eps
+    actual = run(sampler, noise)[-1]
+    for timestep, t in zip(scheduler.timesteps, sampler.timesteps, strict=True):
+        x = scheduler.step(toy(x, t)[:, :4], timestep, x).prev_sample
+    assert relative_error(actual, x) < 100 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -250,7 +250,7 @@ def test_an_image_does_not_depend_on_its_batch(name, dtype):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_restarts_and_is_told_the_order(name):
+def test_restarts_and_needs_the_steps_in_order(name):
     sampler, noise = Sampler(name, 4), torch.randn(BATCH, *SHAPE)
     first = run(sampler, noise, generators=generators(1, 2, 3))
     with pytest.raises(ValueError, match="no batch is under way"):
@@ -262,13 +262,13 @@ def test_restarts_and_is_told_the_order(name):
     with pytest.raises(ValueError, match="i must be 1, the next of"):
         sampler.model_input(x, 2)
     # an abandoned batch leaves nothing behind
-    again = run(sampler, noise, generators=generators(1, 2, 3))
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    repeated = run(sampler, noise, generators=generators(1, 2, 3))
+    assert all(torch.equal(a, b) for a, b in zip(first, repeated, strict=True))
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_no_step_reads_its_tensors_on_the_host(name):
-    """A meta tensor has no values: whoever asks for one raises. An empty batch passes, too."""
+    """A meta tensor has no values: reading one raises. An empty batch passes, too."""
     sampler = Sampler(name, 5, eta=0.5 if name == "ddim" else 0.0)
     for noise in (torch.empty(BATCH, *SHAPE, device="meta"), torch.empty(0, *SHAPE)):
         drawn_by = None if noise.is_meta else []
@@ -318,20 +318,20 @@ def test_bad_tensors():
     sampler, noise = Sampler("ddpm", 4), torch.randn(BATCH, *SHAPE)
     with pytest.raises(ValueError, match="no batch is under way; start"):
         sampler.step(noise, noise, 0)
-    for bad in (noise[:, :3], noise[0], noise.long()):
+    for invalid in (noise[:, :3], noise[0], noise.long()):
         with pytest.raises(ValueError, match="noise must be a floating-point batch"):
-            sampler.start(bad)
+            sampler.start(invalid)
     sampler.start(noise)
     with pytest.raises(ValueError, match=r"x must have the shape given to start, \(3, 4, 4, 5\), got \(2, 4, 4, 5\)"):
         sampler.step(noise[:2], noise[:2], 0)
-    for bad in (noise[:, :3], torch.cat([noise, noise]), noise[..., :4]):
+    for invalid in (noise[:, :3], torch.cat([noise, noise]), noise[..., :4]):
         with pytest.raises(ValueError, match=r"output must have shape \(3, 4 or 8, 4, 5\), got"):
-            sampler.step(noise, bad, 0)
+            sampler.step(noise, invalid, 0)
     with pytest.raises(ValueError, match="generators must be a sequence, one for each of 3 images, got 2"):
         sampler.step(noise, noise, 0, generators(1, 2))
     with pytest.raises(ValueError, match="one for each of 3 images, got a single one"):
         sampler.step(noise, noise, 0, torch.Generator())
-    assert sampler.step(noise, noise, 0).shape == noise.shape  # none of them took the turn
+    assert sampler.step(noise, noise, 0).shape == noise.shape  # no refused call took the step
 
 
 def test_without_diffusers(monkeypatch):

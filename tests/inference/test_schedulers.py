@@ -24,7 +24,7 @@ EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 
 
 class Exact(nn.Module):
-    """What a model of data ~ N(0, STD^2) predicts, of the kind that the scheduler's config says."""
+    """The exact prediction for data ~ N(0, STD^2), of the type in the scheduler's config."""
 
     def __init__(self, scheduler):
         super().__init__()
@@ -54,7 +54,7 @@ class Exact(nn.Module):
         return {"epsilon": noise, "sample": data, "v_prediction": signal * noise - sigma * data}[kind]
 
 
-def made(name, **config):
+def build(name, **config):
     cls = getattr(diffusers, name)
     common = {"beta_start": 1e-4, "beta_end": 0.02, "clip_sample": False}
     return cls(**{key: common[key] for key in common if key in inspect.signature(cls).parameters}, **config)
@@ -68,10 +68,10 @@ def std(scheduler, steps):
 
 
 def assert_comes_back(name, **config):
-    """The first order of the steps' error taken out; three deviations of what this many draws give."""
+    """Extrapolates the step error's first order away; allows three standard deviations of this many draws."""
     order = getattr(diffusers, name).order  # as many times the model is called in a step
-    steps = 50 if "DDPM" in name or "Ancestral" in name else 32  # where noise is drawn the error falls later
-    few, many = (std(made(name, **config), count // order) for count in (steps, 4 * steps))
+    steps = 50 if "DDPM" in name or "Ancestral" in name else 32  # with drawn noise the error falls later
+    few, many = (std(build(name, **config), count // order) for count in (steps, 4 * steps))
     assert abs(few - STD) < 0.15 * STD
     assert abs((4 * many - few) / 3 - STD) < 0.015 * STD + 3 * STD / math.sqrt(2 * math.prod(SHAPE)), (few, many)
 
@@ -79,7 +79,7 @@ def assert_comes_back(name, **config):
 @pytest.mark.parametrize("name", TAKEN)
 def test_a_gaussian_comes_back(name):
     try:
-        made(name)
+        build(name)
     except ImportError as error:  # scipy, torchsde
         pytest.skip(str(error).strip())
     assert_comes_back(name)
@@ -109,7 +109,7 @@ def test_configs_that_scale_or_predict_otherwise(name, config):
 @pytest.mark.parametrize("name", [*FLOWS, *EDM])
 def test_a_config_of_betas_is_no_flows(name):
     """from_config keeps it: the model predicts noise, and would be taken for another."""
-    scheduler = getattr(diffusers, name).from_config(made("DDIMScheduler").config)
+    scheduler = getattr(diffusers, name).from_config(build("DDIMScheduler").config)
     with pytest.raises(ValueError, match=rf"got {name}: its config is that of a model trained on betas \(beta_end"):
         _SchedulerSteps(scheduler, False)
 
@@ -123,20 +123,20 @@ OF_ANOTHER_KIND = [
 ]
 
 
-@pytest.mark.parametrize(("name", "config", "into", "told"), OF_ANOTHER_KIND, ids=str)
-def test_a_config_of_another_kind(name, config, into, told):
-    scheduler = getattr(diffusers, into).from_config(made(name, **config).config)
-    with pytest.raises(ValueError, match=f"got {into}: its config is that of a model trained on {told}"):
+@pytest.mark.parametrize(("name", "config", "into", "trained_on"), OF_ANOTHER_KIND, ids=str)
+def test_a_config_of_another_kind(name, config, into, trained_on):
+    scheduler = getattr(diffusers, into).from_config(build(name, **config).config)
+    with pytest.raises(ValueError, match=f"got {into}: its config is that of a model trained on {trained_on}"):
         check_scheduler(scheduler)
 
 
 def test_a_config_of_the_same_kind():
-    flow, edm = made("FlowMatchEulerDiscreteScheduler", shift=3.0), made("EDMEulerScheduler", sigma_data=1.0)
+    flow, edm = build("FlowMatchEulerDiscreteScheduler", shift=3.0), build("EDMEulerScheduler", sigma_data=1.0)
     check_scheduler(diffusers.LTXEulerAncestralRFScheduler.from_config(flow.config))
     check_scheduler(diffusers.UniPCMultistepScheduler.from_config(flow.config, **FLOW))
     check_scheduler(diffusers.EDMDPMSolverMultistepScheduler.from_config(edm.config))
     check_scheduler(diffusers.FlowMatchHeunDiscreteScheduler.from_config({**flow.config, "invert_sigmas": True}))
-    check_scheduler(diffusers.DPMSolverMultistepScheduler.from_config(made("DDIMScheduler").config))
+    check_scheduler(diffusers.DPMSolverMultistepScheduler.from_config(build("DDIMScheduler").config))
 
 
 SOLVERS = (
@@ -155,15 +155,15 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("name", "config", "told"), WRONG, ids=str)
-def test_a_config_whose_samples_are_wrong(name, config, told):
-    with pytest.raises(ValueError, match=f"got {name}: .*{told}"):
-        check_scheduler(made(name, **config))
+@pytest.mark.parametrize(("name", "config", "reason"), WRONG, ids=str)
+def test_a_config_whose_samples_are_wrong(name, config, reason):
+    with pytest.raises(ValueError, match=f"got {name}: .*{reason}"):
+        check_scheduler(build(name, **config))
 
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_flows_by_the_solvers_are_taken(name):
-    check_scheduler(made(name, **FLOW))
+    check_scheduler(build(name, **FLOW))
 
 
 def test_schedulers_that_clip():
@@ -175,7 +175,7 @@ def test_schedulers_that_clip():
         cls = getattr(diffusers, name)
         check_scheduler(cls(**config))
         assert clips(cls(**config))
-    assert not clips(made("DDIMScheduler"))
+    assert not clips(build("DDIMScheduler"))
     assert not clips(diffusers.CogVideoXDDIMScheduler(clip_sample=True))  # it makes no use of it
     config = diffusers.DDIMScheduler(clip_sample=True).config
     assert not clips(diffusers.DPMSolverMultistepScheduler.from_config(config))  # nor that
@@ -226,10 +226,10 @@ def test_a_scheduler_of_ones_own():
 
 
 def test_every_other_is_refused_before_the_model_is_called():
-    found = {name for name in dir(diffusers) if name.endswith("Scheduler") and not name.startswith("Flax")}
-    for name in sorted({*found, *_REFUSED} - set(TAKEN)):
+    names = {name for name in dir(diffusers) if name.endswith("Scheduler") and not name.startswith("Flax")}
+    for name in sorted({*names, *_REFUSED} - set(TAKEN)):
         cls = getattr(diffusers, name, None)
         if cls is None or not issubclass(cls, SchedulerMixin):
-            continue  # another diffusers', or it lacks its packages
+            continue  # another version of diffusers, or a missing package
         with pytest.raises(ValueError, match=f"scheduler must be one of .*DDIMScheduler.*, got {name}: "):
             _SchedulerSteps(cls.__new__(cls), False)

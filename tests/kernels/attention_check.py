@@ -1,4 +1,4 @@
-"""Shared by the attention kernels' tests: inputs, both kernels in a row, and the numerics rule on what they give."""
+"""Shared by the attention kernels' tests: inputs, both kernels in a row, and the numerics rule on their results."""
 
 from contextlib import nullcontext
 
@@ -28,7 +28,7 @@ def draw_saturated(*shape, deviation=100.0, **options):
     """As :func:`draw`, then a scale, with which the logits have this deviation: from 50 on most rows are saturated.
 
     Queries and keys are whole numbers and the scale a power of 4, so that logits are exact in any order of summation:
-    else a few rows in which two keys are close go by how these round, a matter of chance.
+    else rows with two close keys would depend on their rounding, which is chance.
     """
     scale = 2.0**-4
     qkv, d_out, bias = draw(*shape, **options)
@@ -58,11 +58,11 @@ def formula(qkv, d_out, bias, scale, dtype):
 def check(qkv, d_out, bias=None, scale=None, actual=None):
     """The verdicts by name that failed: out, d_qkv, d_bias and the sums of d_qkv over samples and tokens.
 
-    actual: what the kernels gave for the same values elsewhere.
+    actual: results of the kernels for the same values elsewhere.
     """
     actual = kernels(qkv, d_out, bias, scale) if actual is None else actual
     oracle = formula(qkv, d_out, bias, scale, torch.float64)
-    # where a softmax is saturated the unfused one loses least
+    # for a saturated softmax the unfused one loses least
     with sdpa_kernel(SDPBackend.MATH) if qkv.shape[1] <= SPLIT_TOKENS else nullcontext():
         yardstick = formula(qkv, d_out, bias, scale, qkv.dtype)
     assert actual["d_qkv"].is_contiguous() and actual["out"].is_contiguous()

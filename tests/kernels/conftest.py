@@ -40,11 +40,11 @@ def alone_and_together(operator, inputs, row, options=None, shared=()):
         return [*out, *torch.autograd.grad(out, list(leaves.values()), [value[rows] for value in incoming])]
 
     together = results(slice(None))
-    return [(alone, whole[row : row + 1]) for alone, whole in zip(results(slice(row, row + 1)), together, strict=True)]
+    return [(alone, full[row : row + 1]) for alone, full in zip(results(slice(row, row + 1)), together, strict=True)]
 
 
 def poison(monkeypatch):
-    """The launchers' fresh memory holds NaN, so that an element nobody wrote is found out."""
+    """The launchers' fresh memory holds NaN, so that an unwritten element shows."""
 
     def poisoned(create):
         def make(*args, **kwargs):

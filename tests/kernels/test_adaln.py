@@ -68,7 +68,7 @@ def test_every_subset_of_gradients(name, wanted):
 
 @pytest.mark.parametrize("used", [0, 1])
 def test_one_output_alone(used):
-    """The gradient of an output that nobody used is missing, not zero."""
+    """The gradient of an unused output is None, not zero."""
     operator = triton_operator("gated_residual_layer_norm_modulate")
 
     def one(function):
@@ -88,7 +88,7 @@ def test_two_runs_are_bit_equal(name):
 
 @every_operator
 def test_a_sample_does_not_depend_on_its_neighbours(name):
-    """Bit-equal alone and in a batch, gradients included: the second sample's shift is not the first's."""
+    """Bit-equal alone and in a batch, gradients included; each sample has its own shift."""
     operator, shape = triton_operator(name), Shape(3, 40, 72)
     inputs = draw_inputs(operator, shape, torch.float32, "cpu")
     assert all(torch.equal(*pair) for pair in alone_and_together(operator, inputs, 1))
@@ -206,7 +206,7 @@ def test_functional_gradients(name):
         assert judge("operator", kernel, yardstick, oracle, torch.float32).ok
 
 
-def test_nothing_is_kept_that_backward_does_not_read():
+def test_only_what_backward_reads_is_saved():
     """One stream-sized tensor saved for the norm, two with the gate's gradient, and vectors."""
     shape = Shape(2, 64, 384)
     for name, wanted, streams in (
@@ -236,7 +236,7 @@ def test_refusals_name_the_reason():
         wide = torch.randn(1, 1, 8193), torch.randn(1, 8193)
         with pytest.raises(RuntimeError, match="rows of at most 8192 elements, got 8193"):
             ops.gated_residual(wide[0], wide[0], wide[1])
-    # without a demand the formula takes over
+    # without a demand the formula runs
     assert torch.isfinite(ops.gated_residual(wide[0], wide[0], wide[1])).all()
 
 

@@ -1,4 +1,4 @@
-"""Every kernel compiled for sm_80 and sm_90 without a GPU, within its budget; and budgets that can be broken."""
+"""Every kernel compiled for sm_80 and sm_90 without a GPU, within its budget; broken budgets are reported."""
 
 import itertools
 import json
@@ -19,7 +19,7 @@ from ditfast.kernels.configs import gemm  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.subprocess
 
-# in place of all cases those that first have a kernel in a dtype on an architecture, or its rows, width or head dim
+# only the first case of each kernel, dtype and architecture, and of each rows, width or head dim
 PART = """
 import random, sys
 from dataclasses import replace
@@ -53,8 +53,8 @@ def run(*command):
 def report(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("kernels") / "report.json"
     start = ("-c", PART) if request.param == "part" else ("-m", "ditfast")
-    done = run(*start, "kernels", "--arch", "sm_80", "--arch", "sm_90", "--json", str(path))
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result = run(*start, "kernels", "--arch", "sm_80", "--arch", "sm_90", "--json", str(path))
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return json.loads(path.read_text()) | {"whole": request.param == "whole"}
 
 
@@ -91,9 +91,9 @@ EPILOGUES = (
 
 def test_matrix_kernels_run_on_the_tensor_cores(report):
     """Every epilogue at the widths of S, B, L and XL, and attention: wgmma and TMA on Hopper, cp.async elsewhere."""
-    wanted = {"sm_80": {"HMMA", "LDGSTS"}, "sm_90": {"HGMMA", "UTMALDG", "UTMASTG"}}
+    expected = {"sm_80": {"HMMA", "LDGSTS"}, "sm_90": {"HGMMA", "UTMALDG", "UTMASTG"}}
     rows = [row for row in report["kernels"] if row["dtype"] != "fp32"]
-    for arch, instructions in wanted.items():
+    for arch, instructions in expected.items():
         for operator in EPILOGUES:
             shapes = [row for row in rows if (row["kernel"], row["arch"]) == (operator, arch)]
             dtypes = {"bf16", "tf32"} | ({"bf16, fp32 stream"} if "residual" in operator else set())
@@ -114,7 +114,7 @@ def test_matrix_kernels_run_on_the_tensor_cores(report):
 
 
 def test_the_activation_is_taken_once_an_element(report):
-    """Not once more in other registers, nor in code for an empty sum."""
+    """It is not recomputed in other registers or in code for an empty sum."""
     for row in report["kernels"]:
         if row["kernel"] in EPILOGUES and "gelu" in row["kernel"] and row["dtype"] == "bf16":
             rows, columns, inner = (int(size[2:]) for size in row["shape"].split())
@@ -163,9 +163,9 @@ main()
 @pytest.fixture(scope="module")
 def faults():
     """(kernels without a case and what spills, the command with a broken budget)."""
-    done = run("-c", FAULTS, str(ROOT / "kernels"))
-    assert done.stdout.startswith("{"), done.stdout + done.stderr
-    return json.loads(done.stdout.partition("\n")[0]), done
+    result = run("-c", FAULTS, str(ROOT / "kernels"))
+    assert result.stdout.startswith("{"), result.stdout + result.stderr
+    return json.loads(result.stdout.partition("\n")[0]), result
 
 
 def test_every_kernel_of_the_folder_is_compiled(faults):
@@ -174,9 +174,9 @@ def test_every_kernel_of_the_folder_is_compiled(faults):
 
 
 def test_a_broken_budget_fails_the_command(faults):
-    _, done = faults
-    assert done.returncode == 1
-    assert ", at most 16 allowed" in done.stdout and "no HGMMA instruction" in done.stdout
+    _, result = faults
+    assert result.returncode == 1
+    assert ", at most 16 allowed" in result.stdout and "no HGMMA instruction" in result.stdout
 
 
 def test_spills_are_found(faults):

@@ -21,11 +21,11 @@ INF = float("inf")
 EPS = torch.finfo(torch.float32).eps
 
 
-def tiles(monkeypatch, block_m, block_n, **others):
-    """Kernels launched with these blocks, or those given by operator."""
+def tiles(monkeypatch, block_m, block_n, **by_operator):
+    """Launches the kernels with these block sizes, or with those named by operator."""
 
     def config(operator, *_):
-        return AttentionConfig(*others.get(operator.removeprefix("attention_"), (block_m, block_n)), 4, 2)
+        return AttentionConfig(*by_operator.get(operator.removeprefix("attention_"), (block_m, block_n)), 4, 2)
 
     monkeypatch.setattr(configs, "attention_config", config)
     monkeypatch.setattr(configs, "_launch_config", configs._launch_config.__wrapped__)
@@ -62,15 +62,15 @@ def test_saturated_rows(tokens, head_dim, dtype):
 @pytest.mark.parametrize("tokens", [129, pytest.param(257, marks=pytest.mark.long)])
 def test_saturated_long_rows_are_as_right_as_a_flash_kernels(tokens, dtype):
     for deviation in (50.0, 200.0):
-        given = draw_saturated(1, tokens, 2, 32, dtype, deviation=deviation)
-        actual, oracle = kernels(*given), formula(*given, torch.float64)
+        arguments = draw_saturated(1, tokens, 2, 32, dtype, deviation=deviation)
+        actual, oracle = kernels(*arguments), formula(*arguments, torch.float64)
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            flash = formula(*given, dtype)
+            flash = formula(*arguments, dtype)
         assert all(judge("operator", actual[name], flash[name], oracle[name], dtype).ok for name in actual)
 
 
 def test_each_launch_may_sum_in_an_order_of_its_own(monkeypatch):
-    """What is kept apart does not hang on two launches' dots being equal to the bit."""
+    """The statistics do not rely on two launches' dots being bit-equal."""
     tiles(monkeypatch, 32, 16, dq=(32, 64), dkv=(64, 16), dbias=(64, 16))
     assert not check(*draw_saturated(2, 50, 2, 72, bias="1HTT", deviation=200.0))
 
@@ -104,7 +104,7 @@ def test_the_tiles_of_each_architecture(arch, head_dim, monkeypatch):
 
 @pytest.mark.parametrize("blocks", [{"dq": (32, 16), "dkv": (64, 32)}, {"dq": (64, 16), "dkv": (32, 32)}])
 def test_each_kernel_has_its_own_tiles(blocks, monkeypatch):
-    """A row of sums a tile of the finer kernel: the other fills what it does not need with zeros."""
+    """One row of sums for each tile of the finer kernel; the other kernel fills its unused rows with zeros."""
     tiles(monkeypatch, 32, 32, **blocks)
     poison(monkeypatch)
     for tokens in (7, 70):
@@ -140,7 +140,7 @@ def test_biases_of_any_layout_and_dtype():
         assert actual["d_bias"].dtype == laid_out.dtype
         assert torch.equal(actual.pop("d_bias").half(), expected["d_bias"])
         assert all(torch.equal(actual[name], expected[name]) for name in actual)
-    # expanded: as many gradients as it has elements
+    # an expanded bias has as many gradients as elements
     wide = kernels(qkv, d_out, bias.expand(2, -1, -1, -1))
     assert all(torch.equal(wide[name], expected[name]) for name in ("out", "d_qkv"))
     assert relative_error(wide["d_bias"].sum(0, True), expected["d_bias"].double()) <= torch.finfo(torch.half).eps
@@ -183,10 +183,10 @@ def test_minus_infinity_in_the_bias(dtype):
     bias[:, :, :, 9] = -INF
     bias[:, 1, :, :40] = -INF
     assert not check(qkv, d_out, bias)
-    found = kernels(qkv, d_out, bias)
-    assert not found["out"][:, 3:40, :16].any()
-    assert not found["d_qkv"][:, 3:40, 0, 0].any()
-    assert not found["d_qkv"][:, 9, 1:].any()
+    results = kernels(qkv, d_out, bias)
+    assert not results["out"][:, 3:40, :16].any()
+    assert not results["d_qkv"][:, 3:40, 0, 0].any()
+    assert not results["d_qkv"][:, 9, 1:].any()
     padding = torch.zeros(2, 1, 1, 45).to(dtype)
     padding[0, ..., 41:] = -INF
     padding[1] = -INF
@@ -194,7 +194,7 @@ def test_minus_infinity_in_the_bias(dtype):
 
 
 def test_logits_far_below_a_tile_of_minus_infinity():
-    """The first tile says nothing of the maximum: one taken as 0 would lose the rest to underflow."""
+    """The first tile gives no maximum: taking 0 would lose the other tiles to underflow."""
     qkv, d_out, bias = draw(1, 45, 1, 16, torch.float16, "11TT")
     bias[..., :40] = -INF
     bias[..., 40:] -= 300
@@ -212,14 +212,14 @@ def test_stats_are_the_log_sum_exp_in_two_parts(tokens):
     empty = oracle.isinf()
     assert torch.equal(highest.isinf(), empty) and (highest[empty] == INF).all()
     assert relative_error((highest - inverse.log()).where(~empty, 1.0), oracle.where(~empty, 1.0)) <= EPS
-    again, nothing = attention_fwd(qkv, 0.3, bias, save=False)
-    assert torch.equal(out, again) and nothing.numel() == 0
+    recomputed, nothing = attention_fwd(qkv, 0.3, bias, save=False)
+    assert torch.equal(out, recomputed) and nothing.numel() == 0
 
 
 @every_dtype
 @pytest.mark.parametrize("offset", [-1e9, 1e4, "lowest"])
 def test_logits_that_share_a_large_offset(offset, dtype):
-    """As a padded sample's do: what the rows' maximum hides stays in their sums."""
+    """As in a padded sample: the sums must keep what the rows' maximum hides."""
     lowest = torch.finfo(dtype).min
     qkv, d_out, bias = draw(2, 45, 2, 16, dtype, "BHTT")
     bias[1] = lowest if offset == "lowest" else max(offset, lowest)
@@ -261,8 +261,8 @@ def test_inputs_of_any_layout(dtype):
 def test_expanded_incoming_gradients():
     """The gradient of a sum: all strides 0."""
     qkv, d_out, _ = draw(2, 35, 2, 16)
-    one = d_out[:1, :1, :1].expand_as(d_out)
-    assert not check(qkv, one)
+    expanded = d_out[:1, :1, :1].expand_as(d_out)
+    assert not check(qkv, expanded)
     assert not check(qkv, d_out[:, :1].expand_as(d_out))
 
 
@@ -279,12 +279,12 @@ def test_a_sample_does_not_depend_on_its_neighbours(shape):
     scale = 0.2
 
     def results(rows):
-        own = bias[rows] if shape == "BHTT" else bias
-        out, stats = attention_fwd(qkv[rows], scale, own)
+        bias_rows = bias[rows] if shape == "BHTT" else bias
+        out, stats = attention_fwd(qkv[rows], scale, bias_rows)
         want_bias = shape == "BHTT"
-        d_qkv, d_bias, sums = backward(d_out[rows], qkv[rows], out, stats, scale, own, want_bias, True)
-        found = [out, stats, d_qkv, sums.unflatten(0, (len(out), -1))]
-        return [*found, d_bias] if want_bias else found
+        d_qkv, d_bias, sums = backward(d_out[rows], qkv[rows], out, stats, scale, bias_rows, want_bias, True)
+        tensors = [out, stats, d_qkv, sums.unflatten(0, (len(out), -1))]
+        return [*tensors, d_bias] if want_bias else tensors
 
     for alone, together in zip(results(slice(1, 2)), results(slice(None)), strict=True):
         assert torch.equal(alone, together[1:2])
@@ -297,24 +297,24 @@ def test_every_element_is_written(monkeypatch):
         assert not check(*draw(2, tokens, 1, 40, bias=bias))
 
 
-def test_what_is_not_wanted_is_empty():
+def test_results_not_requested_are_empty():
     qkv, d_out, bias = draw(2, 9, 2, 16, bias="1HTT")
     out, stats = attention_fwd(qkv, 0.25, bias)
-    both = backward(d_out, qkv, out, stats, 0.25, bias, True, True)
+    complete = backward(d_out, qkv, out, stats, 0.25, bias, True, True)
     for want_bias, want_sums in itertools.product((False, True), repeat=2):
         d_qkv, d_bias, sums = backward(d_out, qkv, out, stats, 0.25, bias, want_bias, want_sums)
-        assert torch.equal(d_qkv, both[0])
-        assert torch.equal(d_bias, both[1]) if want_bias else d_bias.numel() == 0
-        assert torch.equal(sums, both[2]) if want_sums else sums.numel() == 0
+        assert torch.equal(d_qkv, complete[0])
+        assert torch.equal(d_bias, complete[1]) if want_bias else d_bias.numel() == 0
+        assert torch.equal(sums, complete[2]) if want_sums else sums.numel() == 0
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(0, 7), (2, 0), (0, 0)])
 def test_nothing_to_do(batch, tokens):
     qkv, d_out, bias = draw(batch, tokens, 2, 16, bias="1HTT")
-    found = kernels(qkv, d_out, bias)
-    assert found["out"].shape == d_out.shape and found["d_qkv"].shape == qkv.shape
-    assert torch.equal(found["d_bias"], torch.zeros_like(bias))
-    assert torch.equal(found["sums"], torch.zeros(96))
+    results = kernels(qkv, d_out, bias)
+    assert results["out"].shape == d_out.shape and results["d_qkv"].shape == qkv.shape
+    assert torch.equal(results["d_bias"], torch.zeros_like(bias))
+    assert torch.equal(results["sums"], torch.zeros(96))
 
 
 def test_a_backward_is_two_launches_and_a_third_for_the_bias():

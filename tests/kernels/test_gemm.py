@@ -20,7 +20,7 @@ from tests.kernels.gemm_check import (
 
 pytestmark = pytest.mark.kernels
 
-# small and uneven, so that ragged shapes have several tiles, groups and parts
+# small and uneven: ragged shapes then have several tiles, groups and parts
 POINTERS = GemmConfig("triton", 32, 64, 16, 2, 2, 4, 2, 0, 0)
 CONFIGS = {"pointers": POINTERS, "tma": GemmConfig("triton", 32, 64, 16, 2, 2, 4, 2, 0, 1)}
 # batch, tokens, N, K: tiles that divide nothing, straddle samples, hold several, or just fit
@@ -68,12 +68,12 @@ def test_gelu_backward(dtype, rows):
         return d_pre, act, d_pre.sum(0)
 
     agree(dtype, (d_pre, act, partial.sum((0, 1))), formula, d_act, pre)
-    again, nothing, no_sums = linear.gelu_backward(d_act, pre, False, False)
-    assert torch.equal(again, d_pre) and nothing.numel() == no_sums.numel() == 0
+    recomputed, nothing, no_sums = linear.gelu_backward(d_act, pre, False, False)
+    assert torch.equal(recomputed, d_pre) and nothing.numel() == no_sums.numel() == 0
 
 
 def assert_each_is_judged(actual, yardstick, exact):
-    """Element by element: beside the largest the others would not count."""
+    """Element by element: in a norm the largest would hide the others."""
     for element in zip(*(values.flatten() for values in (actual, yardstick, exact)), strict=True):
         verdict = judge("operator", *element, actual.dtype)
         assert verdict.ok, (element, verdict)
@@ -88,19 +88,19 @@ def test_large_pre_activations(config):
     assert torch.equal(saved, pre)
     expected = F.gelu(pre.double(), approximate="tanh")
     assert_each_is_judged(act, F.gelu(pre, approximate="tanh"), expected)
-    d_pre, again, _ = linear.linear_gelu_backward(torch.ones_like(pre), eye, pre, False, config)
-    assert torch.equal(again, act)
+    d_pre, recomputed, _ = linear.linear_gelu_backward(torch.ones_like(pre), eye, pre, False, config)
+    assert torch.equal(recomputed, act)
     slope = gelu_gradient(torch.ones_like(expected), pre.double())[0]
     assert_each_is_judged(d_pre, gelu_gradient(torch.ones_like(pre), pre)[0], slope)
 
 
 @every_config
 def test_the_backward_computes_the_activation_again(config):
-    """Bit for bit: the forward takes it of the rounded pre-activation that it stores."""
+    """Bit for bit: the forward computes it from the rounded pre-activation that it stores."""
     x, weight, bias, *_ = draw(3, 7, 144, 72, torch.float16)
     act, pre = linear.linear_gelu(x, weight, bias, True, config)
-    again = linear.linear_gelu_backward(x, weight.t().contiguous(), pre, False, config)[1]
-    assert torch.equal(again, act)
+    recomputed = linear.linear_gelu_backward(x, weight.t().contiguous(), pre, False, config)[1]
+    assert torch.equal(recomputed, act)
 
 
 @every_config
@@ -125,7 +125,7 @@ def test_misaligned_operands_take_the_other_kernel():
 
 @pytest.mark.parametrize("rows", [16, 32, 64, 128, 256])
 def test_the_other_kernel_has_as_many_rows(rows):
-    """Whatever tile cannot be described to TMA: a gradient's partial sums are of so many rows."""
+    """The fallback from TMA keeps the number of rows of a gradient's partial sums."""
     d_out, pre = (torch.randn(33, 72).half() for _ in range(2))
     d_out = torch.cat([d_out, d_out], 1)[:, 1:73]
     config = CONFIGS["tma"]._replace(block_m=rows, block_n=32, block_k=16)
@@ -139,7 +139,7 @@ def test_the_other_kernel_has_as_many_rows(rows):
 
 @pytest.mark.parametrize(("dtype", "stream", "parts"), [("fp16", "fp16", 2), ("fp16", "fp32", 4), ("fp32", "fp32", 4)])
 def test_four_byte_results_take_twice_the_parts(monkeypatch, dtype, stream, parts):
-    """What a part takes of shared memory, and of registers, is the same."""
+    """With twice the parts, each part takes the same shared memory and registers."""
     launched = {}
 
     class Recorder:

@@ -1,6 +1,6 @@
 """The adaLN and attention kernels at shapes, dtypes and subsets of gradients that hypothesis draws.
 
-Of a few dozen elements the yardstick's errors may all happen to be small: 512 are judged, of several draws if need be.
+In a few dozen elements the yardstick's errors may all be small by chance: 512 are judged, of several draws if needed.
 """
 
 import pytest
@@ -56,5 +56,5 @@ def test_drawn_shapes(name, batch, tokens, width, mean, dtype, mixed, mask, seed
 )
 def test_drawn_attention(bias, batch, tokens, heads, head_dim, deviation, dtype):
     """Logits of every size, up to where all rows but a few are saturated."""
-    given = draw_saturated(batch, tokens, heads, head_dim, DTYPES[dtype], bias, deviation=deviation)
-    assert not check_attention(*given)
+    arguments = draw_saturated(batch, tokens, heads, head_dim, DTYPES[dtype], bias, deviation=deviation)
+    assert not check_attention(*arguments)

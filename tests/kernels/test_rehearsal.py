@@ -39,12 +39,12 @@ LEFT_TO_INDUCTOR = {"inference": 2, "training": 1, "autocast": 1}
 @pytest.fixture
 def hopper():
     torch.compiler.reset()
-    with rehearse("sm_90") as seen:
-        yield seen
+    with rehearse("sm_90") as rehearsal:
+        yield rehearsal
 
 
-def launches(seen, model, arguments, how):
-    before = seen.launches
+def launches(rehearsal, model, arguments, how):
+    before = rehearsal.launches
     if how == "inference":
         with torch.no_grad():
             model(*arguments)
@@ -52,7 +52,7 @@ def launches(seen, model, arguments, how):
         with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
             output = model(*arguments)
         output.sum().backward()
-    return seen.launches - before
+    return rehearsal.launches - before
 
 
 def model_and_inputs(how, batch=3, config=SMALL):
@@ -109,12 +109,12 @@ def test_by_inductor(how, hopper):
 def test_attention_takes_the_library_where_a_gpu_would(hopper):
     """Head dims of 64 in inference: no launch of ours, in the eager operator and in the compiled one."""
     compiled = torch.compile(ops.self_attention, fullgraph=True, backend="aot_eager")
-    for head_dim, learns, wanted in ((64, False, 0), (64, True, 1), (72, False, 1)):
+    for head_dim, learns, expected in ((64, False, 0), (64, True, 1), (72, False, 1)):
         qkv = torch.randn(2, 16, 6 * head_dim, dtype=torch.bfloat16, requires_grad=learns)
         for function in (ops.self_attention, compiled):
-            before = hopper.launches
+            launches_before = hopper.launches
             function(qkv, 2)
-            assert hopper.launches - before == wanted, (head_dim, learns)
+            assert hopper.launches - launches_before == expected, (head_dim, learns)
 
 
 # of one model in bf16, inference and training, at every batch and token count below. What differs: the GEMMs' tiles
@@ -138,19 +138,19 @@ def test_another_batch_or_token_count_compiles_nothing():
     """Token counts of the models, which multiples of 16 are: attention compiles once more for others, and its backward
     for at most 128 tokens."""
     xl = DiTConfig(depth=2, hidden_size=1152, num_heads=16, latent_size=32, patch_size=2, num_classes=10)
-    with rehearse("sm_90") as seen, Uncomputed():
+    with rehearse("sm_90") as recording, Uncomputed():
         for batch in (4, 1, 2, 3, 7, 16, 64, 256):
             rehearsal.infer(xl, batch, torch.bfloat16)
             rehearsal.train(xl, batch, torch.bfloat16)
-        at_256_tokens = len(seen.compilations)
+        at_256_tokens = len(recording.compilations)
         for patch, latent in ((4, 32), (8, 32), (2, 64)):
             for batch in (4, 1, 3, 64, 256):
                 config = replace(xl, patch_size=patch, latent_size=latent)
                 rehearsal.infer(config, batch, torch.bfloat16)
                 rehearsal.train(config, batch, torch.bfloat16)
-    assert Counter(item.kernel for item in seen.compilations) == COMPILATIONS
+    assert Counter(item.kernel for item in recording.compilations) == COMPILATIONS
     assert at_256_tokens == 30
-    assert not [item for item in seen.compilations if item.ones]  # no size of 1 is a reason
+    assert not [item for item in recording.compilations if item.ones]  # a size of 1 compiles nothing
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_80"])
@@ -167,7 +167,7 @@ def test_a_part_reaches_every_kernel(arch, monkeypatch):
     assert f"_attention_dbias_kernel was never launched on {arch}" in rehearsal.unreached(outcomes[1:])
 
 
-def test_what_fails_is_noted_and_the_rest_goes_on(monkeypatch):
+def test_failures_are_recorded_and_the_rest_runs(monkeypatch):
     def fails(**inputs):
         raise RuntimeError("no such kernel")
 
@@ -183,7 +183,7 @@ def test_what_fails_is_noted_and_the_rest_goes_on(monkeypatch):
 
 
 def test_a_case_that_launches_nothing_fails(monkeypatch):
-    """As models would whose operators took their formulas on a GPU: the kernels demanded elsewhere do not hide it."""
+    """A model whose operators run their formulas on a GPU fails, though other parts demand kernels."""
     reason = backend_module.triton_reason
 
     def lost(x, width):
@@ -208,15 +208,15 @@ def test_counts_stay_those_of_their_rehearsal():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_tile_that_does_not_fit_is_refused_as_on_the_gpu(dtype):
-    """A tile deeper than a GPU with 99 KB a block has room for."""
+    """A tile deeper than fits a GPU with 99 KB per block."""
     x, weight = (torch.empty(size, 1152, dtype=dtype) for size in (4096, 4608))
     too_large = gemm.PORTABLE[0][0]._replace(num_stages=6, max_registers=0)
-    with rehearse("sm_89") as seen:
+    with rehearse("sm_89") as rehearsal:
         with pytest.raises(OutOfResources, match="shared memory"):
             linear.linear_gelu(x, weight, None, True, too_large)
-        assert seen.launches == 0
+        assert rehearsal.launches == 0
         linear.linear_gelu(x, weight, None, True)
-        assert seen.launches == 1
+        assert rehearsal.launches == 1
 
 
 @pytest.mark.parametrize("arch", ["sm_86", "sm_120"])
@@ -251,7 +251,7 @@ def test_grids_and_tensor_maps_are_checked(hopper):
         assert not linear._takes_tma(described)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(linear, "_takes_tma", lambda x: True)
-            patch.setattr(TensorDescriptor, "__post_init__", lambda self: None)  # which looks at some of it as well
+            patch.setattr(TensorDescriptor, "__post_init__", lambda self: None)  # which reads some of it as well
             with pytest.raises(RuntimeError, match=f"refuses a tensor map, for {reason}"):
                 linear.linear_gelu(described, weight, None, True, config)
 

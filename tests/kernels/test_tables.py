@@ -1,4 +1,4 @@
-"""Tuned tables: they override the heuristics; those that are damaged or foreign are named and left aside."""
+"""Tuned tables override the heuristics; damaged and foreign ones are named in a warning and ignored."""
 
 import json
 import warnings
@@ -21,7 +21,7 @@ GEMM = "linear_gelu/bfloat16/4608/1152/256"
 
 
 class OnGpu:
-    """What the look-ups ask of a tensor."""
+    """The attributes of a tensor that look-ups read."""
 
     is_cuda, dtype = True, torch.bfloat16
 
@@ -109,8 +109,8 @@ def test_a_table_overrides_the_heuristic_of_attention(configs):
     heuristic = tiles()
     attention._launch_config.cache_clear()
     key = "attention_{}/{}/72/256".format
-    found = {"block_m": 128, "block_n": 16, "num_warps": 8, "num_stages": 1}
-    entries = {key("dkv", "bfloat16"): found, key("fwd", "float32"): found, key("dq", "bfloat16"): {"block_m": 32}}
+    config = {"block_m": 128, "block_n": 16, "num_warps": 8, "num_stages": 1}
+    entries = {key("dkv", "bfloat16"): config, key("fwd", "float32"): config, key("dq", "bfloat16"): {"block_m": 32}}
     write(configs / "nvidia-h200.json", table(entries))
     tables.load.cache_clear()
     assert tiles() == (128, 16, 8, 1) != heuristic
@@ -193,7 +193,7 @@ def test_a_foreign_table_warns_and_names_the_file(configs):
     assert str(path) in str(caught[0].message)
 
 
-def test_what_was_measured_is_kept_apart(configs):
+def test_measured_times_are_stored_apart_from_the_entries(configs):
     record = {"ms": 1.5, "heuristic_ms": None, "noise": None, "shape": "M=8", "torch": "2.13.0"}
     path = configs / "nvidia-h200.json"
     write(path, table({GEMM: {"candidate": "separate"}}, measured={GEMM: record}))
@@ -208,4 +208,4 @@ def test_committed_tables_are_sound():
         warnings.simplefilter("error")
         for path in tables.CONFIGS.glob("*.json"):
             tables.load.cache_clear()
-            assert tables.load(tables.read_table(path)["gpu"]), path  # under the very name that it is looked up by
+            assert tables.load(tables.read_table(path)["gpu"]), path  # found by the GPU's name

@@ -1,4 +1,4 @@
-"""What a training block keeps for its backward, launches and moves, beside the reference's."""
+"""What a training block saves for its backward, launches and moves, beside the reference's."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ def traced(build, depth, batch=256):
     return model, (x, t, y)
 
 
-def kept_by(build, depth):
+def bytes_saved_by(build, depth):
     model, inputs = traced(build, depth)
     with AttentionAsOne(Cost()):
         return saved_bytes(lambda: model(*inputs).sum(), (*inputs, *model.parameters()))
@@ -38,11 +38,11 @@ def kept_by(build, depth):
 
 def test_what_a_block_keeps_for_its_backward():
     """At most 62 % of the reference's: by hand 12 of 20 units of M * D, and the norms' and softmax's statistics."""
-    ours, theirs = (kept_by(build, 3) - kept_by(build, 2) for build in (DiT, reference.DiT))
+    fast, slow = (bytes_saved_by(build, 3) - bytes_saved_by(build, 2) for build in (DiT, reference.DiT))
     unit = 256 * 256 * 1152 * 2
-    assert 12 * unit < ours < 12.1 * unit
-    assert 20 * unit < theirs < 20.1 * unit
-    assert ours <= 0.62 * theirs
+    assert 12 * unit < fast < 12.1 * unit
+    assert 20 * unit < slow < 20.1 * unit
+    assert fast <= 0.62 * slow
 
 
 def test_launches_of_a_training_block():
@@ -72,8 +72,8 @@ def test_launches_of_a_training_block():
 
 def test_bytes_of_a_training_step():
     """At most 60 % of the reference's: XL/2, batch 256, loss and backward."""
-    ours, theirs = (trace(MODELS["DiT-XL/2"], 256, torch.bfloat16, "train", name) for name in ("ditfast", "reference"))
-    assert ours.total_bytes <= 0.6 * theirs.total_bytes
+    fast, slow = (trace(MODELS["DiT-XL/2"], 256, torch.bfloat16, "train", name) for name in ("ditfast", "reference"))
+    assert fast.total_bytes <= 0.6 * slow.total_bytes
 
 
 def test_what_a_real_block_keeps():
@@ -84,8 +84,8 @@ def test_what_a_real_block_keeps():
     branch = torch.randn_like(x).requires_grad_()
     gate = torch.randn_like(c).requires_grad_()
 
-    def kept(call, known):
-        addresses = {value.untyped_storage().data_ptr() for value in known}
+    def saved_streams(call, excluded):
+        addresses = {value.untyped_storage().data_ptr() for value in excluded}
         saved = {}
 
         def pack(tensor):
@@ -99,6 +99,6 @@ def test_what_a_real_block_keeps():
 
     parameters = list(fast.blocks[1].parameters())
     x.requires_grad_()
-    ours = kept(lambda: fast.blocks[1](x, branch, gate, None, c, True, None), parameters)
+    streams = saved_streams(lambda: fast.blocks[1](x, branch, gate, None, c, True, None), parameters)
     # the stream twice, qkv, the attention's output, both branches (one is the input), the pre-activation
-    assert 12 <= ours <= 12.6
+    assert 12 <= streams <= 12.6

@@ -62,10 +62,10 @@ def test_all_modulations_are_one_launch():
     for backend, together in (("auto", 0), ("triton", 1)):  # on a CPU each Linear runs on its own
         with torch.device("meta"), ops.use_backend(backend):
             fast, slow = DiT(TINY).eval(), reference.DiT(TINY).eval()
-            ours, theirs = (count(partial(model, *inputs)).launches for model in (fast, slow))
-        assert ours["modulations"] == together
-        gelu = ours["linear_gelu"]  # a GEMM with its epilogue
-        assert ours["addmm"] + gelu == theirs["addmm"] - together * (TINY.depth + 1)
+            fast_launches, slow_launches = (count(partial(model, *inputs)).launches for model in (fast, slow))
+        assert fast_launches["modulations"] == together
+        gelu = fast_launches["linear_gelu"]  # a GEMM with its epilogue
+        assert fast_launches["addmm"] + gelu == slow_launches["addmm"] - together * (TINY.depth + 1)
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
@@ -152,11 +152,11 @@ def test_global_hooks_are_honoured():
 
 def test_hooks_on_blocks_and_checkpointing():
     fast, slow = pair()
-    seen = []
-    fast.blocks[1].register_forward_hook(lambda module, args, output: seen.append(output))
+    outputs = []
+    fast.blocks[1].register_forward_hook(lambda module, args, output: outputs.append(output))
     inputs = random_batch(TINY, 2)
     plain = run_model(fast, *inputs)
-    assert seen
+    assert outputs
     for block in fast.blocks:
         forward = block.forward
         block.forward = lambda *args, forward=forward: checkpoint(forward, *args, use_reentrant=False)
@@ -169,23 +169,23 @@ def test_copies_and_pickles():
     fast, slow = pair()
     inputs = random_batch(TINY, 2)
     expected = inference(fast, inputs)
-    for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
-        assert type(other) is DiT
-        assert torch.equal(inference(other, inputs), expected)
-        randomize_(other, 5)
+    for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert type(copied) is DiT
+        assert torch.equal(inference(copied, inputs), expected)
+        randomize_(copied, 5)
         assert torch.equal(inference(fast, inputs), expected)
 
 
 def test_functional_call():
     fast, _ = pair()
-    other = randomize_(reference.DiT(TINY), seed=1).eval()
+    source = randomize_(reference.DiT(TINY), seed=1).eval()
     inputs = random_batch(TINY, 2)
     inference(fast, inputs)
-    weights = dict(other.named_parameters())
+    weights = dict(source.named_parameters())
     with torch.no_grad():
         swapped = torch.func.functional_call(fast, weights, inputs)
-    oracle = copy.deepcopy(other).double()(inputs[0].double(), *inputs[1:])
-    assert judge("model", swapped, other(*inputs), oracle, torch.float32).ok
+    oracle = copy.deepcopy(source).double()(inputs[0].double(), *inputs[1:])
+    assert judge("model", swapped, source(*inputs), oracle, torch.float32).ok
 
 
 def test_frozen_subsets():

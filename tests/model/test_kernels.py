@@ -165,8 +165,8 @@ def test_the_committed_counts_are_those_of_this_code(mode):
 @pytest.mark.parametrize("provider", ["reference", "ditfast"])
 def test_the_committed_memory_is_that_of_this_code(provider):
     case = Case(MODELS["DiT-XL/2"], 256, torch.bfloat16, "train")
-    found = measure(case, PROVIDERS[provider], torch.device("meta"))
-    assert found.saved_bytes == committed("memory", "train")[provider].saved_bytes
+    measured = measure(case, PROVIDERS[provider], torch.device("meta"))
+    assert measured.saved_bytes == committed("memory", "train")[provider].saved_bytes
 
 
 def test_the_counter():

@@ -1,4 +1,4 @@
-"""ditfast.DiT's adaLN Linears in one launch: weights are seen as they are, and each is a tensor of its own."""
+"""ditfast.DiT's adaLN Linears in one launch: it reads the current weights, each from a tensor of its own."""
 
 import copy
 from dataclasses import replace
@@ -25,7 +25,7 @@ def pair():
 
 
 def modulations(model, t, y):
-    """Those of the blocks and the final layer, each by its own Linear."""
+    """The modulations of the blocks and the final layer, each by its own Linear."""
     c = model.t_embedder(t) + model.y_embedder(y)
     return torch.cat([layer.adaLN_modulation(c) for layer in (*model.blocks, model.final_layer)], dim=1)
 
@@ -50,51 +50,51 @@ def launches(monkeypatch):
     return counts
 
 
-def load_in_place(fast, other):
-    fast.load_state_dict(other.state_dict())
+def load_in_place(fast, source):
+    fast.load_state_dict(source.state_dict())
 
 
-def load_by_assignment(fast, other):
-    fast.load_state_dict(other.state_dict(), assign=True)
+def load_by_assignment(fast, source):
+    fast.load_state_dict(source.state_dict(), assign=True)
 
 
-def swap_data(fast, other):
-    for parameter, target in zip(fast.parameters(), other.parameters(), strict=True):
+def swap_data(fast, source):
+    for parameter, target in zip(fast.parameters(), source.parameters(), strict=True):
         parameter.data = target.data.clone()
 
 
-def swap_data_twice(fast, other):
+def swap_data_twice(fast, source):
     # the second swap may get the first one's freed addresses
     swap_data(fast, randomize_(reference.DiT(TINY), 7))
-    swap_data(fast, other)
+    swap_data(fast, source)
 
 
-def average(fast, other):
+def average(fast, source):
     with torch.no_grad():
-        for parameter, target in zip(fast.parameters(), other.parameters(), strict=True):
+        for parameter, target in zip(fast.parameters(), source.parameters(), strict=True):
             parameter.lerp_(target, 1.0)
 
 
-def replace_parameters(fast, other):
-    for module, target in zip(fast.modules(), other.modules(), strict=True):
+def replace_parameters(fast, source):
+    for module, target in zip(fast.modules(), source.modules(), strict=True):
         for name, parameter in target.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
 
 
-def convert_and_back(fast, other):
+def convert_and_back(fast, source):
     fast.double()
-    load_in_place(fast, other)
+    load_in_place(fast, source)
     fast.float()
 
 
-def write_through_data(fast, other):
-    for parameter, target in zip(fast.parameters(), other.parameters(), strict=True):
+def write_through_data(fast, source):
+    for parameter, target in zip(fast.parameters(), source.parameters(), strict=True):
         parameter.data.copy_(target.data)
 
 
-def step_to(fast, other):
-    """By a fused optimiser, which leaves the parameters' version counters as they are."""
-    for parameter, target in zip(fast.parameters(), other.parameters(), strict=True):
+def step_to(fast, source):
+    """By a fused optimiser, which does not change the parameters' version counters."""
+    for parameter, target in zip(fast.parameters(), source.parameters(), strict=True):
         parameter.grad = parameter.detach() - target.detach()
     parameters = [parameter for parameter in fast.parameters() if parameter.requires_grad]
     torch.optim.SGD(parameters, lr=1.0, fused=True).step()
@@ -189,7 +189,7 @@ def without_bias(linear):
 
 
 @pytest.mark.parametrize("change", [subclassed, hooked, without_bias])
-def test_where_a_layer_is_another_each_runs_its_own(change, launches):
+def test_with_a_replaced_layer_each_runs_its_own(change, launches):
     fast, slow = pair()
     for model in (fast, slow):
         layers = model.blocks[1].adaLN_modulation
@@ -223,7 +223,7 @@ def test_hooks_that_write_weights_are_seen(training, launches):
 
 
 def replica(model):
-    """As torch.nn.parallel.replicate makes them: the weights are plain tensors, and no parameters."""
+    """As torch.nn.parallel.replicate makes them: the weights are plain tensors, not parameters."""
     twins = {module: module._replicate_for_data_parallel() for module in model.modules()}
     for module, twin in twins.items():
         for name, child in module._modules.items():
@@ -263,7 +263,7 @@ def test_a_silu_that_writes_its_input():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_training(compiled, launches):
-    """One launch forward, and each layer's gradient its own."""
+    """One launch in the forward; each layer's gradient is computed separately."""
     fast, slow = pair()
     x, t, y = random_batch(TINY, 3)
     call = torch.compile(fast, backend="aot_eager", fullgraph=True) if compiled else fast
@@ -274,11 +274,11 @@ def test_training(compiled, launches):
     outputs = {fast: output, slow: slow(x, t, y)}
     exact = copy.deepcopy(slow).double()
     outputs[exact] = exact(x.double(), t, y)
-    found = []
+    gradients_of_models = []
     for model, output in outputs.items():
         parameters = [parameter for name, parameter in model.named_parameters() if "adaLN" in name or "t_emb" in name]
-        found.append(torch.autograd.grad(output, parameters, incoming.to(output)))
-    for gradients in zip(*found, strict=True):
+        gradients_of_models.append(torch.autograd.grad(output, parameters, incoming.to(output)))
+    for gradients in zip(*gradients_of_models, strict=True):
         verdict = judge("model", *gradients, torch.float32)
         assert verdict.ok, verdict
 
@@ -293,17 +293,17 @@ def test_each_runs_its_own_in_training_under_autocast(launches):
 def test_compiled_it_is_one_node():
     fast, slow = pair()
     inputs = random_batch(TINY, 2)
-    seen = []
+    graphs = []
 
     def backend(graph, _):
-        seen.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
         return graph.forward
 
     with ops.use_backend("triton"), torch.no_grad():
         compiled = torch.compile(fast, backend=backend, fullgraph=True)
         verdict = relative_error(compiled(*inputs), copy.deepcopy(slow).double()(inputs[0].double(), *inputs[1:]))
     assert verdict < 1e-5
-    [nodes] = seen
+    [nodes] = graphs
     assert sum("ditfast.modulations" in node for node in nodes) == 1
 
 

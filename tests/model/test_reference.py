@@ -202,18 +202,18 @@ def test_guidance(guided_channels, guided):
         out = model.forward_with_cfg(*double, labels, 4.0, guided_channels=guided_channels)
         assert out.shape == (6, 8, 8, 12)
         tolerance = 1e-12 * out.norm()
-        for half, rest in zip(out.chunk(2), (conditional, unconditional), strict=True):
+        for half, branch in zip(out.chunk(2), (conditional, unconditional), strict=True):
             assert (half[:, :guided] - expected).norm() <= tolerance
-            assert (half[:, guided:] - rest[:, guided:]).norm() <= tolerance
+            assert (half[:, guided:] - branch[:, guided:]).norm() <= tolerance
 
 
 def test_guidance_of_few_channels():
-    """The official three are all there are, where the latent has fewer."""
+    """Guiding the official three channels equals guiding all of them if the latent has fewer."""
     config = replace(TINY, in_channels=2)
     model = randomize_(reference.DiT(config)).double().eval()
     x, t, y = random_batch(config, 2, dtype=torch.float64)
     double = torch.cat([x, x]), torch.cat([t, t]), y
-    default, everything = (model.forward_with_cfg(*double, 4.0, **more) for more in ({}, {"guided_channels": "all"}))
+    default, everything = (model.forward_with_cfg(*double, 4.0, **extra) for extra in ({}, {"guided_channels": "all"}))
     assert torch.equal(default, everything)
 
 
@@ -236,9 +236,9 @@ def test_labels_are_dropped_in_training_only():
     y = torch.zeros(4000, dtype=torch.long)
     table = embedder.embedding_table.weight
     dropped = (embedder.train()(y) == table[10]).all(dim=1)
-    kept = (embedder(y) == table[0]).all(dim=1)
+    unchanged = (embedder(y) == table[0]).all(dim=1)
     assert 800 < dropped.sum() < 1200  # 7 standard deviations around 1000
-    assert kept.any()
+    assert unchanged.any()
     assert torch.equal(embedder.eval()(y), table[0].expand(4000, -1))
 
 
@@ -271,7 +271,7 @@ def test_zero_batch():
 
 @pytest.mark.parametrize("kind", [reference.DiT, DiT])
 def test_channels_last(kind, tmp_path):
-    """Values by the seed, not by the layout; the same results; files."""
+    """Parameters follow the seed, not the layout; results and files are the same."""
     torch.manual_seed(0)
     plain, model = kind(TINY).eval(), kind(TINY).to(memory_format=torch.channels_last).eval()
     weight = model.x_embedder.proj.weight
@@ -283,15 +283,15 @@ def test_channels_last(kind, tmp_path):
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     model.load_state_dict(randomize_(plain).state_dict())
     x, t, y = random_batch(TINY, 2)
-    found, expected = model(x.contiguous(memory_format=torch.channels_last), t, y), plain(x, t, y)
-    torch.testing.assert_close(found, expected)
-    for out in (found, expected):
+    actual, expected = model(x.contiguous(memory_format=torch.channels_last), t, y), plain(x, t, y)
+    torch.testing.assert_close(actual, expected)
+    for out in (actual, expected):
         out.square().mean().backward()
     torch.testing.assert_close(weight.grad, plain.x_embedder.proj.weight.grad)
     if kind is DiT:
         save_checkpoint(model, tmp_path / "model.safetensors")
-        again = load_checkpoint(tmp_path / "model.safetensors").state_dict()
-        assert all(torch.equal(value, again[name]) for name, value in plain.state_dict().items())
+        loaded = load_checkpoint(tmp_path / "model.safetensors").state_dict()
+        assert all(torch.equal(value, loaded[name]) for name, value in plain.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", [reference.DiT, DiT])
@@ -299,11 +299,11 @@ def test_rounded_timesteps_are_warned_of_once(kind):
     model, (x, t, y) = kind(TINY).eval(), random_batch(TINY, 2)
     calls = [model, *([lambda x, t, y: model.modulation(t, y)] if kind is DiT else [])]
     for call in calls:
-        with warnings.catch_warnings(record=True) as seen:
+        with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("default")
             for _ in range(2):
                 call(x, t.bfloat16(), y)
-        (warning,) = seen
+        (warning,) = warned
         assert warning.category is UserWarning and "timestep 999 has become 1000" in str(warning.message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""Weights that are stored in one dtype and computed with in another: quantised, cast layer by layer, of no dtype."""
+"""Weights stored in another dtype than they are computed in: quantised, cast layer by layer, without a dtype."""
 
 import copy
 
@@ -21,7 +21,7 @@ PARTS = (dit.PatchEmbed, dit.TimestepEmbedder, dit.Attention, dit.Mlp, dit.Final
 
 
 class Uint8Linear(nn.Linear):
-    """As 4-bit and 8-bit libraries have it: uint8 codes of one dimension; computes in its input's dtype."""
+    """As in 4-bit and 8-bit libraries: uint8 codes in one dimension; it computes in its input's dtype."""
 
     def __init__(self, linear):
         super().__init__(linear.in_features, linear.out_features, device="meta")
@@ -36,7 +36,7 @@ class Uint8Linear(nn.Linear):
 
 
 class Int8Weight(torch.Tensor):
-    """As torchao has it: a tensor that says the dtype it is computed in, and holds another."""
+    """As in torchao: a tensor that reports the dtype it is computed in, and stores another."""
 
     @staticmethod
     def __new__(cls, codes, scale):
@@ -80,7 +80,7 @@ def replaced(model, kinds, by):
 
 
 def cast_by_layer(storage, compute, kinds=LAYERS):
-    """By hooks of torch's own."""
+    """By torch's own hooks."""
 
     def apply(model):
         for layer in model.to(compute).modules():
@@ -134,11 +134,11 @@ def changed(change, conditioning="adaln_zero"):
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("conditioning", ["adaln_zero", "cross_attention"])
-def test_stored_otherwise(change, conditioning):
+def test_weights_in_a_storage_dtype(change, conditioning):
     fast, slow, exact, dtype = changed(change, conditioning)
-    found, expected = inference(fast, inputs()), inference(slow, inputs())
-    assert fast.dtype == found.dtype == expected.dtype == dtype
-    assert relative_error(found, expected.double()) <= 20 * torch.finfo(dtype).eps
+    actual, expected = inference(fast, inputs()), inference(slow, inputs())
+    assert fast.dtype == actual.dtype == expected.dtype == dtype
+    assert relative_error(actual, expected.double()) <= 20 * torch.finfo(dtype).eps
     # fp8 keeps 4 bits of a weight, the others 8
     assert relative_error(expected, inference(exact, inputs()).double()) < 0.2
 
@@ -148,8 +148,8 @@ def test_stored_otherwise(change, conditioning):
 def test_by_the_kernels(change):
     fast, slow, _, dtype = changed(change)
     with ditfast.ops.use_backend("triton"):
-        found = inference(fast, inputs())
-    assert relative_error(found, inference(slow, inputs()).double()) <= 20 * torch.finfo(dtype).eps
+        actual = inference(fast, inputs())
+    assert relative_error(actual, inference(slow, inputs()).double()) <= 20 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("change", ["dynamic", "uint8", "bf16 to fp32"])
@@ -157,8 +157,8 @@ def test_sampled_with_a_table(change):
     fast, slow, _, _ = changed(change)
     assert takes_table(fast) == (change != "dynamic")  # which scales by the whole batch
     noise, guidance = torch.randn(2, 4, 8, 8), Guidance(2.0)
-    found, expected = (Engine(model, Sampler("ddim", 3), guidance)(noise, [1, 7]) for model in (fast, slow))
-    assert relative_error(found, expected.double()) <= 1e-4
+    actual, expected = (Engine(model, Sampler("ddim", 3), guidance)(noise, [1, 7]) for model in (fast, slow))
+    assert relative_error(actual, expected.double()) <= 1e-4
 
 
 @pytest.mark.parametrize("change", ["dynamic", "uint8", "tensor subclass", "bf16 to fp32"])
@@ -190,14 +190,14 @@ def patched(embedder):
     embedder.forward = lambda t: forward(t)
 
 
-def heard(embedder):
-    def hook(module, given):
-        (t,) = given
+def hooked(embedder):
+    def hook(module, args):
+        (t,) = args
 
     embedder.register_forward_pre_hook(hook)
 
 
-@pytest.mark.parametrize("change", [subclassed, patched, heard])
+@pytest.mark.parametrize("change", [subclassed, patched, hooked])
 @pytest.mark.parametrize("kind", [ditfast.DiT, ditfast.reference.DiT])
 def test_embedders_of_ones_own_are_given_the_timesteps_alone(change, kind):
     model = randomize_(kind(CONFIG)).eval()
@@ -211,5 +211,5 @@ def test_an_embedder_called_alone():
     embedder = ditfast.DiT(CONFIG).bfloat16().t_embedder
     t = torch.tensor([3, 7])
     expected = embedder(t)
-    embedder.mlp[0].register_forward_pre_hook(lambda module, given: None)
+    embedder.mlp[0].register_forward_pre_hook(lambda module, args: None)
     assert torch.equal(embedder(t), expected)

@@ -72,9 +72,9 @@ def assert_right(transform, fast, slow, inputs):
         function, xs, vs = of_inputs_and_parameters(model, *inputs)
         return together(TRANSFORMS[transform](function, xs, vs))
 
-    found = result(fast)
+    actual = result(fast)
     with sdpa_kernel(SDPBackend.MATH):  # which a foreign model has to be told
-        verdict = judge("model", found, result(slow), result(copy.deepcopy(slow).double()), torch.float32)
+        verdict = judge("model", actual, result(slow), result(copy.deepcopy(slow).double()), torch.float32)
     assert verdict.ok, verdict
 
 
@@ -101,7 +101,7 @@ def test_triton_raises_by_name():
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_second_backward_is_right_or_refused(backend):
-    """With gradients recorded for it, which nothing tells ahead."""
+    """With gradients recorded for a second backward, which the first cannot know."""
     fast, slow = models.pair(TINY)
     x, t, y = random_batch(TINY, 2)
 
@@ -133,8 +133,8 @@ def test_compiled(transform):
         return together(wrap(lambda xs, vs: TRANSFORMS[transform](function, xs, vs))(xs, vs))
 
     torch.compiler.reset()
-    found = result(fast, lambda call: torch.compile(call, backend="aot_eager", fullgraph=True))
-    assert judge("model", found, result(slow), result(copy.deepcopy(slow).double()), torch.float32).ok
+    actual = result(fast, lambda call: torch.compile(call, backend="aot_eager", fullgraph=True))
+    assert judge("model", actual, result(slow), result(copy.deepcopy(slow).double()), torch.float32).ok
 
 
 def trained(model, x, t, y, call=None):
@@ -159,7 +159,7 @@ def one_block():
 
 
 def inputs_of(pair, batch=2):
-    """Inputs for the models of one of these."""
+    """Inputs for the models of this kind."""
     if pair is accelerated:
         return foreign_models.inputs(batch, size=foreign_models.SMALL)
     return random_batch(TINY, batch)
@@ -173,10 +173,10 @@ def test_compiled_with_dynamic_shapes_and_trained_on_the_kernels(pair):
     for batch in (2, 3):
         inputs = inputs_of(pair, batch)
         with ops.use_backend("triton"):
-            found = trained(fast, *inputs, call=compiled)
+            actual = trained(fast, *inputs, call=compiled)
         x, t, y = inputs
         oracle = trained(copy.deepcopy(slow).double(), x.double(), t, y)
-        verdict = judge("model", found, trained(slow, *inputs), oracle, torch.float32)
+        verdict = judge("model", actual, trained(slow, *inputs), oracle, torch.float32)
         assert verdict.ok, verdict
 
 
@@ -195,8 +195,8 @@ def test_batches_of_gradients_and_compiled_autograd_on_the_kernels(pair):
         torch.compiler.reset()
         with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
             out.backward(out.detach())
-    found, expected = together([leaf.grad for leaf in leaves]), together(one)
-    assert relative_error(found, expected) <= 1e-5
+    actual, expected = together([leaf.grad for leaf in leaves]), together(one)
+    assert relative_error(actual, expected) <= 1e-5
 
 
 @pytest.mark.parametrize("pair", [fast_and_slow, accelerated])

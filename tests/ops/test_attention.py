@@ -44,7 +44,7 @@ def test_subsets_of_gradients(wanted):
     assert not failures(verdicts)
 
 
-# gradients of enough elements: of five or fifteen the yardstick's errors may all happen to be small
+# gradients of enough elements: in five or fifteen the yardstick's errors may all be small by chance
 @pytest.mark.parametrize("shape", [(65,), (65, 65), (2, 1, 65), (3, 1, 1, 65), (3, 2, 65, 65)], ids=str)
 def test_biases_that_broadcast(shape):
     operator = triton_operator("self_attention+bias")
@@ -102,7 +102,7 @@ def test_sums_have_the_rows_that_the_fake_promises(tokens, dtype):
 
 
 def column_sums(qkv, incoming):
-    """The gradient that a bias of the packed projection has, by the formula."""
+    """The gradient of a bias of the packed projection, by the formula."""
     leaf = qkv.detach().requires_grad_()
     formulas.self_attention(leaf, 2, scale=0.3).backward(incoming.to(qkv))
     return leaf.grad.sum((0, 1))

@@ -1,4 +1,4 @@
-"""self_attention's choice among implementations, and the libraries' ones; tables and packages are made up."""
+"""self_attention's choice of an implementation, and the libraries' kernels; tables and packages are fakes."""
 
 import re
 import sys
@@ -59,7 +59,7 @@ def test_what_auto_takes_on_a_gpu(heads, training, backend, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("what", "major", "packages", "backend"),
+    ("attention_case", "major", "packages", "backend"),
     [
         (case(head_dim=64), 8, ("flash_attn",), "sdpa"),
         (case(head_dim=64), 9, ("flash_attn", "flash_attn_3", "flash_attn_4"), "flash_attn_3"),
@@ -73,11 +73,11 @@ def test_what_auto_takes_on_a_gpu(heads, training, backend, monkeypatch):
         (case(head_dim=160, training=True), 8, (), "sdpa"),
     ],
 )
-def test_the_heuristic(what, major, packages, backend):
+def test_the_heuristic(attention_case, major, packages, backend):
     def has(name):
-        return name in packages and implementations.case_reason(name, *what[1:], major) is None
+        return name in packages and implementations.case_reason(name, *attention_case[1:], major) is None
 
-    assert heuristic(what, major, has) == backend
+    assert heuristic(attention_case, major, has) == backend
 
 
 ENTRIES = {
@@ -92,7 +92,7 @@ ENTRIES = {
 
 @pytest.fixture
 def tuned(monkeypatch):
-    """GPU 0 is a Hopper with a table and without packages; add some to what this returns."""
+    """GPU 0 is a Hopper with a table and without packages; add packages to the returned set."""
     from ditfast.kernels import launch
     from ditfast.kernels.configs import tables
 
@@ -118,7 +118,7 @@ def test_a_table_decides_within_its_buckets(tuned):
 
 
 @pytest.mark.kernels
-def test_a_table_that_names_what_is_not_there(tuned):
+def test_a_table_that_names_an_unavailable_backend(tuned):
     assert choose(case(training=True), 0) == "triton"
     tuned.add("flash_attn")
     attention_choice.forget()
@@ -127,23 +127,23 @@ def test_a_table_that_names_what_is_not_there(tuned):
 
 @pytest.mark.kernels
 def test_the_table_is_that_of_the_tensors_gpu(tuned, monkeypatch):
-    """From the public function to the entry, with the device's index on the way."""
-    seen = []
+    """The public function passes the device's index down to the table's look-up."""
+    asked_gpus = []
     monkeypatch.setattr(backend_module, "_gpu_reason", lambda index: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     facts = attention_choice._gpu_facts
-    monkeypatch.setattr(attention_choice, "_gpu_facts", lambda gpu: seen.append(gpu) or facts(gpu))
+    monkeypatch.setattr(attention_choice, "_gpu_facts", lambda gpu: asked_gpus.append(gpu) or facts(gpu))
     with FakeTensorMode():
         qkv = torch.empty(2, 256, 3 * 144, dtype=torch.bfloat16, device="cuda:1")
         assert ops.attention_backend(qkv, 256, 72) == "cudnn"
         assert ops.attention_backend(qkv, 256, 72, training=True) == "triton"
-    assert set(seen) == {1}
+    assert set(asked_gpus) == {1}
 
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_the_choice_under_dynamo(tuned, dynamic):
-    """It is made as the graph is built, and holds for the bucket: guards on its ends. Libraries are left to eager."""
+    """It is made while the graph is built and holds for the bucket (guards on its ends). Only eager runs libraries."""
 
     @torch.compile(fullgraph=True, backend="eager", dynamic=dynamic)
     def function(x):
@@ -165,29 +165,29 @@ QKV = torch.randn(2, 33, 3 * 144, generator=torch.Generator().manual_seed(0))
 
 @pytest.mark.parametrize("backend", ["cudnn", "flash", "efficient"])
 def test_a_kernel_of_sdpa_is_taken_where_it_runs(backend, monkeypatch):
-    """Alone, and torch's switches are left as they were; elsewhere (here: on a CPU) torch chooses."""
+    """No other kernel is enabled, and torch's switches are put back; elsewhere (here: on a CPU) torch chooses."""
     switches = {
         "cudnn": torch.backends.cuda.cudnn_sdp_enabled,
         "flash": torch.backends.cuda.flash_sdp_enabled,
         "efficient": torch.backends.cuda.mem_efficient_sdp_enabled,
     }
     before = {name: enabled() for name, enabled in switches.items()}
-    seen = []
+    enabled_backends = []
 
     def formula(*arguments):
-        seen.append({name for name, enabled in switches.items() if enabled()})
+        enabled_backends.append({name for name, enabled in switches.items() if enabled()})
         return torch.zeros(1)
 
     bias = torch.randn(1, 2, 33, 33)
     expected = formulas.self_attention(QKV, 2, 0.3, bias)
     assert torch.equal(run(backend, QKV, 2, 0.3, bias), expected)
     monkeypatch.setattr(formulas, "self_attention", formula)
-    which, _ = implementations._SDPA[backend]
-    monkeypatch.setitem(implementations._SDPA, backend, (which, lambda parameters, debug: True))
+    enabler, _ = implementations._SDPA[backend]
+    monkeypatch.setitem(implementations._SDPA, backend, (enabler, lambda parameters, debug: True))
     monkeypatch.setattr(implementations, "_cudnn_is_wrong_at", lambda tokens: False)
     run(backend, QKV, 2, None, None)
     run(backend, QKV, 2, None, None, alone=True)
-    assert seen == [{backend}, {backend}]
+    assert enabled_backends == [{backend}, {backend}]
     assert {name: enabled() for name, enabled in switches.items()} == before
 
 
@@ -256,7 +256,7 @@ def test_an_explicit_triton_that_cannot_run_says_why():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU of this compute capability, as far as one asks."""
+    """A GPU of this compute capability, as far as the code asks."""
 
     def pretend(major, minor=0):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -295,8 +295,8 @@ def test_reasons_of_a_machine(backend, major, reason, gpu):
 )
 def test_reasons_of_tensors(head_dim, dtype, biased, reason):
     for name, package in PACKAGES.items():
-        wanted = reason and reason.format(limit=package.max_head_dim)
-        assert implementations.case_reason(name, head_dim, dtype, biased, False, 9) == wanted
+        expected = reason and reason.format(limit=package.max_head_dim)
+        assert implementations.case_reason(name, head_dim, dtype, biased, False, 9) == expected
 
 
 def test_flash_attention_4_has_no_deterministic_backward_on_hopper():
@@ -323,15 +323,15 @@ def packed(qkv, softmax_scale=None, causal=False, deterministic=False):
     return formulas.self_attention(qkv.flatten(2), 2, softmax_scale).view(2, 33, 2, 72)
 
 
-def apart(q, k, v, softmax_scale=None, causal=False, deterministic=False):
+def returning_a_tuple(q, k, v, softmax_scale=None, causal=False, deterministic=False):
     return packed(torch.stack([q, k, v], 2), softmax_scale, causal, deterministic), torch.zeros(2, 2, 33)
 
 
 @pytest.mark.parametrize(
-    ("name", "function"), [("flash_attn", packed), ("flash_attn_3", packed), ("flash_attn_4", apart)]
+    ("name", "function"), [("flash_attn", packed), ("flash_attn_3", packed), ("flash_attn_4", returning_a_tuple)]
 )
 def test_how_a_package_is_called(name, function, monkeypatch):
-    """By keyword, on the packed projection, with its deterministic backward; out of whatever it returns."""
+    """By keyword, on the packed projection, with its deterministic backward; it may return a tensor or a tuple."""
     install(monkeypatch, name, function)
     assert implementations.import_reason(name) is None
     qkv = QKV.clone().requires_grad_()
@@ -344,8 +344,8 @@ def test_how_a_package_is_called(name, function, monkeypatch):
 
 
 def test_packages_that_cannot_be_imported(monkeypatch):
-    """One that is built for another torch, and version 2 where only 4 is, whose namespace it shares."""
-    install(monkeypatch, "flash_attn_4", apart)
+    """A package built for another torch; and version 2 if only version 4, which shares its namespace, is installed."""
+    install(monkeypatch, "flash_attn_4", returning_a_tuple)
     assert "flash-attn (pip install ditfast[flash]) is not installed" in implementations.import_reason("flash_attn")
 
     class Broken:
@@ -361,7 +361,7 @@ def test_packages_that_cannot_be_imported(monkeypatch):
 @pytest.mark.parametrize("head_dim", [64, 72])
 @pytest.mark.parametrize("backend", sorted(set(get_args(AttentionBackend)) - {"sdpa"}))
 def test_every_backend_on_a_gpu(backend, head_dim):
-    """Right, or refused with a reason."""
+    """Each is correct, or refused with a reason."""
     shape = Shape(3, 257, 4 * head_dim, num_heads=4)
     operator = OPERATORS["self_attention"]
     explicit = replace(operator, options=lambda shape: {"num_heads": 4, "backend": backend}, fused=ops.self_attention)

@@ -1,4 +1,4 @@
-"""Training blocks as two autograd nodes: their gradients whatever learns, and what makes them step aside."""
+"""Training blocks as two autograd nodes: gradients for any set of parameters, and what turns the nodes off."""
 
 import copy
 from dataclasses import replace
@@ -36,11 +36,11 @@ def pair(config=TINY):
 def gradients(model, x, t, y):
     x = x.to(next(model.parameters()).dtype, copy=True).requires_grad_()
     output = model(x, t, y)
-    wanted = {"x": x} | {name: value for name, value in model.named_parameters() if value.requires_grad}
-    for value in wanted.values():
+    leaves = {"x": x} | {name: value for name, value in model.named_parameters() if value.requires_grad}
+    for value in leaves.values():
         value.grad = None
     output.backward(torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output))
-    return {name: value.grad for name, value in wanted.items() if value.grad is not None}
+    return {name: value.grad for name, value in leaves.items() if value.grad is not None}
 
 
 def assert_agree(fast, slow, batch=2):
@@ -55,12 +55,12 @@ def assert_agree(fast, slow, batch=2):
 
 def nodes(output):
     """The names of the autograd nodes behind an output."""
-    seen, pending = set(), [output.grad_fn]
+    visited, pending = set(), [output.grad_fn]
     names = []
     while pending:
         node = pending.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
+        if node is not None and node not in visited:
+            visited.add(node)
             names.append(node.name())
             pending += [parent for parent, _ in node.next_functions]
     return names
@@ -95,23 +95,23 @@ def test_frozen_parameters(frozen, conditioning):
     for model in (fast, slow):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and not FREEZES[frozen](name))
-    assert merged(fast) >= 2  # what is frozen from the start on leaves no node
+    assert merged(fast) >= 2  # parameters frozen from the start leave no node
     assert_agree(fast, slow)
 
 
 def test_only_the_weights_learn():
-    """Nothing before the first norm wants a gradient: its backward is not run, and the norm is still made again."""
+    """Nothing before the first norm needs a gradient: its backward is not run, but the norm is recomputed."""
     fast, slow = pair()
     for model in (fast, slow):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name == "blocks.0.attn.qkv.weight")
     inputs = random_batch(TINY, 3)
-    found = []
+    gradients = []
     for model, dtype in ((fast, torch.float32), (slow, torch.float32), (slow, torch.float64)):
         model = copy.deepcopy(model).to(dtype)
         model(*inputs).square().sum().backward()
-        found.append(model.blocks[0].attn.qkv.weight.grad)
-    assert judge("model", *found, torch.float32).ok
+        gradients.append(model.blocks[0].attn.qkv.weight.grad)
+    assert judge("model", *gradients, torch.float32).ok
 
 
 class Wrapped(torch.nn.Linear):
@@ -135,11 +135,11 @@ def test_changed_layers_are_called(change):
     assert_agree(fast, slow)
     STEPS_ASIDE[change](fast.blocks[1])
     assert merged(fast) == 0
-    if change == "a hook":  # without a fused block the same forward runs, whatever made them step aside
+    if change == "a hook":  # without a fused block the same forward runs, whatever turned the nodes off
         assert_agree(fast, slow)
 
 
-def test_hooks_see_what_they_saw_before():
+def test_hooks_see_the_same_values():
     """A replaced output of the MLP reaches the model's."""
     fast, slow = pair()
     for model in (fast, slow):
@@ -165,8 +165,8 @@ def test_evaluation_with_gradients():
     assert_agree(fast, slow.eval())
 
 
-def test_the_formula_takes_over_a_bias_left_to_it():
-    """A block on the kernels' path before a layer that is not."""
+def test_the_formula_adds_a_deferred_bias():
+    """A block on the kernels' path, followed by a layer on the formula's."""
     fast, slow = pair()
     final = fast.final_layer.forward
 
@@ -180,25 +180,25 @@ def test_the_formula_takes_over_a_bias_left_to_it():
 
 @pytest.mark.parametrize("where", ["a block", "the next block", "the final layer"])
 def test_a_loss_between_the_blocks(where):
-    """Whoever can see a branch may use it for more than the next norm: then its bias's gradient goes through it."""
+    """A branch that hooks can see may have other uses than the next norm: then its bias gets a gradient through it."""
     fast, slow = pair()
     x, t, y = random_batch(TINY, 2)
 
     def loss(model, dtype):
-        seen = []
+        streams = []
         layers = [*model.blocks, model.final_layer]
-        last = 1 if where == "the final layer" else 0  # the block whose result is looked at
+        last = 1 if where == "the final layer" else 0  # the block whose result the loss reads
         if type(model) is reference.DiT:
-            handle = layers[last].register_forward_hook(lambda module, inputs, output: seen.append(output))
+            handle = layers[last].register_forward_hook(lambda module, inputs, output: streams.append(output))
         elif where == "a block":
-            handle = layers[last].register_forward_hook(lambda module, inputs, out: seen.append(stream(*out)))
+            handle = layers[last].register_forward_hook(lambda module, inputs, out: streams.append(stream(*out)))
         else:
-            handle = layers[last + 1].register_forward_pre_hook(lambda module, inputs: seen.append(stream(*inputs)))
+            handle = layers[last + 1].register_forward_pre_hook(lambda module, inputs: streams.append(stream(*inputs)))
         output = model(x.to(dtype), t, y)
         handle.remove()
         for parameter in model.parameters():
             parameter.grad = None
-        (output.square().sum() + seen[0].square().sum()).backward()
+        (output.square().sum() + streams[0].square().sum()).backward()
         return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
 
     actual, yardstick = loss(fast, torch.float32), loss(slow, torch.float32)
@@ -208,7 +208,7 @@ def test_a_loss_between_the_blocks(where):
 
 
 def stream(x, branch, gate, *_):
-    """The residual stream as the reference has it after a block."""
+    """The residual stream after a block, as in the reference."""
     return x + gate.unsqueeze(1) * branch
 
 
@@ -230,7 +230,7 @@ def test_a_replaced_mlp(backend):
 
 
 class Wrapper(torch.Tensor):
-    """A weight of another kind, as quantised ones are: it holds its values elsewhere."""
+    """A tensor subclass, as quantised weights are: it holds its values elsewhere."""
 
     @staticmethod
     def __new__(cls, values):
@@ -263,7 +263,7 @@ def test_weights_of_another_kind(layer):
 
 
 def test_a_bias_that_is_no_parameter():
-    """Everything else is frozen: its gradient comes once."""
+    """Everything else is frozen; the bias gets its gradient once."""
     fast, slow = pair()
     biases = []
     for model, dtype in ((fast, torch.float32), (slow, torch.float32), (copy.deepcopy(slow), torch.float64)):

@@ -41,7 +41,7 @@ def test_outputs_and_every_gradient(name, shape, dtype):
 
 
 def test_the_slope_in_the_tails():
-    """Neither 1 + tanh nor 1 - tanh^2 is taken, which cancel there."""
+    """1 + tanh and 1 - tanh^2 cancel there; the kernels use neither."""
     pre = torch.linspace(-9, 9, 4096).view(64, 64)
     for part in (pre, pre[:16], pre[-16:]):  # -9 to -4.5 alone, where the slope is 1e-5 and less
         leaf = part.detach().requires_grad_()
@@ -55,7 +55,7 @@ def test_the_slope_in_the_tails():
 
 
 def test_large_pre_activations():
-    """Few hidden units lie in the slope's bend: how their pre-activations round is a matter of chance in one draw."""
+    """Few hidden units lie in the slope's bend, so the rounding of their pre-activations in one draw is chance."""
     for name in ("linear_gelu", "gelu_mlp"):
         operator = triton_operator(name)
 
@@ -154,7 +154,7 @@ def test_two_runs_are_equal(name):
 
 @every_operator
 def test_outputs_are_written_whole(name, monkeypatch):
-    """Whatever memory the results get, no element of it is left as it was."""
+    """Every element of the results' memory is written."""
     operator, shape = triton_operator(name), Shape(3, 7, 200)
     inputs = draw_inputs(operator, shape, torch.float32, "cpu")
     wanted = operator.differentiable(inputs)
@@ -167,10 +167,10 @@ def test_outputs_are_written_whole(name, monkeypatch):
 
 @every_operator
 def test_saves_the_pre_activation_only(name):
-    """Not the activation: (M, F) is kept once, or the branch where its gate learns."""
+    """Not the activation: (M, F) is saved once, or the branch if its gate learns."""
     inputs = draw_inputs(OPERATORS[name], Shape(2, 5, 72, ratio=3), torch.float32, "cpu")
     leaves = {key: value.requires_grad_() for key, value in inputs.items()}
-    known = {value.untyped_storage().data_ptr() for value in leaves.values()}
+    input_addresses = {value.untyped_storage().data_ptr() for value in leaves.values()}
     saved = {}
 
     def pack(tensor):
@@ -179,8 +179,8 @@ def test_saves_the_pre_activation_only(name):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), ops.use_backend("triton"):
         OPERATORS[name].fused(**leaves)
-    kept = [size for address, size in saved.items() if address not in known]
-    assert kept == [10 * 72 if name == "linear_gated_residual" else 10 * 3 * 72]
+    saved_sizes = [size for address, size in saved.items() if address not in input_addresses]
+    assert saved_sizes == [10 * 72 if name == "linear_gated_residual" else 10 * 3 * 72]
 
 
 class Recorder(TorchDispatchMode):
@@ -195,12 +195,12 @@ class Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize("save", [True, False])
 def test_candidates(save):
-    """The library's epilogue where it is chosen and a bias is there; separate kernels agree with the formula."""
+    """The library's epilogue runs if it is chosen and there is a bias; separate kernels agree with the formula."""
     x, weight, bias = (torch.empty(size, device="meta") for size in ((6, 16), (24, 16), (24,)))
-    for given, epilogue in ((bias, True), (None, False)):
+    for added_bias, epilogue in ((bias, True), (None, False)):
         config = gemm_config.IEEE._replace(candidate="cublaslt")
         with Recorder() as recorder:
-            out, _ = linear_library.linear_gelu_by(config, x, weight, given, False)
+            out, _ = linear_library.linear_gelu_by(config, x, weight, added_bias, False)
         assert ("aten::_addmm_activation" in recorder.names) == epilogue
         assert out.shape == (6, 24)
     x, weight, gate, residual = (torch.randn(size) for size in ((6, 16), (24, 16), (2, 24), (2, 3, 24)))
@@ -229,9 +229,9 @@ def test_candidates(save):
         ):
             actual = by(config, *inputs[:2], *rest, *inputs[2:], save)
             oracle = formula(*(value.double() for value in inputs))
-            for one, yardstick, exact in zip(actual, formula(*inputs), oracle, strict=True):
-                if one.numel():  # not stored unless asked for
-                    assert judge("operator", one, yardstick, exact, torch.float32).ok
+            for computed, yardstick, exact in zip(actual, formula(*inputs), oracle, strict=True):
+                if computed.numel():  # not stored unless asked for
+                    assert judge("operator", computed, yardstick, exact, torch.float32).ok
 
 
 @every_operator
@@ -271,7 +271,7 @@ def test_autocast_follows_torch(name):
     operator, shape = triton_operator(name), Shape(2, 5, 72)
     inputs = draw_inputs(operator, shape, torch.float32, "cpu")
     if "gate" in inputs:
-        inputs["gate"] = inputs["gate"].to(dtype)  # as a modulation under autocast has it
+        inputs["gate"] = inputs["gate"].to(dtype)  # as in a modulation under autocast
     wanted = tuple(inputs)
     results = []
     for function in (operator.fused, operator.formula):
@@ -286,7 +286,7 @@ def test_autocast_follows_torch(name):
 
 @every_operator
 def test_odd_widths_run_the_formula(name):
-    """Rows that are no multiples of 16 bytes; demanded kernels say so."""
+    """Rows that are no multiples of 16 bytes run the formula; demanding the kernels raises an error."""
     operator, shape = OPERATORS[name], Shape(2, 3, 20, ratio=3)
     inputs = draw_inputs(operator, shape, torch.float32, "cpu")
     with ops.use_backend("triton"), pytest.raises(RuntimeError, match="widths must be multiples of 8, got [26]0"):

@@ -1,4 +1,4 @@
-"""All adaLN Linears in one launch: numerics, what is launched, gradients, and where each runs on its own."""
+"""All adaLN Linears in one launch: numerics, launches, gradients, and when each runs on its own."""
 
 from dataclasses import replace
 
@@ -38,12 +38,12 @@ def test_numerics(shape, dtype):
 
 @pytest.mark.parametrize(("limit", "most"), [("MOST", 2), ("_MOST_TILES", 3)])
 def test_more_linears_than_a_launch_takes(limit, most, monkeypatch):
-    """Ragged tiles, and widths that differ; bit-equal from run to run, and whoever else is in the batch."""
+    """Ragged tiles and different widths; bit-equal from run to run, and in any batch."""
     monkeypatch.setattr(kernels, limit, most)
     c, weights, biases = linears(5, 72, (8, 136, 128, 264, 16))
     with ops.use_backend("triton"):
-        out, again, one = (ops.modulations(rows, weights, biases) for rows in (c, c, c[3:4]))
-    assert torch.equal(out, again) and torch.equal(out[3:4], one)
+        out, repeated, alone = (ops.modulations(rows, weights, biases) for rows in (c, c, c[3:4]))
+    assert torch.equal(out, repeated) and torch.equal(out[3:4], alone)
     exact = formulas.modulations(*tree_map(torch.Tensor.double, (c, weights, biases)))
     assert judge("operator", out, formulas.modulations(c, weights, biases), exact, torch.float32).ok
 
@@ -68,17 +68,17 @@ def test_autocast_converts_as_it_reads(stored, biased):
 def test_gradients_under_autocast():
     c, weights, biases = linears(3, 72, (144, 48))
     leaves = [x.requires_grad_() for x in (c, *weights, *biases)]
-    found = []
+    gradients = []
     for backend in ("triton", "torch"):
         with torch.autocast("cpu", torch.bfloat16), ops.use_backend(backend):
             out = ops.modulations(c, weights, biases)
-        found.append(torch.autograd.grad(out, leaves, torch.ones_like(out)))
+        gradients.append(torch.autograd.grad(out, leaves, torch.ones_like(out)))
     exact = [x.detach().double().requires_grad_() for x in leaves]
     out = formulas.modulations(exact[0], exact[1:3], exact[3:])
-    found.append(torch.autograd.grad(out, exact, torch.ones_like(out)))
-    for mine, slow, oracle in zip(*found, strict=True):
-        assert mine.dtype == torch.float32
-        assert judge("operator", mine, slow, oracle, torch.bfloat16).ok
+    gradients.append(torch.autograd.grad(out, exact, torch.ones_like(out)))
+    for actual, slow, oracle in zip(*gradients, strict=True):
+        assert actual.dtype == torch.float32
+        assert judge("operator", actual, slow, oracle, torch.bfloat16).ok
 
 
 @pytest.mark.parametrize("wanted", [("c",), ("weight1",), ("bias0", "weight2"), ()])
@@ -89,15 +89,15 @@ def test_any_gradient_is_wanted(wanted):
 def test_the_library_writes_the_same_places():
     c, weights, biases = linears(5, 72, (144, 48))
     separate = gemm.FEW_ROWS[0]._replace(candidate="separate")
-    for given in (biases, []):
-        out = modulations_by(separate, c, weights, given, torch.float32)
-        torch.testing.assert_close(out, formulas.modulations(c, weights, given or [None] * 2))
+    for linear_biases in (biases, []):
+        out = modulations_by(separate, c, weights, linear_biases, torch.float32)
+        torch.testing.assert_close(out, formulas.modulations(c, weights, linear_biases or [None] * 2))
 
 
 def test_it_is_one_launch_over_the_weights():
-    given = tree_map(lambda x: x.to("meta"), linears(3, 72, (432, 432, 144)))
+    arguments = tree_map(lambda x: x.to("meta"), linears(3, 72, (432, 432, 144)))
     with ops.use_backend("triton"):
-        counted = count(lambda: ops.modulations(*given))
+        counted = count(lambda: ops.modulations(*arguments))
     [launch] = counted.records
     columns = 432 * 2 + 144
     assert launch.flops == 2 * 3 * 72 * columns
@@ -107,26 +107,26 @@ def test_it_is_one_launch_over_the_weights():
 def test_torchs_own_checks_and_compile():
     c, weights, biases = linears(3, 72, (144, 48))
     operator = torch.ops.ditfast.modulations.default
-    for given in ((c, weights, biases, torch.float32, True), (c, weights, [], torch.bfloat16, True)):
-        torch.library.opcheck(operator, given)
+    for arguments in ((c, weights, biases, torch.float32, True), (c, weights, [], torch.bfloat16, True)):
+        torch.library.opcheck(operator, arguments)
     compiled = torch.compile(OPERATORS["modulations"].fused, fullgraph=True, backend="aot_eager")
     with ops.use_backend("triton"):
         fused = replace(OPERATORS["modulations"], fused=compiled)
         assert not failures(check(fused, Shape(2, 1, 72), torch.float32))
 
 
-def own(x):
-    class Other(torch.Tensor):
+def subclass_of(x):
+    class Subclass(torch.Tensor):
         pass
 
-    return x.as_subclass(Other)
+    return x.as_subclass(Subclass)
 
 
 @pytest.mark.parametrize(
     "change",
     [
         lambda c, weights, biases: (c, [weights[0].double(), *weights[1:]], biases),
-        lambda c, weights, biases: (c, [own(weights[0]), *weights[1:]], biases),
+        lambda c, weights, biases: (c, [subclass_of(weights[0]), *weights[1:]], biases),
         lambda c, weights, biases: (c, [weights[0].to("meta"), *weights[1:]], biases),
         lambda c, weights, biases: (c, weights, [None, *biases[1:]]),
         lambda c, weights, biases: (c, weights, [biases[0].half(), *biases[1:]]),
@@ -147,15 +147,15 @@ def test_weights_of_any_layout_and_place():
     """Not contiguous, and at addresses that are no multiples of 16 bytes."""
     c, weights, biases = linears(3, 72, (144, 48))
     shifted = torch.empty(weights[1].numel() + 1)[1:].view_as(weights[1]).copy_(weights[1])
-    given = (c.t().contiguous().t(), [weights[0].t().contiguous().t(), shifted], biases)
+    arguments = (c.t().contiguous().t(), [weights[0].t().contiguous().t(), shifted], biases)
     with ops.use_backend("triton"):
-        assert torch.equal(ops.modulations(*given), ops.modulations(c, weights, biases))
+        assert torch.equal(ops.modulations(*arguments), ops.modulations(c, weights, biases))
 
 
 def test_errors_name_the_argument():
     c, weights, biases = linears(3, 72, (144, 48))
     thin = weights[1][:, :8]
-    for error, match, given in (
+    for error, match, arguments in (
         (ValueError, "weights and biases must be as many, one or more, got 2 and 1", (c, weights, biases[:1])),
         (ValueError, "weights and biases must be as many, one or more, got 0 and 0", (c, [], [])),
         (ValueError, r"c must have 2 axes, got shape \(3, 1, 72\)", (c[:, None], weights, biases)),
@@ -165,7 +165,7 @@ def test_errors_name_the_argument():
         (TypeError, r"weights\[0\] must be a tensor, got Linear", (c, [nn.Linear(72, 144), weights[1]], biases)),
     ):
         with pytest.raises(error, match=match):
-            ops.modulations(*given)
+            ops.modulations(*arguments)
     with ops.use_backend("triton"), pytest.raises(RuntimeError, match="modulations cannot run .* of 8, got 12"):
         ops.modulations(*linears(3, 72, (144, 12)))
 

@@ -169,6 +169,6 @@ def test_use_backend():
     with pytest.raises(RuntimeError, match="inside"), ops.use_backend("triton"):
         raise RuntimeError("inside")
     assert ops.current_backend() == "auto"
-    wanted = "backend must be one of auto, triton, torch, got 'cuda'"
-    with pytest.raises(ValueError, match=wanted), ops.use_backend("cuda"):
+    message = "backend must be one of auto, triton, torch, got 'cuda'"
+    with pytest.raises(ValueError, match=message), ops.use_backend("cuda"):
         pass

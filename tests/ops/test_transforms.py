@@ -28,8 +28,8 @@ def case(name, dtype=torch.float32):
     fixed = {key: value for key, value in inputs.items() if key not in names} | operator.options(SHAPE)
 
     def of(function):
-        def call(*given):
-            out = function(**dict(zip(names, given, strict=True)), **fixed)
+        def call(*tensors):
+            out = function(**dict(zip(names, tensors, strict=True)), **fixed)
             return out if isinstance(out, tuple) else (out,)
 
         return call
@@ -60,8 +60,8 @@ def by_duals(function, xs, vs):
 
 
 def of_each_sample(function, xs, vs):
-    two = [torch.stack([x, x + v]) for x, v in zip(xs, vs, strict=True)]
-    return torch.vmap(gradient(function, xs))(*two)
+    stacked = [torch.stack([x, x + v]) for x, v in zip(xs, vs, strict=True)]
+    return torch.vmap(gradient(function, xs))(*stacked)
 
 
 def around_a_gradient(function, xs, vs):
@@ -87,8 +87,8 @@ TRANSFORMS = {
 
 
 def results(transform, function, xs, vs):
-    found = TRANSFORMS[transform](function, xs, vs)
-    return {str(index): torch.zeros(()) if value is None else value.detach() for index, value in enumerate(found)}
+    outputs = TRANSFORMS[transform](function, xs, vs)
+    return {str(index): torch.zeros(()) if value is None else value.detach() for index, value in enumerate(outputs)}
 
 
 @every_operator
@@ -97,8 +97,8 @@ def test_a_transform(name, transform, machine):
     fused, formula, xs, vs = case(name)
     yardstick = results(transform, formula, xs, vs)
     oracle = results(transform, *case(name, torch.float64)[1:])
-    found = results(transform, fused, xs, vs)
-    verdicts = {key: judge("operator", found[key], yardstick[key], oracle[key], torch.float32) for key in oracle}
+    actual = results(transform, fused, xs, vs)
+    verdicts = {key: judge("operator", actual[key], yardstick[key], oracle[key], torch.float32) for key in oracle}
     assert not failures(verdicts)
     with ops.use_backend("triton"), pytest.raises(RuntimeError, match=r"ditfast.*use_backend\(.torch"):
         results(transform, fused, xs, vs)
@@ -125,8 +125,8 @@ def test_batches_of_incoming_gradients(name):
         for batched, single in zip(together, alone, strict=True):
             assert judge("operator", batched[index], single, single.double(), torch.float32).ok
 
-    def first(*given):
-        return by_kernels(fused)(*given)[0].reshape(-1)[:2]
+    def first(*tensors):
+        return by_kernels(fused)(*tensors)[0].reshape(-1)[:2]
 
     jacobian = torch.func.jacrev(lambda x: first(x, *xs[1:]))(xs[0].detach())
     (row,) = torch.autograd.grad(first(*leaves)[1], leaves[:1])
@@ -148,7 +148,7 @@ def test_a_kernels_gradient_refuses_to_be_differentiated(name):
         if recorded[index].requires_grad:
             with pytest.raises(RuntimeError, match=REFUSED):
                 recorded[index].sum().backward(retain_graph=True)
-    for leaf in leaves:  # whichever it is looked for by
+    for leaf in leaves:  # whichever leaf the gradient is by
         linear = [g.sum() for g in recorded if g.requires_grad]
         with pytest.raises(RuntimeError, match=REFUSED):
             torch.autograd.grad(sum(linear), leaf, retain_graph=True, allow_unused=True)
@@ -224,11 +224,11 @@ def test_compiled_autograd_takes_the_backward():
 
 @pytest.mark.parametrize("name", [name for name, each in OPERATORS.items() if each.gradients and "+" not in name])
 def test_compiled_twice_over_with_dynamic_shapes(name):
-    """In one graph, and with one tensor in two places."""
+    """Two calls in one graph, with one tensor in two places."""
     operator = OPERATORS[name]
 
-    def twice(*given):
-        first, second = (operator.fused(**dict(zip(names, given, strict=True)), **options) for _ in range(2))
+    def twice(*tensors):
+        first, second = (operator.fused(**dict(zip(names, tensors, strict=True)), **options) for _ in range(2))
         return [a.sin() + b for a, b in zip(*map(tupled, (first, second)), strict=True)]
 
     def tupled(out):
@@ -241,9 +241,9 @@ def test_compiled_twice_over_with_dynamic_shapes(name):
         inputs |= {"scale": inputs["shift"]} if "scale" in inputs else {}
         names = list(inputs)
         leaves = [x.requires_grad_() for x in inputs.values()]
-        found, expected = (
+        actual, expected = (
             torch.autograd.grad([out.square().sum() for out in by_kernels(f)(*leaves)], leaves, allow_unused=True)
             for f in (compiled, twice)
         )
-        for gradient, eager in zip(found, expected, strict=True):
+        for gradient, eager in zip(actual, expected, strict=True):
             assert judge("operator", gradient, eager, eager.double(), torch.float32).ok

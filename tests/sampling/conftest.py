@@ -57,36 +57,36 @@ def make_autoencoder(folder: Path, channels: int = 4, **config: Any) -> Path:
 
 
 @contextmanager
-def sampling_place(folder: Path) -> Iterator[Path]:
+def sampling_assets(folder: Path) -> Iterator[Path]:
     """A folder with a checkpoint and an autoencoder, and one thread while they are used.
 
     Two threads that wait for each other on busy cores take many times as long for so little.
     """
-    before = torch.get_num_threads()
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     make_checkpoint(folder / "tiny.safetensors")
     make_autoencoder(folder / "vae")
     yield folder
-    torch.set_num_threads(before)
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with a tiny random checkpoint and autoencoder, to sample from."""
-    with sampling_place(tmp_path_factory.mktemp("sample")) as folder:
+    with sampling_assets(tmp_path_factory.mktemp("sample")) as folder:
         yield folder
 
 
 @pytest.fixture
-def latents(place: Path) -> dict[str, Any]:
+def latents(assets: Path) -> dict[str, Any]:
     """Options of ``ditfast sample`` for latents; --latents and --out or --npz are added."""
-    return {"checkpoint": place / "tiny.safetensors", "steps": STEPS, "batch_size": 3}
+    return {"checkpoint": assets / "tiny.safetensors", "steps": STEPS, "batch_size": 3}
 
 
 @pytest.fixture
-def images(place: Path, latents: dict[str, Any]) -> dict[str, Any]:
+def images(assets: Path, latents: dict[str, Any]) -> dict[str, Any]:
     """Options of ``ditfast sample`` for images; --out or --npz is added."""
-    return {**latents, "vae": place / "vae"}
+    return {**latents, "vae": assets / "vae"}
 
 
 def sample(*arguments: str | Path, **options: Any) -> Result:
@@ -101,7 +101,7 @@ def sampled(*arguments: str | Path, **options: Any) -> Result:
 
 
 def refused(*arguments: str | Path, **options: Any) -> str:
-    """The one line that bad input is answered with."""
+    """The one-line message for bad input."""
     result = sample(*arguments, **options)
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
@@ -137,9 +137,9 @@ class ForkedRun:
         command = ["ditfast", "sample", *_texts(arguments, options)]
         self.processes = []
         for rank in range(ranks):
-            place = {name: str(rank) for name in ("RANK", "LOCAL_RANK")}
-            place |= {name: str(ranks) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
-            variables = {**address, **place} if ranks > 1 else {}
+            rank_variables = {name: str(rank) for name in ("RANK", "LOCAL_RANK")}
+            rank_variables |= {name: str(ranks) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+            variables = {**address, **rank_variables} if ranks > 1 else {}
             fork = multiprocessing.get_context("fork").Process
             process = fork(target=_run_in_fork, args=(command, variables, *self._streams(rank)), daemon=True)
             process.start()
@@ -169,9 +169,9 @@ def _run_in_fork(command: list[str], variables: dict[str, str], out: Path, err: 
 
 
 def arrays(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-    with np.load(path, allow_pickle=False) as found:
-        assert found.files == ["arr_0", "arr_1"]
-        return found["arr_0"], found["arr_1"]
+    with np.load(path, allow_pickle=False) as file:
+        assert file.files == ["arr_0", "arr_1"]
+        return file["arr_0"], file["arr_1"]
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -34,7 +34,7 @@ from tests.sampling.conftest import (
 pytest.importorskip("diffusers", reason="needs the package diffusers")
 
 
-def test_other_settings_are_refused_naming_the_difference(images: dict[str, Any], place: Path, tmp_path: Path) -> None:
+def test_other_settings_are_refused_naming_the_difference(images: dict[str, Any], assets: Path, tmp_path: Path) -> None:
     out, npz = tmp_path / "out", tmp_path / "x.npz"
     sampled(**images, num=2, out=out)
     before = files(out)
@@ -45,9 +45,9 @@ def test_other_settings_are_refused_naming_the_difference(images: dict[str, Any]
     assert "classes [1, 2] (there: null)" in refused(**images, classes="1,2", out=out)
     other = make_checkpoint(tmp_path / "other.safetensors", ditfast.DiTConfig(**{**CONFIG.to_dict(), "depth": 1}))
     assert "checkpoint {" in refused(**{**images, "checkpoint": other}, num=2, out=out)
-    # the same weights elsewhere are the same
-    shutil.copytree(place / "vae", tmp_path / "vae")
-    shutil.copy(place / "tiny.safetensors", tmp_path / "copy.safetensors")
+    # the same weights at another path are accepted
+    shutil.copytree(assets / "vae", tmp_path / "vae")
+    shutil.copy(assets / "tiny.safetensors", tmp_path / "copy.safetensors")
     same = {**images, "vae": tmp_path / "vae", "checkpoint": tmp_path / "copy.safetensors"}
     assert "complete already" in sampled(**same, num=2, out=out).stderr
     assert files(out) == before
@@ -55,7 +55,7 @@ def test_other_settings_are_refused_naming_the_difference(images: dict[str, Any]
     assert f"{npz} was made with other settings: seed 1 (there: 0)" in refused(**images, num=2, seed=1, npz=npz)
 
 
-def test_what_others_wrote_is_left_alone(images: dict[str, Any], tmp_path: Path) -> None:
+def test_files_of_others_are_left_alone(images: dict[str, Any], tmp_path: Path) -> None:
     out, npz = tmp_path / "out", tmp_path / "x.npz"
     out.mkdir()
     (out / "000001.png").write_bytes(b"mine")
@@ -132,18 +132,18 @@ def test_an_unwritable_folder(images: dict[str, Any], tmp_path: Path, monkeypatc
     assert not computed
 
 
-def test_latents_that_are_not_finite(place: Path, latents: dict[str, Any], tmp_path: Path) -> None:
+def test_latents_that_are_not_finite(assets: Path, latents: dict[str, Any], tmp_path: Path) -> None:
     broken = make_checkpoint(tmp_path / "broken.safetensors", broken="final_layer.linear.bias")
     line = refused("--latents", **{**latents, "checkpoint": broken}, num=4, npz=tmp_path / "first.npz")
     assert re.search(r"image 0, class \d+.*: latents are not finite from step 1 of 3 on", line), line
-    model = ditfast.load_checkpoint(place / "tiny.safetensors")
+    model = ditfast.load_checkpoint(assets / "tiny.safetensors")
     with torch.no_grad():
         model.y_embedder.embedding_table.weight[5] = float("nan")
     ditfast.save_checkpoint(model, broken)
     options = {**latents, "checkpoint": broken, "classes": "1,2,3,4,5", "npz": tmp_path / "x.npz"}
     line = refused("--latents", **options)
     assert "image 4, class 5: latents are not finite from step 1 of 3 on" in line, line
-    # what was finished is kept, nothing is under the final name
+    # finished batches are kept; nothing has the final name
     assert sorted(files(tmp_path / "x.npz.parts")) == ["batch-000000.npy", "settings.json"]
     assert not (tmp_path / "x.npz").exists()
 

@@ -1,4 +1,4 @@
-"""``ditfast sample`` in one process: PNGs, npz, latents, going on, and every bad input in one line."""
+"""``ditfast sample`` in one process: PNGs, npz, latents, continued runs."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ from tests.sampling.conftest import (
 pytest.importorskip("diffusers", reason="needs the package diffusers")
 
 
-def by_hand(place: Path, labels: list[int], first: int, **guidance: Any) -> torch.Tensor:
+def by_hand(assets: Path, labels: list[int], first: int, **guidance: Any) -> torch.Tensor:
     """The latents of a batch with these labels."""
-    model = ditfast.load_checkpoint(place / "tiny.safetensors")
+    model = ditfast.load_checkpoint(assets / "tiny.safetensors")
     sampler = Sampler("ddpm", STEPS, in_channels=4)
     engine = Engine(model, sampler, Guidance(4.0, span=sampler.span, **guidance))
     begin = start(Batch(0, first, len(labels)), 0, None, CONFIG.num_classes, SHAPE)
@@ -50,7 +50,7 @@ def by_hand(place: Path, labels: list[int], first: int, **guidance: Any) -> torc
 
 
 @pytest.mark.quick
-def test_pngs_and_a_grid(place: Path, images: dict[str, Any], tmp_path: Path) -> None:
+def test_pngs_and_a_grid(assets: Path, images: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "new" / "images"
     names = tmp_path / "names.txt"
     names.write_text("".join(f"thing {label}\n" for label in range(10)))
@@ -60,17 +60,17 @@ def test_pngs_and_a_grid(place: Path, images: dict[str, Any], tmp_path: Path) ->
     assert re.search(r"^5 images in .* s, .* images/s$", result.stderr, re.MULTILINE)
     pngs = [f"{image:06d}.png" for image in range(5)]
     assert sorted(files(out)) == [*pngs, "grid.png", "settings.json"]
-    decoder = Decoder(place / "vae", 4)
-    wanted = np.concatenate([decoder(by_hand(place, [7, 1, 7], 0)), decoder(by_hand(place, [1, 7], 3))])
-    for name, image, label in zip(pngs, wanted, [7, 1, 7, 1, 7], strict=True):
+    decoder = Decoder(assets / "vae", 4)
+    expected = np.concatenate([decoder(by_hand(assets, [7, 1, 7], 0)), decoder(by_hand(assets, [1, 7], 3))])
+    for name, image, label in zip(pngs, expected, [7, 1, 7, 1, 7], strict=True):
         assert np.array_equal(output.load_png(out / name), image)
-        with Image.open(out / name) as found:
-            assert found.info["class"] == f"{label} thing {label}"
-    assert len({image.tobytes() for image in wanted}) == 5
-    assert np.array_equal(output.load_png(out / "grid.png")[4 : 4 + 64 * 3 : 3, 4 : 4 + 32 * 3 : 3], wanted[0])
+        with Image.open(out / name) as png:
+            assert png.info["class"] == f"{label} thing {label}"
+    assert len({image.tobytes() for image in expected}) == 5
+    assert np.array_equal(output.load_png(out / "grid.png")[4 : 4 + 64 * 3 : 3, 4 : 4 + 32 * 3 : 3], expected[0])
     before = files(out)
-    again = sampled(**options)
-    assert again.stdout == result.stdout and "complete already" in again.stderr
+    second_run = sampled(**options)
+    assert second_run.stdout == result.stdout and "complete already" in second_run.stderr
     assert files(out) == before
 
 
@@ -93,17 +93,17 @@ def test_imagenets_names(images: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.quick
-def test_npz_for_the_evaluation_suite(place: Path, images: dict[str, Any], tmp_path: Path) -> None:
+def test_npz_for_the_evaluation_suite(assets: Path, images: dict[str, Any], tmp_path: Path) -> None:
     npz, out = tmp_path / "samples.npz", tmp_path / "png"
     assert sampled(**images, num=7, npz=npz).stdout == f"{npz}\n"
     assert os.listdir(tmp_path) == ["samples.npz"]
-    found, labels = arrays(npz)
-    assert found.shape == (7, *IMAGE) and found.dtype == np.uint8
-    # the labels are the streams', and the order is the images'
+    array, labels = arrays(npz)
+    assert array.shape == (7, *IMAGE) and array.dtype == np.uint8
+    # labels come from the streams, in the order of the images
     assert labels.tolist() == start(Batch(0, 0, 7), 0, None, 10, SHAPE).labels
     sampled(**images, num=7, out=out)
     for image in range(7):
-        assert np.array_equal(found[image], output.load_png(out / f"{image:06d}.png"))
+        assert np.array_equal(array[image], output.load_png(out / f"{image:06d}.png"))
     before = npz.read_bytes()
     assert "complete already" in sampled(**images, num=7, npz=npz).stderr
     assert npz.read_bytes() == before and os.listdir(tmp_path / "png").count("settings.json") == 1
@@ -117,24 +117,24 @@ def test_npz_with_a_folder_for_the_batches(images: dict[str, Any], tmp_path: Pat
     assert os.listdir(out) == ["settings.json"]
 
 
-def test_latents_without_an_autoencoder(place: Path, latents: dict[str, Any], tmp_path: Path) -> None:
+def test_latents_without_an_autoencoder(assets: Path, latents: dict[str, Any], tmp_path: Path) -> None:
     result = sampled("--latents", **latents, classes="7,1,7", out=tmp_path)
     assert result.stdout == f"{tmp_path / 'latents.npz'}\n"
-    found, labels = arrays(tmp_path / "latents.npz")
-    assert found.dtype == np.float32 and labels.tolist() == [7, 1, 7]
-    assert np.array_equal(found, by_hand(place, [7, 1, 7], 0).numpy())
+    array, labels = arrays(tmp_path / "latents.npz")
+    assert array.dtype == np.float32 and labels.tolist() == [7, 1, 7]
+    assert np.array_equal(array, by_hand(assets, [7, 1, 7], 0).numpy())
 
 
-def test_the_options_of_guidance_arrive(place: Path, latents: dict[str, Any], tmp_path: Path) -> None:
+def test_the_options_of_guidance_arrive(assets: Path, latents: dict[str, Any], tmp_path: Path) -> None:
     def run(name: str, **options: Any) -> Any:
         sampled("--latents", **{**latents, **options}, classes="7,1,7", npz=tmp_path / f"{name}.npz")
         return arrays(tmp_path / f"{name}.npz")[0]
 
-    assert np.array_equal(run("all", guided_channels="all"), by_hand(place, [7, 1, 7], 0, channels="all").numpy())
+    assert np.array_equal(run("all", guided_channels="all"), by_hand(assets, [7, 1, 7], 0, channels="all").numpy())
     options = {"guidance_interval": "100,700", "guidance_rescale": 0.5, "guidance_power": 2}
-    wanted = by_hand(place, [7, 1, 7], 0, interval=(100.0, 700.0), rescale=0.5, power=2.0)
-    assert np.array_equal(run("shaped", **options), wanted.numpy())
-    model = ditfast.load_checkpoint(place / "tiny.safetensors")
+    expected = by_hand(assets, [7, 1, 7], 0, interval=(100.0, 700.0), rescale=0.5, power=2.0)
+    assert np.array_equal(run("shaped", **options), expected.numpy())
+    model = ditfast.load_checkpoint(assets / "tiny.safetensors")
     begin = start(Batch(0, 0, 3), 0, None, 10, SHAPE)
     plain = Engine(model, Sampler("ddim", 5, in_channels=4))(begin.noise, [7, 1, 7], begin.generators)
     assert np.array_equal(run("plain", cfg_scale=1, sampler="ddim", steps=5), plain.numpy())
@@ -147,15 +147,15 @@ def test_every_sampler(sampler: str, latents: dict[str, Any], tmp_path: Path) ->
 
 
 def test_an_image_is_the_same_whatever_the_batch_size_within_rounding(latents: dict[str, Any], tmp_path: Path) -> None:
-    found = {}
+    results = {}
     for size in (1, 2, 6):
         options = {**latents, "batch_size": size, "num": 6, "npz": tmp_path / f"{size}.npz"}
         sampled("--latents", **options)
-        found[size] = arrays(tmp_path / f"{size}.npz")
+        results[size] = arrays(tmp_path / f"{size}.npz")
     for size in (1, 2):
-        assert np.array_equal(found[size][1], found[6][1])
+        assert np.array_equal(results[size][1], results[6][1])
         # a GEMM of another height may sum in another order, which the steps carry on
-        assert np.linalg.norm(found[size][0] - found[6][0]) <= 1e-4 * np.linalg.norm(found[6][0])
+        assert np.linalg.norm(results[size][0] - results[6][0]) <= 1e-4 * np.linalg.norm(results[6][0])
 
 
 def test_two_runs_are_byte_equal_and_seeds_differ(images: dict[str, Any], tmp_path: Path) -> None:
@@ -165,22 +165,22 @@ def test_two_runs_are_byte_equal_and_seeds_differ(images: dict[str, Any], tmp_pa
     assert one == two != three
 
 
-def test_bf16_and_training_files(place: Path, latents: dict[str, Any], tmp_path: Path) -> None:
-    model = ditfast.load_checkpoint(place / "tiny.safetensors")
+def test_bf16_and_training_files(assets: Path, latents: dict[str, Any], tmp_path: Path) -> None:
+    model = ditfast.load_checkpoint(assets / "tiny.safetensors")
     state = model.state_dict()
     zero = {name: tensor if name == "pos_embed" else torch.zeros_like(tensor) for name, tensor in state.items()}
     torch.save({"model": zero, "ema": state}, tmp_path / "training.pt")
     options = {**latents, "checkpoint": tmp_path / "training.pt", "num_heads": 2, "num": 2, "dtype": "bf16"}
-    found = {}
+    results = {}
     for weights in ("auto", "model"):
-        # an official state dict does not tell the grid of 8 x 4: its table does
+        # an official state dict gives the grid of 8 x 4 by its table alone
         sampled("--latents", **options, weights=weights, npz=tmp_path / f"{weights}.npz")
-        found[weights] = arrays(tmp_path / f"{weights}.npz")[0]
-    assert not np.array_equal(found["auto"], found["model"])
+        results[weights] = arrays(tmp_path / f"{weights}.npz")[0]
+    assert not np.array_equal(results["auto"], results["model"])
 
 
 @pytest.mark.quick
-def test_going_on_makes_the_same_bytes(images: dict[str, Any], tmp_path: Path) -> None:
+def test_a_continued_run_writes_the_same_bytes(images: dict[str, Any], tmp_path: Path) -> None:
     whole, part = tmp_path / "whole", tmp_path / "part"
     sampled(**images, num=8, out=whole)
     sampled(**images, num=8, out=part)
@@ -194,7 +194,7 @@ def test_going_on_makes_the_same_bytes(images: dict[str, Any], tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", ["png", "npz"])
-def test_an_interruption_keeps_what_is_done(
+def test_an_interruption_keeps_finished_batches(
     kind: str, images: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def options(name: str) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def test_an_interruption_keeps_what_is_done(
         assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
-def test_the_settings_are_everything_but_who_and_how_far(images: dict[str, Any], tmp_path: Path) -> None:
+def test_settings_leave_out_ranks_and_paths(images: dict[str, Any], tmp_path: Path) -> None:
     sampled(**images, num=2, out=tmp_path)
     settings = stored_settings(tmp_path)
     assert settings["checkpoint"].keys() == settings["vae"].keys() == {"bytes", "sha256"}

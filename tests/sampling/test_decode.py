@@ -1,4 +1,4 @@
-"""The autoencoder: whose latents it takes, how it rounds, and its slices."""
+"""The autoencoder: which latents it takes, how it rounds, and its slices."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ditfast.sampling.decode import Decoder, autoencoder_files
-from tests.sampling.conftest import make_autoencoder, sampling_place
+from tests.sampling.conftest import make_autoencoder, sampling_assets
 
 pytest.importorskip("diffusers", reason="needs the package diffusers")
 
@@ -20,8 +20,8 @@ LATENTS = torch.Size((5, 4, 8, 4))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with sampling_place(tmp_path_factory.mktemp("decode")) as place:
-        yield place / "vae"
+    with sampling_assets(tmp_path_factory.mktemp("decode")) as assets:
+        yield assets / "vae"
 
 
 @pytest.fixture(scope="module")
@@ -53,18 +53,18 @@ def test_extremes_are_clamped(decoder: Decoder, monkeypatch: pytest.MonkeyPatch)
 
 def test_slices_stay_within_the_budget(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # four copies of 64 x 32 positions of 4 channels in fp32
-    each = 4 * 64 * 32 * 4 * 4 / 2**20
-    whole = Decoder(folder, 4, budget_mib=5 * each)(torch.ones(LATENTS))
-    for budget, wanted in ((5 * each, [5]), (2.5 * each, [2, 2, 1]), (each / 2, [1] * 5)):
+    image_mib = 4 * 64 * 32 * 4 * 4 / 2**20
+    whole = Decoder(folder, 4, budget_mib=5 * image_mib)(torch.ones(LATENTS))
+    for budget, expected in ((5 * image_mib, [5]), (2.5 * image_mib, [2, 2, 1]), (image_mib / 2, [1] * 5)):
         decoder = Decoder(folder, 4, budget_mib=budget)
         decode, sizes = decoder.vae.decode, []
         monkeypatch.setattr(decoder.vae, "decode", lambda x, f=decode, s=sizes: (s.append(len(x)), f(x))[1])
-        assert decoder.slice_size((8, 4)) == wanted[0]
+        assert decoder.slice_size((8, 4)) == expected[0]
         images = decoder(torch.ones(LATENTS))
-        assert sizes == wanted
+        assert sizes == expected
         # a convolution may sum another batch in another order, which may move a value across a rounding
         assert np.abs(images.astype(int) - whole.astype(int)).max() <= 1
-    assert Decoder(folder, 4, dtype=torch.bfloat16, budget_mib=2 * each).slice_size((8, 4)) == 4
+    assert Decoder(folder, 4, dtype=torch.bfloat16, budget_mib=2 * image_mib).slice_size((8, 4)) == 4
     with pytest.raises(ValueError, match="--decode-mib must be above 0, got 0"):
         Decoder(folder, 4, budget_mib=0)
 
@@ -88,8 +88,8 @@ def test_scaling_must_be_the_checkpoints(tmp_path: Path) -> None:
     decoder, latents = Decoder(folder, 4, scaling=0.13025), torch.randn(LATENTS)
     with torch.no_grad():
         decoded = decoder.vae.decode(latents / 0.13025 + 0.5).sample
-    wanted = (127.5 * decoded + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-    assert np.array_equal(decoder(latents), wanted.numpy())
+    expected = (127.5 * decoded + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    assert np.array_equal(decoder(latents), expected.numpy())
 
 
 def test_a_pipelines_folder_has_one(folder: Path, tmp_path: Path) -> None:

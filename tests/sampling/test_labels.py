@@ -77,7 +77,7 @@ def test_an_unknown_name_gets_the_nearest(imagenet: ClassNames, name: str, neare
     assert nearest in str(raised.value)
 
 
-def test_nothing_near_is_said_without_a_hint(imagenet: ClassNames) -> None:
+def test_without_a_near_name_there_is_no_hint(imagenet: ClassNames) -> None:
     with pytest.raises(ValueError, match="unknown class name 'xqzw' in ImageNet$"):
         imagenet.label("xqzw")
 
@@ -128,8 +128,8 @@ def test_a_pipelines_names_win_over_imagenets(tmp_path: Path) -> None:
         assert names is not None
         assert names.label("object 17") == 17 and names.name(17) == "thing 17"
     index.write_text(json.dumps({"_class_name": "DiTPipeline"}))
-    found = class_names(1000, pipeline)
-    assert found is not None and found.source == "ImageNet"
+    labels = class_names(1000, pipeline)
+    assert labels is not None and labels.source == "ImageNet"
     index.write_text(json.dumps({"id2label": ["cat"]}))
     with pytest.raises(ValueError, match="model_index.json: its id2label cannot be read"):
         class_names(1000, pipeline)

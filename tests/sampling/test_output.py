@@ -1,4 +1,4 @@
-"""Files of samples: never half written, an npz as numpy's, PNGs, the grid."""
+"""Files of samples: never half written; an npz as numpy writes it, PNGs, the grid."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_parts_of_a_killed_process_are_removed(tmp_path: Path) -> None:
 
 @pytest.mark.quick
 def test_an_npz_is_what_numpy_would_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output, "_BLOCK", 100)  # of a row's bytes no multiple
+    monkeypatch.setattr(output, "_BLOCK", 100)  # no multiple of a row's bytes
     array, labels = images(23), np.arange(23)
     entries = {
         "arr_0": (array.shape, array.dtype, (array[first : first + 5] for first in range(0, 23, 5))),
@@ -105,8 +105,8 @@ def test_only_a_block_of_an_npz_is_held(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 5 * 10 * 64 * 64 * 3 < 1000 * 64 * 64 * 3
-    with np.load(tmp_path / "big.npz") as found:
-        assert (found["arr_0"][:, 0, 0, 0] == np.arange(1000) // 10).all()
+    with np.load(tmp_path / "big.npz") as file:
+        assert (file["arr_0"][:, 0, 0, 0] == np.arange(1000) // 10).all()
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_only_a_block_of_an_npz_is_held(tmp_path: Path) -> None:
         ([images(4).astype(np.float32)], "uint8 of shape .*, got float32"),
     ],
 )
-def test_what_does_not_make_up_an_npz_leaves_none(blocks: list[np.ndarray], message: str, tmp_path: Path) -> None:
+def test_wrong_parts_leave_no_npz(blocks: list[np.ndarray], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         output.save_npz(tmp_path / "bad.npz", {"arr_0": ((4, 8, 6, 3), np.uint8, blocks)}, "")
     assert os.listdir(tmp_path) == []
@@ -138,20 +138,20 @@ def test_a_png_holds_the_pixels_and_what_it_shows(tmp_path: Path) -> None:
     image = images(1)[0]
     output.save_png(image, tmp_path / "image.png", {"class": "207 golden retriever"})
     assert np.array_equal(output.load_png(tmp_path / "image.png"), image)
-    with Image.open(tmp_path / "image.png") as found:
-        assert found.info["class"] == "207 golden retriever"
+    with Image.open(tmp_path / "image.png") as png:
+        assert png.info["class"] == "207 golden retriever"
 
 
 @pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 1), (4, 2, 2), (5, 3, 2), (64, 8, 8)])
 def test_the_grid_shows_every_image_above_its_caption(count: int, columns: int, rows: int, tmp_path: Path) -> None:
-    shown = images(count, 128, 128)
-    captions = [f"{place} na\u00efve {'x' * 80}" for place in range(count)]
-    output.save_grid(list(shown), captions, tmp_path / "grid.png")
+    pictures = images(count, 128, 128)
+    captions = [f"{index} na\u00efve {'x' * 80}" for index in range(count)]
+    output.save_grid(list(pictures), captions, tmp_path / "grid.png")
     grid = output.load_png(tmp_path / "grid.png")
     step = (128 + output._CAPTION + output._GAP, 128 + output._GAP)
     assert grid.shape == (rows * step[0] + output._GAP, columns * step[1] + output._GAP, 3)
-    for place, image in enumerate(shown):
-        y, x = place // columns * step[0] + output._GAP, place % columns * step[1] + output._GAP
+    for index, image in enumerate(pictures):
+        y, x = index // columns * step[0] + output._GAP, index % columns * step[1] + output._GAP
         assert np.array_equal(grid[y : y + 128, x : x + 128], image)
         caption = grid[y + 128 : y + 128 + output._CAPTION, x : x + 128]
         assert caption.min() < 100 < caption.mean()  # dark letters on white
@@ -166,7 +166,7 @@ def test_small_images_are_enlarged(tmp_path: Path) -> None:
     assert np.array_equal(grid[gap : gap + 128 : 16, gap : gap + 96 : 16], images(1)[0])
 
 
-def test_what_a_killed_run_left_beside_is_removed(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     npz = tmp_path / "x[1].npz"  # no pattern
     folder = RunFolder(None, npz, [Batch(0, 0, 1)], Rows((2,), np.float32), {"seed": 0})
     folder.claim()
@@ -178,7 +178,7 @@ def test_what_a_killed_run_left_beside_is_removed(tmp_path: Path) -> None:
     folder.claim()
     folder.release()
     assert not any(path.exists() for path in left) and other.exists()
-    (folder.folder / "settings.json").unlink()  # killed before there were any
+    (folder.folder / "settings.json").unlink()  # killed before any image was written
     left[1].touch()
     folder.claim()
     folder.release()

@@ -40,38 +40,38 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(place: Path) -> tuple[dict[str, Any], bytes]:
-    """Options of a run, and the npz of one that nobody disturbed."""
-    options = {"checkpoint": place / "tiny.safetensors", "vae": place / "vae", "num": 16, "threads": 1}
+def alone(assets: Path) -> tuple[dict[str, Any], bytes]:
+    """Options of a run, and the npz of a single undisturbed process."""
+    options = {"checkpoint": assets / "tiny.safetensors", "vae": assets / "vae", "num": 16, "threads": 1}
     options |= {"batch_size": 2, "steps": 20}
-    sampled(**options, npz=place / "whole.npz")
-    return options, (place / "whole.npz").read_bytes()
+    sampled(**options, npz=assets / "whole.npz")
+    return options, (assets / "whole.npz").read_bytes()
 
 
-def test_a_run_that_was_killed_goes_on_with_the_same_bytes(whole: tuple[dict[str, Any], bytes], tmp_path: Path) -> None:
+def test_a_run_that_was_killed_goes_on_with_the_same_bytes(alone: tuple[dict[str, Any], bytes], tmp_path: Path) -> None:
     npz, parts = tmp_path / "x.npz", tmp_path / "x.npz.parts"
     (tmp_path / "streams").mkdir()
-    run = ForkedRun(tmp_path / "streams", **whole[0], npz=npz)
+    run = ForkedRun(tmp_path / "streams", **alone[0], npz=npz)
     (process,) = run.processes
     wait_for(lambda: process.exitcode is not None or len(list(parts.glob("batch-*.npy"))) >= 2)
     process.kill()
     ((code, out, _),) = run.end(_PATIENCE)
-    done = len(list(parts.glob("batch-*.npy")))
-    assert code == -signal.SIGKILL and 2 <= done < 8 and out == "" and not npz.exists()
-    assert f"{16 - 2 * done} images in" in sampled(**whole[0], npz=npz).stderr
-    assert npz.read_bytes() == whole[1]
+    num_finished = len(list(parts.glob("batch-*.npy")))
+    assert code == -signal.SIGKILL and 2 <= num_finished < 8 and out == "" and not npz.exists()
+    assert f"{16 - 2 * num_finished} images in" in sampled(**alone[0], npz=npz).stderr
+    assert npz.read_bytes() == alone[1]
     assert {*os.listdir(tmp_path)} == {"x.npz", "streams"}
 
 
 @subprocesses
-def test_two_processes_beside_one(whole: tuple[dict[str, Any], bytes], tmp_path: Path) -> None:
-    # torchrun's own options begin with --num, too
-    options = {"num_images" if name == "num" else name: value for name, value in whole[0].items()}
+def test_two_processes_beside_one(alone: tuple[dict[str, Any], bytes], tmp_path: Path) -> None:
+    # torchrun has options that begin with --num, too
+    options = {"num_images" if name == "num" else name: value for name, value in alone[0].items()}
     code, out, err = finished(start_process(**options, npz=tmp_path / "x.npz", ranks=2))
     assert code == 0, err
     assert out == f"{tmp_path / 'x.npz'}\n"
     assert err.count("16 images in") == 1
-    assert (tmp_path / "x.npz").read_bytes() == whole[1]
+    assert (tmp_path / "x.npz").read_bytes() == alone[1]
     images, labels = arrays(tmp_path / "x.npz")
     assert images.shape == (16, *IMAGE) and labels.shape == (16,)
     assert len({image.tobytes() for image in images}) == 16
@@ -79,11 +79,11 @@ def test_two_processes_beside_one(whole: tuple[dict[str, Any], bytes], tmp_path:
 
 
 @pytest.mark.quick
-def test_two_processes_say_what_is_wrong_once(place: Path, tmp_path: Path) -> None:
+def test_two_processes_say_what_is_wrong_once(assets: Path, tmp_path: Path) -> None:
     out, streams = tmp_path / "out", tmp_path / "streams"
     out.mkdir()
     streams.mkdir()
-    options = {"checkpoint": place / "tiny.safetensors", "classes": 10, "out": out}
+    options = {"checkpoint": assets / "tiny.safetensors", "classes": 10, "out": out}
     first, second = ForkedRun(streams, "--latents", **options, ranks=2).end(_PATIENCE)
     assert first == (2, "", "error: --classes must be in 0..9 for this checkpoint, got 10\n")
     assert second == (2, "", "")
@@ -91,9 +91,9 @@ def test_two_processes_say_what_is_wrong_once(place: Path, tmp_path: Path) -> No
 
 
 @pytest.fixture
-def fails_in_the_second(place: Path, tmp_path: Path) -> dict[str, Any]:
+def fails_in_the_second(assets: Path, tmp_path: Path) -> dict[str, Any]:
     """The second process's first batch holds the class whose row is NaN; the first would wait for it for ever."""
-    model = ditfast.load_checkpoint(place / "tiny.safetensors")
+    model = ditfast.load_checkpoint(assets / "tiny.safetensors")
     with torch.no_grad():
         model.y_embedder.embedding_table.weight[5] = float("nan")
     ditfast.save_checkpoint(model, tmp_path / "broken.safetensors")
@@ -141,7 +141,7 @@ def test_one_process_alone_needs_no_environment(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("name", "gpus", "ranks", "rank", "wanted"),
+    ("name", "gpus", "ranks", "rank", "expected"),
     [
         (None, 0, 1, 0, "cpu"),
         (None, 2, 1, 0, "cuda:0"),
@@ -155,14 +155,14 @@ def test_one_process_alone_needs_no_environment(monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_each_process_has_its_own_gpu(
-    name: str | None, gpus: int, ranks: int, rank: int, wanted: str, monkeypatch: pytest.MonkeyPatch
+    name: str | None, gpus: int, ranks: int, rank: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for key, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", ranks), ("LOCAL_WORLD_SIZE", ranks)):
         monkeypatch.setenv(key, str(value))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    if wanted.startswith("--"):
-        with pytest.raises(ValueError, match=wanted):
+    if expected.startswith("--"):
+        with pytest.raises(ValueError, match=expected):
             Processes().device(name)
     else:
-        assert str(Processes().device(name)) == wanted
+        assert str(Processes().device(name)) == expected

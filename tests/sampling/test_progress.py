@@ -10,7 +10,7 @@ from ditfast.sampling.progress import Rate, progress
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What the clock says, to be set."""
+    """The clock's time; set it by ``clock[0]``."""
     now = [100.0]
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
     return now

@@ -1,4 +1,4 @@
-"""The work of ``ditfast sample``: fixed batches, an image's own stream, what is whose, settings."""
+"""The work of ``ditfast sample``: fixed batches, an image's own stream, shares of processes, settings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_no_images_or_no_batch_is_refused(num: int, size: int, option: str) -> N
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
-def test_every_batch_that_is_left_is_somebodys_once(ranks: int) -> None:
+def test_remaining_batches_are_shared_without_overlap(ranks: int) -> None:
     left = [batch for batch in cut(50, 4) if batch.index not in (0, 3, 4)]
     parts = [share(left, rank, ranks) for rank in range(ranks)]
     assert sorted((batch for part in parts for batch in part), key=lambda batch: batch.index) == left
@@ -43,7 +43,7 @@ def test_an_image_starts_from_the_same_noise_in_any_batch(classes: list[int] | N
         parts = [start(batch, 5, classes, 10, SHAPE) for batch in cut(11, size)]
         assert torch.equal(torch.cat([part.noise for part in parts]), whole.noise)
         assert [label for part in parts for label in part.labels] == whole.labels
-        # what a sampler draws later too
+        # later draws of a sampler, too
         later = [torch.randn(3, generator=g) for part in parts for g in part.generators]
         assert torch.equal(torch.stack(later)[-1], torch.randn(3, generator=_after_start(5, 10)))
     assert whole.labels == [label_of(image, 5, classes, 10) for image in range(11)]
@@ -57,9 +57,9 @@ def _after_start(seed: int, image: int) -> torch.Generator:
 
 
 def test_the_label_is_drawn_first_and_given_ones_leave_the_noise_alone() -> None:
-    drawn, given = (start(Batch(0, 0, 6), 1, classes, 10, SHAPE) for classes in (None, [4, 2]))
-    assert given.labels == [4, 2, 4, 2, 4, 2]
-    assert torch.equal(drawn.noise, given.noise)
+    drawn, with_classes = (start(Batch(0, 0, 6), 1, classes, 10, SHAPE) for classes in (None, [4, 2]))
+    assert with_classes.labels == [4, 2, 4, 2, 4, 2]
+    assert torch.equal(drawn.noise, with_classes.noise)
     generator = image_generator(1, 3)
     assert drawn.labels[3] == int(torch.randint(10, (1,), generator=generator))
     assert torch.equal(drawn.noise[3], torch.randn(SHAPE, generator=generator))
@@ -103,5 +103,5 @@ def test_a_digest_is_of_the_contents(tmp_path: Path) -> None:
 
 def test_differences_name_both_values() -> None:
     assert differences({"seed": 0, "steps": 20}, {"seed": 0, "steps": 20}) == []
-    found = differences({"seed": 0, "steps": 20, "old": 1}, {"seed": 1, "steps": 20, "new": "x"})
-    assert found == ["seed 1 (there: 0)", 'new "x" (there: null)', "old null (there: 1)"]
+    lines = differences({"seed": 0, "steps": 20, "old": 1}, {"seed": 1, "steps": 20, "new": "x"})
+    assert lines == ["seed 1 (there: 0)", 'new "x" (there: null)', "old null (there: 1)"]

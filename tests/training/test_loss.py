@@ -89,7 +89,7 @@ def test_constants():
     assert diffusion.min_log_variance[0] == diffusion.min_log_variance[1]
 
 
-def test_what_a_transform_made_is_not_kept():
+def test_tensors_of_a_transform_are_not_cached():
     _kept.cache_clear()
     x, t, noise = torch.randn(2, 4, 4, 4), torch.tensor([1, 500]), torch.randn(2, 4, 4, 4)
 

@@ -1,6 +1,6 @@
 """The layouts that test_sharding.py tries, as "arguments > results and gradients", each with a letter.
 
-0, 1, 2: sharded along that axis; r: replicated; p: a partial sum. What stands behind ">" is checked on the kernels.
+0, 1, 2: sharded along that axis; r: replicated; p: a partial sum. The part after ">" is checked on the kernels.
 """
 
 import torch
@@ -35,7 +35,7 @@ LAYOUTS = {
     "linear_gelu": (
         f"x0 {_ROWS.format(0)}",
         f"x1 {_ROWS.format(1)}",
-        "x2 weight1 biasr > output0r",  # a sum in parts, which no GELU may see
+        "x2 weight1 biasr > output0r",  # a partial sum, which must be reduced before GELU
         "xp weightr biasr > output0r",
         "xr weight0 bias0 > output02 d_xp d_weight0 d_bias0",
     ),

@@ -21,7 +21,7 @@ _ATTENTION = {"attention_forward", "attention_backward"}
 _ALL = {"adaln_forward", "adaln_backward", *_ATTENTION}
 
 
-class _Seen(TorchDispatchMode):
+class _Recorded(TorchDispatchMode):
     """The operators of ditfast that are called with DTensors."""
 
     def __init__(self):
@@ -42,7 +42,7 @@ def _stacked(model, x, c):
 
 
 def _tensor_parallel(model, mesh):
-    """Only the MLPs: what stands between is plain tensors."""
+    """Only the MLPs are parallelised; everything between is plain tensors."""
     for block in model.blocks:
         parallelize_module(block, mesh, {"mlp.fc1": ColwiseParallel(), "mlp.fc2": RowwiseParallel()})
     return None, None
@@ -83,16 +83,16 @@ def _batch(model, mesh):
 def _results(model, x, c, mesh=None, layouts=(None, None)):
     """The output and every gradient."""
     leaves = [value.to(model.t_embedder.weight.dtype).requires_grad_() for value in (x, c)]
-    given = [
+    arguments = [
         leaf if layout is None else DTensor.from_local(leaf, mesh, [R]).redistribute(placements=[layout])
         for leaf, layout in zip(leaves, layouts, strict=True)
     ]
-    out = _stacked(model, *given)
+    out = _stacked(model, *arguments)
     out = out.full_tensor() if isinstance(out, DTensor) else out
     out.square().mean().backward()
-    found = {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
-    found |= {"output": out.detach(), "gradient of x": leaves[0].grad, "gradient of c": leaves[1].grad}
-    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in found.items()}
+    results = {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    results |= {"output": out.detach(), "gradient of x": leaves[0].grad, "gradient of c": leaves[1].grad}
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in results.items()}
 
 
 # (plan, backend, operators that are to run on DTensors)
@@ -116,11 +116,11 @@ def failures(mesh):
         fast = copy.deepcopy(slow)
         ditfast.accelerate(fast)
         layouts = parallelise(fast, mesh)
-        with ditfast.ops.use_backend(backend), _Seen() as seen:
+        with ditfast.ops.use_backend(backend), _Recorded() as recorded:
             actual = _results(fast, x, c, mesh, layouts)
         assert actual.keys() == exact.keys()
-        if seen.names != operators:
-            yield f"{parallelise.__name__}, {backend}: ran {seen.names} on DTensors"
+        if recorded.names != operators:
+            yield f"{parallelise.__name__}, {backend}: ran {recorded.names} on DTensors"
         for name, value in exact.items():
             verdict = judge("model", actual[name], yardstick[name], value, torch.float32)
             if not verdict.ok:

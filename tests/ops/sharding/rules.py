@@ -1,4 +1,4 @@
-"""The rules of the operators that no public function calls so, and what is refused: for worker.py."""
+"""Sharding rules that no public function reaches, and refused calls: for worker.py."""
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,13 +16,13 @@ def _drawn(*shape):
 
 
 def _cases():
-    """(operator, arguments, layouts of its tensors, layouts wanted of its results)."""
+    """(operator, arguments, placements of its tensors, placements expected of its results)."""
     x, weight, bias, gate, residual = _drawn(24, 16), _drawn(32, 16), _drawn(32), _drawn(4, 32), _drawn(4, 6, 32)
     d_out, w2, pre, d_act = _drawn(24, 16), _drawn(16, 32), _drawn(24, 32), _drawn(24, 32)
     s0, s1, s2 = Shard(0), Shard(1), Shard(2)
-    lies = [s0, R, R, s0, s0]
-    yield "linear_gated_residual", (x, weight, bias, gate, residual, True, True), lies, [s0, s0]
-    yield "linear_gated_residual", (x[:18], weight, bias, gate[:3], residual[:3], True, True), lies, [R, R]
+    placements = [s0, R, R, s0, s0]
+    yield "linear_gated_residual", (x, weight, bias, gate, residual, True, True), placements, [s0, s0]
+    yield "linear_gated_residual", (x[:18], weight, bias, gate[:3], residual[:3], True, True), placements, [R, R]
     yield "linear_gelu_backward", (d_out, w2, pre, True, True), [R, s1, s1], [s1, s1, s2]
     yield "linear_gelu_backward", (d_out, w2, pre, True, True), [s0, R, s0], [R, R, R]
     yield "linear_gelu_backward", (d_out, w2, pre, False, True), [s0, R, s0], [s0, s0, R]
@@ -33,16 +33,16 @@ def _cases():
     arguments = (tokens, tokens, tokens, tokens, vector, vector, vector, moment, moment, *[True] * 6, [])
     yield "adaln_backward", arguments, [*[s0] * 7, s0, s0], [s0, s0, s0, s1, P]
     yield "adaln_backward", arguments, [*[s1] * 4, R, R, R, s1, s1], [s1, s1, s1, P, P]
-    for placement, wanted in ((R, R), (s0, s0), (s1, P), (s2, s1), (P, P)):
-        yield "sum_partials", ([_drawn(2, 4, 32)], torch.float32), [placement], [wanted]
-    for batch, wanted in ((4, Shard(0)), (3, R)):  # sums have rows of every sample: of odd parts they are no sharding
+    for placement, expected in ((R, R), (s0, s0), (s1, P), (s2, s1), (P, P)):
+        yield "sum_partials", ([_drawn(2, 4, 32)], torch.float32), [placement], [expected]
+    for batch, expected in ((4, Shard(0)), (3, R)):  # sums have a row per sample; of uneven shards they are replicated
         qkv, out = _drawn(batch, 6, 48), _drawn(batch, 6, 16)
         stats = torch.ops.ditfast.attention_forward.default(qkv, 2, 0.5, None, True)[1]
         arguments = (out, qkv, out, stats, 2, 0.5, None, False, True)
-        yield "attention_backward", arguments, [s0] * 4, [wanted, R, wanted]
+        yield "attention_backward", arguments, [s0] * 4, [expected, R, expected]
 
 
-def _laid(value, placement, mesh):
+def _distributed(value, placement, mesh):
     if placement == P:
         return DTensor.from_local(value if mesh.get_local_rank() == 0 else value * 0, mesh, [P])
     return distribute_tensor(value, mesh, [placement])
@@ -55,21 +55,21 @@ def _rules(mesh):
     ruled = {*sharding._RULES, "modulations"}
     if names != ruled:
         yield f"operators without a rule, or rules without one: {names ^ ruled}"
-    for name, arguments, placements, wanted in _cases():
+    for name, arguments, placements, expected in _cases():
         operator = getattr(torch.ops.ditfast, name).default
-        left = iter(placements)
-        given = [
-            _laid(value, next(left), mesh)
+        remaining_placements = iter(placements)
+        sharded = [
+            _distributed(value, next(remaining_placements), mesh)
             if isinstance(value, torch.Tensor)
-            else [_laid(item, next(left), mesh) for item in value]
+            else [_distributed(item, next(remaining_placements), mesh) for item in value]
             if isinstance(value, list)
             else value
             for value in arguments
         ]
-        whole, parts = operator(*arguments), operator(*given)
-        if len(whole) != len(parts):
+        complete, parts = operator(*arguments), operator(*sharded)
+        if len(complete) != len(parts):
             yield f"{name} {placements}: {len(parts)} results"
-        for index, (exact, part, placement) in enumerate(zip(whole, parts, wanted, strict=False)):
+        for index, (exact, part, placement) in enumerate(zip(complete, parts, expected, strict=False)):
             if part.placements != (placement,):
                 yield f"{name} {placements}: result {index} lies as {part.placements}"
             # the same kernels on other rows: only the order of sums may differ
@@ -78,7 +78,7 @@ def _rules(mesh):
 
 
 def _refusals(mesh):
-    other = init_device_mesh("cpu", (1, 2))
+    other_mesh = init_device_mesh("cpu", (1, 2))
     x, vector = torch.randn(3, 6, 16), torch.randn(3, 16)
 
     def replicated(value, mesh=mesh):
@@ -87,7 +87,7 @@ def _refusals(mesh):
     weight = replicated(torch.randn(32, 16))
     calls = {
         "mixed torch.Tensor and DTensor": lambda: ops.layer_norm_modulate(replicated(x), vector, vector),
-        "one mesh": lambda: ops.layer_norm_modulate(replicated(x), replicated(vector), replicated(vector, other)),
+        "one mesh": lambda: ops.layer_norm_modulate(replicated(x), replicated(vector), replicated(vector, other_mesh)),
         "Cannot flatten unevenly": lambda: ops.linear_gelu(distribute_tensor(x, mesh, [Shard(0)]), weight, None),
         "shift must have shape (3, 16), got (3, 8)": lambda: ops.layer_norm_modulate(
             replicated(x), replicated(vector[:, :8]), replicated(vector)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.subprocess
 
 
-# several to a pair of processes, whose start costs as much as a case
+# several cases per pair of processes, whose start costs as much as a case
 @pytest.mark.kernels
 @pytest.mark.parametrize("cases", ["compiled operators rules", "operators_auto modules"])
 def test_on_two_processes(cases):

@@ -27,7 +27,7 @@ RANKS = 2
 SHAPE = Shape(4, 6, 16)
 
 
-def laid(value, mesh, letter):
+def distributed(value, mesh, letter):
     """A tensor that all ranks hold as a DTensor, differentiably."""
     if letter == "p":  # parts that add up to it exactly: 2 v and -v
         part = value + value.detach() * (1 if mesh.get_local_rank() == 0 else -2)
@@ -35,9 +35,9 @@ def laid(value, mesh, letter):
     return DTensor.from_local(value, mesh, [Replicate()]).redistribute(placements=[PLACEMENTS[letter]])
 
 
-def letters(words):
+def letters(layout):
     """``x0 biasr`` -> {"x": "0", "bias": "r"}."""
-    return {word[:-1]: word[-1] for word in words.split()}
+    return {word[:-1]: word[-1] for word in layout.split()}
 
 
 def examined(
@@ -54,7 +54,7 @@ def examined(
 
     def fused(**arguments):
         for argument, letter in letters(arguments_layout).items():
-            arguments[argument] = laid(arguments[argument], mesh, letter)
+            arguments[argument] = distributed(arguments[argument], mesh, letter)
             if arguments[argument].requires_grad:
                 arguments[argument].register_hook(
                     lambda gradient, argument=argument: placements.update({f"d_{argument}": gradient.placements[0]})
@@ -78,15 +78,15 @@ def examined(
 
 
 def operators(mesh, backend):
-    """Each layout: on the kernels results and gradients lie where they should, so nothing was gathered for them."""
+    """Each layout on the kernels: results and gradients have the expected placements, so nothing was gathered."""
     cases = [(name, layout, {}) for name, layouts in LAYOUTS.items() for layout in layouts] + OTHERS
-    if backend == "auto":  # the formulas, which torch shards as it likes
+    if backend == "auto":  # the formulas, which torch shards by its own rules
         cases = [(name, layout.partition(" > ")[0], case) for name, layout, case in cases]
     return [examined(name, layout, mesh, backend, **case) for name, layout, case in cases]
 
 
 def compiled(mesh):
-    """The first call that torch sees is a compiled one, which must find the rules."""
+    """The process's first call is a compiled one, which must find the rules."""
     failures = []
     for name, layouts in LAYOUTS.items():
         torch._dynamo.reset()
