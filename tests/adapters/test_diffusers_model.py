@@ -139,7 +139,8 @@ def test_low_precision_and_autocast(dtype):
 
 
 @pytest.mark.compiler
-def test_compiled_whole():
+@pytest.mark.parametrize("training_backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_compiled_whole(training_backend):
     """Inference by Inductor; training, which takes Inductor a minute, by Dynamo and AOTAutograd alone."""
     fast, slow = pair(num_layers=1)
     ditfast.accelerate(fast, check=False)
@@ -147,7 +148,7 @@ def test_compiled_whole():
     assert_same_in_inference(torch.compile(fast, fullgraph=True), slow, timestep=torch.tensor([0, 1, 2]))
     fast, slow = pair(num_layers=2)
     ditfast.accelerate(fast, check=False)
-    assert_parity(torch.compile(fast, fullgraph=True, backend="aot_eager"), slow, joined=True)
+    assert_parity(torch.compile(fast, fullgraph=True, backend=training_backend), slow, joined=True)
 
 
 def test_nothing_to_accelerate():

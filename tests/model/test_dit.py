@@ -214,12 +214,15 @@ def test_inference_mode_weights():
 
 
 @pytest.mark.parametrize(
-    ("conditioning", "backend"),
+    ("conditioning", "backend", "guided_backend"),
     # one design through Inductor, which takes a minute; for the others Dynamo and AOTAutograd are in question
-    [pytest.param("adaln_zero", "inductor", marks=pytest.mark.compiler)]
-    + [(conditioning, "aot_eager") for conditioning in CONDITIONINGS],
+    [
+        pytest.param("adaln_zero", "inductor", "aot_eager", marks=pytest.mark.compiler),
+        pytest.param("adaln_zero", "inductor", "inductor", marks=[pytest.mark.compiler, pytest.mark.long]),
+    ]
+    + [(conditioning, "aot_eager", "aot_eager") for conditioning in CONDITIONINGS],
 )
-def test_fullgraph_compile(conditioning, backend):
+def test_fullgraph_compile(conditioning, backend, guided_backend):
     torch.compiler.reset()  # many models ran these functions before: the limit on recompilations counts them all
     config = replace(TINY, conditioning=conditioning)
     fast, slow = pair(config)
@@ -229,7 +232,7 @@ def test_fullgraph_compile(conditioning, backend):
     fast.compile(fullgraph=True, backend=backend)
     actual = run_model(fast, x, t, y)
     with torch.no_grad():
-        actual["guided output"] = torch.compile(fast.forward_with_cfg, fullgraph=True, backend="aot_eager")(
+        actual["guided output"] = torch.compile(fast.forward_with_cfg, fullgraph=True, backend=guided_backend)(
             torch.cat([x, x]), torch.cat([t, t]), y, 4.0
         )
     verdicts = {name: judge("model", actual[name], yardstick[name], oracle[name], torch.float32) for name in oracle}

@@ -29,6 +29,7 @@ SHAPES = [
     Shape(3, 65, 72, ratio=3),
     Shape(2, 33, 384, mean=30.0),
     Shape(1, 70, 392, ratio=1),
+    pytest.param(Shape(1, 70, 1152, ratio=1), marks=pytest.mark.long),
 ]
 
 
