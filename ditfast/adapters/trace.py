@@ -175,7 +175,7 @@ def _apart(own_trace: Trace, fused_trace: Trace) -> Counter[str]:
 
 
 def _by_size(trace: Trace) -> Counter[str]:
-    return Counter({what: n for what, n in trace.operations.hidden.items() if what == "goes by a size"})
+    return Counter({kind: n for kind, n in trace.operations.hidden.items() if kind == "goes by a size"})
 
 
 def _reason(facts: list[str], trace: Trace, usual: Setting, setting: Setting) -> str:

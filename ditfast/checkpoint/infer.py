@@ -33,7 +33,7 @@ def some(names: Sequence[str]) -> str:
 
 
 def check_tensors(
-    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str, what: str
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str, model: str
 ) -> None:
     """Refuses missing, unexpected and misshapen tensors: up to five of each by name, and their number."""
     missing = [f"{name} {tuple(expected[name].shape)}" for name in expected if name not in tensors]
@@ -46,7 +46,7 @@ def check_tensors(
     kinds = (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", wrong))
     faults = [f"{len(names)} {kind}: {some(names)}" for kind, names in kinds if names]
     if faults:
-        raise CheckpointError(f"{source}: the tensors are not those of {what}; {'; '.join(faults)}")
+        raise CheckpointError(f"{source}: the tensors are not those of {model}; {'; '.join(faults)}")
 
 
 def common_dtype(tensors: Mapping[str, Tensor], source: str) -> torch.dtype:

@@ -311,13 +311,13 @@ def _deepest(content: object) -> str:
 
 def _tensors(value: object) -> list[Tensor]:
     """The tensors within, at any depth."""
-    tensors, left, seen = [], [value], set()
+    tensors, left, visited = [], [value], set()
     while left:
         each = left.pop()
         if isinstance(each, Tensor):
             tensors.append(each)
-        elif isinstance(each, (Mapping, list, tuple)) and id(each) not in seen:
-            seen.add(id(each))
+        elif isinstance(each, (Mapping, list, tuple)) and id(each) not in visited:
+            visited.add(id(each))
             left += each.values() if isinstance(each, Mapping) else each
     return tensors
 

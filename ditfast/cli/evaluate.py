@@ -102,20 +102,20 @@ class _Progress:
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
-        self._what = ""
+        self._phase = ""
         self._start = self._last = 0.0
 
-    def __call__(self, what: str, done: int, total: int) -> None:
+    def __call__(self, phase: str, done: int, total: int) -> None:
         if not total:
-            typer.echo(f"computing: {_LABELS[what]}", err=True)
+            typer.echo(f"computing: {_LABELS[phase]}", err=True)
             return
         now = time.perf_counter()
-        if what != self._what:
+        if phase != self._phase:
             # the first batch, with its warm-up, is not in the rate
-            self._what, self._start, self._first, self._last = what, now, done, now
+            self._phase, self._start, self._first, self._last = phase, now, done, now
         elif done < total and now - self._last < (0.2 if self._terminal else 10):
             return
         self._last = now
         rate = f", {(done - self._first) / (now - self._start):.1f} images/s" if done > self._first else ""
         end = "\n" if done == total or not self._terminal else ""
-        typer.echo(f"{chr(13) if self._terminal else ''}{what}: {done:,} of {total:,}{rate}{end}", err=True, nl=False)
+        typer.echo(f"{chr(13) if self._terminal else ''}{phase}: {done:,} of {total:,}{rate}{end}", err=True, nl=False)

@@ -118,17 +118,17 @@ def evaluate(
         result.notes.extend(notes)
     network = network.to(device).eval()
     report = on_progress or (lambda what, done, total: None)
-    widths = {layers[metric]: len(found["mu"]) for metric, found in stored.items() if metric in layers}
+    widths = {layers[metric]: len(statistic["mu"]) for metric, statistic in stored.items() if metric in layers}
     ours = extract(
         network, layers.values(), samples.batches(batch_size), device, lambda n: report("samples", n, count), widths
     )
     # of the reference's images what its statistics do not tell
-    asked = {metric: layer for metric, layer in layers.items() if metric != "is" and metric not in stored}
+    remaining = {metric: layer for metric, layer in layers.items() if metric != "is" and metric not in stored}
     theirs: Features = {}
-    if asked and reference is not None:
+    if remaining and reference is not None:
         images = Npz(Path(reference), "reference").batches(batch_size)
         theirs = extract(
-            network, asked.values(), images, device, lambda n: report("reference", n, reference_count), {}
+            network, remaining.values(), images, device, lambda n: report("reference", n, reference_count), {}
         )
     for metric, layer in layers.items():
         report(metric, 0, 0)
@@ -139,8 +139,8 @@ def evaluate(
         elif metric == "is":
             result.metrics[metric] = inception_score(ours[layer])
         elif metric not in result.metrics:
-            both = precision_recall(ours[layer], theirs[layer])
-            result.metrics.update((name, both[name]) for name in ("precision", "recall") if name in layers)
+            shares = precision_recall(ours[layer], theirs[layer])
+            result.metrics.update((name, shares[name]) for name in ("precision", "recall") if name in layers)
     for metric, value in list(result.metrics.items()):
         if not math.isfinite(value):
             missing[metric] = f"it came out as {result.metrics.pop(metric)}"

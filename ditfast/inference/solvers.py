@@ -48,8 +48,8 @@ class Ancestral:
 
     def __init__(self, name: str, steps: int, eta: float) -> None:
         diffusers = load_diffusers()
-        kept = respace(steps)
-        self.timesteps = torch.tensor(kept[::-1])
+        timesteps = respace(steps)
+        self.timesteps = torch.tensor(timesteps[::-1])
         self._eta, self._last = eta, steps - 1
         common: dict[str, Any] = {"num_train_timesteps": steps, "clip_sample": False}
         if name == "ddim":
@@ -60,7 +60,8 @@ class Ancestral:
             variances = ("fixed_large", "learned_range")
             self._schedulers = [diffusers.DDPMScheduler(variance_type=kind, **common) for kind in variances]
         for scheduler in self._schedulers:
-            scheduler.alphas_cumprod = alphas_bar()[kept]  # all that a step reads; diffusers rounds its own to fp32
+            # all that a step reads; diffusers rounds its own to fp32
+            scheduler.alphas_cumprod = alphas_bar()[timesteps]
         self.init_noise_sigma = float(self._schedulers[0].init_noise_sigma)
 
     def reset(self) -> None:

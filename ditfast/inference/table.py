@@ -46,7 +46,7 @@ class ScheduleTable:
         self._timesteps = timesteps.to(model.device)
         self._labels = torch.tensor(list(self.labels), device=model.device)
         self._first = 0
-        self._made: Tensor | None = None
+        self._chunk_table: Tensor | None = None
 
     @property
     def mib(self) -> float:
@@ -59,17 +59,17 @@ class ScheduleTable:
 
     def at(self, step: int, rows: Tensor) -> Tensor:
         """The modulations (B, N) of a step, from whose chunk on the table is made where it is not there."""
-        if self._made is None or not self._first <= step < self._first + len(self._made):
-            self._made = None  # freed before the next chunk is made
+        if self._chunk_table is None or not self._first <= step < self._first + len(self._chunk_table):
+            self._chunk_table = None  # freed before the next chunk is made
             self._first = step // self.chunk * self.chunk
             t = self._timesteps[self._first : self._first + self.chunk]
             modulations = self._model.modulation(t.repeat_interleave(len(self._labels)), self._labels.repeat(len(t)))
-            self._made = modulations.view(len(t), len(self._labels), -1)
-        return self._made[step - self._first].index_select(0, rows)
+            self._chunk_table = modulations.view(len(t), len(self._labels), -1)
+        return self._chunk_table[step - self._first].index_select(0, rows)
 
     def free(self) -> None:
         """Gives its memory back; where it is read again, it is made again."""
-        self._made = None
+        self._chunk_table = None
 
 
 def takes_table(model: DiT) -> bool:

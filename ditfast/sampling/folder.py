@@ -58,7 +58,7 @@ class RunFolder:
             folder = npz.with_name(npz.name + ".parts")
         self.folder, self.npz, self.batches, self.rows = folder, npz, batches, rows
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
-        self._own = npz is not None and folder == npz.with_name(npz.name + ".parts")
+        self._is_own_folder = npz is not None and folder == npz.with_name(npz.name + ".parts")
         self._lock: int | None = None
 
     @property
@@ -169,7 +169,7 @@ class RunFolder:
         """Removes what the npz now holds."""
         for batch in self.batches:
             (self.folder / self._names(batch)[0]).unlink(missing_ok=True)
-        if self._own:
+        if self._is_own_folder:
             (self.folder / _SETTINGS).unlink(missing_ok=True)
             if not any(self.folder.iterdir()):
                 self.folder.rmdir()
@@ -185,10 +185,10 @@ class RunFolder:
             return [f"batch-{batch.index:06d}.npy"]
         return [f"{image:06d}.png" for image in range(batch.first, batch.first + batch.count)]
 
-    def _check_equal(self, stored: dict[str, Any], what: Path) -> None:
+    def _check_equal(self, stored: dict[str, Any], path: Path) -> None:
         if changes := differences(stored, self.settings):
             raise ValueError(
-                f"{what} was made with other settings: {', '.join(changes)}; give those to go on, or choose another"
+                f"{path} was made with other settings: {', '.join(changes)}; give those to go on, or choose another"
             )
 
     def _take_lock(self) -> None:

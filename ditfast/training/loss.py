@@ -36,7 +36,7 @@ class GaussianDiffusion:
 
 
 @lru_cache(maxsize=8)
-def _kept(device: torch.device) -> GaussianDiffusion:
+def _cached_diffusion(device: torch.device) -> GaussianDiffusion:
     with torch.inference_mode(False):
         constants = GaussianDiffusion(device=device)
     if device.type == "cuda":
@@ -45,7 +45,7 @@ def _kept(device: torch.device) -> GaussianDiffusion:
 
 
 def _diffusion(device: torch.device) -> GaussianDiffusion:
-    return _kept(device) if makes_plain_tensors(device) else GaussianDiffusion(device=device)
+    return _cached_diffusion(device) if makes_plain_tensors(device) else GaussianDiffusion(device=device)
 
 
 def diffusion_loss(

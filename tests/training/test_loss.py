@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ditfast.training import GaussianDiffusion, diffusion_loss
-from ditfast.training.loss import _kept
+from ditfast.training.loss import _cached_diffusion
 
 pytestmark = pytest.mark.quick
 
@@ -90,20 +90,20 @@ def test_constants():
 
 
 def test_tensors_of_a_transform_are_not_cached():
-    _kept.cache_clear()
+    _cached_diffusion.cache_clear()
     x, t, noise = torch.randn(2, 4, 4, 4), torch.tensor([1, 500]), torch.randn(2, 4, 4, 4)
 
     def loss(x, t=t, noise=noise):
         return diffusion_loss(lambda x, t, y: torch.cat([x.sin(), x.cos()], dim=1), x, t, t, noise)
 
     expected = loss(x.double()).float()
-    _kept.cache_clear()
+    _cached_diffusion.cache_clear()
     with FakeTensorMode() as mode:
         loss(*map(mode.from_tensor, (x, t, noise)))
     torch.func.grad(loss)(x)
     torch.func.jvp(loss, (x,), (x,))
     torch.vmap(loss)(x[None], t[None], noise[None])
-    assert _kept.cache_info().currsize == 0
+    assert _cached_diffusion.cache_info().currsize == 0
     with torch.inference_mode():
         loss(x)
     learned = x.clone().requires_grad_()
