@@ -76,7 +76,7 @@ test-long: env
 
 lint: env
 	"$(BIN)/python" -m ruff check .
-	"$(BIN)/python" -m mypy ditfast
+	"$(BIN)/python" -m mypy -n 2 ditfast
 
 $(GPU_STAMP): constraints.txt Makefile
 	"$(GPU_STACK)/bin/python" -m pip --version >/dev/null 2>&1 || "$(GPU_PYTHON)" -m venv "$(GPU_STACK)"

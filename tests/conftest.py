@@ -11,7 +11,9 @@ import signal
 import subprocess
 import sysconfig
 import types
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +48,38 @@ def _is_for(tests: str, expression: str) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _leave_pairs(items)
     for marker in ("rehearsal", "long"):
         if _is_for(marker, config.option.markexpr):
             continue
         left_out = [item for item in items if item.get_closest_marker(marker)]
         items[:] = [item for item in items if not item.get_closest_marker(marker)]
         config.hook.pytest_deselected(items=left_out)
+
+
+def _leave_pairs(items: list[pytest.Item]) -> None:
+    """Marks as long what a ``pairwise`` test has beyond every pair of its parameters' values."""
+    cases: dict[str, dict[pytest.Item, list[Any]]] = {}
+    for item in items:
+        if item.get_closest_marker("pairwise"):
+            values = sorted((name, repr(value)) for name, value in vars(item)["callspec"].params.items())
+            cases.setdefault(item.nodeid.partition("[")[0], {})[item] = list(combinations(values, 2))
+    for pairs_of in cases.values():
+        runs: Counter[Any] = Counter()
+
+        def gain(item: pytest.Item) -> tuple[bool, int, int]:
+            """What is quick first, then what brings most new pairs, then the pairs that ran least."""
+            counts = [runs[pair] for pair in pairs_of[item]]  # noqa: B023
+            return item.get_closest_marker("quick") is not None, counts.count(0), -sum(counts)
+
+        while pairs_of:
+            item = max(pairs_of, key=gain)
+            quick, new, _ = gain(item)
+            pairs = pairs_of.pop(item)
+            if quick or new:
+                runs.update(pairs)
+            else:
+                item.add_marker("long")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

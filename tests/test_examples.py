@@ -66,6 +66,7 @@ def test_an_example(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     agreement(run_here(script, monkeypatch, capsys))
 
 
+@pytest.mark.long
 @pytest.mark.subprocess
 def test_fsdp2_training_in_two_processes() -> None:
     printed = run_alone(*TORCHRUN, f"examples/{DISTRIBUTED}")

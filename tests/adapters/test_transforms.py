@@ -33,7 +33,11 @@ def by(compiled, fast):
 
 @pytest.mark.parametrize(
     ("backend", "fullgraph"),
-    [("eager", True), ("aot_eager", True), pytest.param("inductor", False, marks=pytest.mark.compiler)],
+    [
+        ("eager", True),
+        ("aot_eager", True),
+        pytest.param("inductor", False, marks=[pytest.mark.compiler, pytest.mark.long]),
+    ],
 )
 def test_compile(backend, fullgraph):
     fast, slow = pair(depth=1)

@@ -155,6 +155,7 @@ def test_without_the_plugin_the_message_says_so() -> None:
     assert not (ROOT / "never.json").exists()
 
 
+@pytest.mark.long
 @pytest.mark.subprocess
 def test_the_interpreter_is_not_timed() -> None:
     result = run_bench("bench", *QUICK, TRITON_INTERPRET="1")

@@ -91,6 +91,7 @@ def test_a_loss_without_a_backward_is_refused() -> None:
         saved_bytes(lambda: torch.ones(2))
 
 
+@pytest.mark.long
 @pytest.mark.compiler
 def test_what_a_compiled_forward_keeps() -> None:
     linear, x = linear_gelu()

@@ -53,6 +53,7 @@ def test_what_a_session_is_for(expression, session):
     assert selected == ([] if session is None else [session])
 
 
+@pytest.mark.long
 @pytest.mark.subprocess
 def test_gpu_tests_are_collected_without_optional_packages(tmp_path):
     (tmp_path / "missing_packages.py").write_text(MISSING)

@@ -32,6 +32,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 
 
+@pytest.mark.pairwise
 @every_config
 @every_dtype
 @every_shape
@@ -40,6 +41,7 @@ def test_linear_gelu(config, dtype, shape, biased):
     check_linear_gelu(config, draw(*shape, DTYPES[dtype]), biased)
 
 
+@pytest.mark.pairwise
 @every_config
 @every_dtype
 @every_shape

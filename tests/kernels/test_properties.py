@@ -17,7 +17,7 @@ pytestmark = pytest.mark.kernels
 
 
 @hypothesis.settings(
-    max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+    max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
 )
 @hypothesis.given(
     name=st.sampled_from(NAMES),

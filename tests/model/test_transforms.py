@@ -165,7 +165,7 @@ def inputs_of(pair, batch=2):
     return random_batch(TINY, batch)
 
 
-@pytest.mark.parametrize("pair", [one_block, accelerated])
+@pytest.mark.parametrize("pair", [one_block, pytest.param(accelerated, marks=pytest.mark.long)])
 def test_compiled_with_dynamic_shapes_and_trained_on_the_kernels(pair):
     fast, slow = pair()
     torch.compiler.reset()
@@ -180,7 +180,7 @@ def test_compiled_with_dynamic_shapes_and_trained_on_the_kernels(pair):
         assert verdict.ok, verdict
 
 
-@pytest.mark.parametrize("pair", [one_block, accelerated])
+@pytest.mark.parametrize("pair", [one_block, pytest.param(accelerated, marks=pytest.mark.long)])
 def test_batches_of_gradients_and_compiled_autograd_on_the_kernels(pair):
     fast, _ = pair()
     x, t, y = inputs_of(pair)

@@ -28,6 +28,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.pairwise
 @every_operator
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.batch}x{s.tokens}x{s.width}/{s.num_heads}")
 @pytest.mark.parametrize("dtype", DTYPES)

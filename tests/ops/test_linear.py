@@ -33,6 +33,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.pairwise
 @every_operator
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.batch}x{s.tokens}x{s.width}")
 @pytest.mark.parametrize("dtype", DTYPES)

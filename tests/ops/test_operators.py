@@ -22,6 +22,7 @@ SHAPES = [
 every_operator = pytest.mark.parametrize("name", OPERATORS)
 
 
+@pytest.mark.pairwise
 @every_operator
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.batch}x{s.tokens}x{s.width}")
 @pytest.mark.parametrize("dtype", DTYPES)

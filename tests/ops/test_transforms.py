@@ -91,6 +91,7 @@ def results(transform, function, xs, vs):
     return {str(index): torch.zeros(()) if value is None else value.detach() for index, value in enumerate(outputs)}
 
 
+@pytest.mark.pairwise
 @every_operator
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_a_transform(name, transform, machine):
