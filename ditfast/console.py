@@ -28,17 +28,17 @@ def progress(total: int, first: str = "measuring the limits") -> Iterator[Callab
     if not console.is_terminal:
         done = 0
 
-        def line(what: str) -> None:
+        def line(text: str) -> None:
             nonlocal done
             done += 1
-            typer.echo(f"[{done}/{max(done, total)}] {what}", err=True)
+            typer.echo(f"[{done}/{max(done, total)}] {text}", err=True)
 
         yield line
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(first, total=total)
-        yield lambda what: bar.update(task, advance=1, description=what)
+        yield lambda text: bar.update(task, advance=1, description=text)
 
 
 @contextmanager

@@ -106,8 +106,8 @@ def _git_state() -> tuple[str | None, bool | None]:
 
 @lru_cache(maxsize=1)
 def _source_digest() -> str:
-    """Of the Python files and launch tables that run, by path and content; results are none of them, nor is what only
-    plans and shows."""
+    """A digest of the Python files and launch tables that run, by path and content: without results, and without what
+    only plans and shows."""
     here = Path(ditfast.__file__).resolve().parent
     digest = hashlib.sha256()
     for room in ("", "kernels", "bench"):  # the latter two are links in a checkout

@@ -74,7 +74,7 @@ def norm_reason(name: str, norm: Any) -> str | None:
 
 
 def is_plain_norm(norm: nn.Module) -> bool:
-    """Whether the modulated norm may stand for it as things stand."""
+    """Whether the modulated norm may replace it at present."""
     return is_plain(norm, nn.LayerNorm) and norm_reason("norm", norm) is None
 
 
@@ -96,16 +96,16 @@ def other_children(module: nn.Module, *roles: str) -> dict[str, nn.Module]:
 
 
 def others_are_identities(module: nn.Module, *roles: str) -> bool:
-    """Whether all children besides those in ``roles`` may be left out as things stand."""
+    """Whether all children besides those in ``roles`` may be left out at present."""
     children = other_children(module, *roles).values()
     return all(is_identity(child, child.training) and is_plain(child, type(child)) for child in children)
 
 
 def unknown_part(module: nn.Module, *roles: str) -> str | None:
-    """What a forward written for ``roles`` would leave out: parameters, buffers or children of its own, or None."""
-    own = [name for kind in (module._parameters, module._buffers) for name, x in kind.items() if x is not None]
-    if own:
-        return f"it has {own[0]}, which the fused forward does not know"
+    """Which parameter, buffer or child a forward written for ``roles`` would leave out, as a reason, or None."""
+    names = [name for kind in (module._parameters, module._buffers) for name, x in kind.items() if x is not None]
+    if names:
+        return f"it has {names[0]}, which the fused forward does not know"
     for name, child in other_children(module, *roles).items():
         if has_hooks(child):
             return f"{name} has hooks, which the fused forward would skip"

@@ -1,8 +1,8 @@
 """Sampling without a download: python examples/sample_tiny.py
 
 Makes a tiny random checkpoint and a tiny random autoencoder, and runs ``ditfast sample`` on them; then the same
-images come from Python. What they show are random textures, of one kind a class: a real checkpoint and a real
-autoencoder in their places give pictures. Needs the package diffusers.
+images come from Python. They show random textures, of one kind a class; a real checkpoint and a real autoencoder
+give pictures. Needs the package diffusers.
 """
 
 import argparse

@@ -38,7 +38,7 @@ class Entry:
         adapter: the adapter's name.
         status: "accelerated" by this call, "already" before it, or "skipped".
         reason: why it was skipped; else "".
-        note: what the check could not settle by looking at what it computes, where only numbers were compared; else "".
+        note: what the trace could not settle, so that only numbers were compared; else "".
     """
 
     module: str
@@ -57,7 +57,7 @@ class Report:
 
     @property
     def accelerated(self) -> tuple[Entry, ...]:
-        """What runs a fused forward now."""
+        """The modules that run a fused forward now."""
         return tuple(entry for entry in self.entries if entry.status != "skipped")
 
     @property
@@ -82,21 +82,21 @@ def accelerate(model: nn.Module, *, check: bool = True, strict: bool = False, **
     copies and pickles stay what they were. Where the fused forward does not apply to a call (a mask, a live dropout),
     the module's own runs. In inference those blocks and the final layer of a model of the official shape (``blocks``,
     ``final_layer``) that are matched share one launch for their modulations; the model's class becomes a subclass too.
-    Where diffusers' caches know a block's class, they are told of its subclass.
+    Where a block's class is registered with diffusers' caches, its subclass is registered too.
 
     Args:
         model: any module; blocks are found wherever they stand in it.
         check: traces what the old and the new module of each kind compute (any sizes, several dtypes, inference and
             training), and runs both on small random inputs on its device, with parameters drawn anew in a copy: in
-            inference, in training with gradients, under autocast, and in fp32 on larger ones. Skips what disagrees, or
-            does what random inputs would not show.
+            inference, in training with gradients, under autocast, and in fp32 on larger ones. Skips modules that
+            disagree, or that do something which random inputs would not show.
         strict: raises where a module of a kind that was matched is skipped.
 
     Returns:
         What was matched, and what was skipped and why.
 
     Raises:
-        TypeError: model is no module; or an argument that went (``level``) or never was.
+        TypeError: model is no module; or an argument that was removed (``level``) or never existed.
         ValueError: nothing matched, the model is sharded already, ``strict`` and something was skipped, or an
             accelerated module was given another class since. The model is then as it was.
     """
@@ -105,7 +105,7 @@ def accelerate(model: nn.Module, *, check: bool = True, strict: bool = False, **
 
 
 def _accelerate(model: nn.Module, check: bool, strict: bool) -> tuple[Report, list[nn.Module]]:
-    """(the report, what was given another class)."""
+    """(the report, the modules that were given another class)."""
     _check_model(model)
     if reason := _given_another_class(dict(model.named_modules())):
         raise ValueError(reason)
@@ -156,8 +156,8 @@ def _accelerate(model: nn.Module, check: bool, strict: bool) -> tuple[Report, li
 def restore(model: nn.Module) -> int:
     """Gives every accelerated module of a model its own forward back; returns how many there were.
 
-    Whoever wrapped a module's forward meanwhile (offloading, diffusers' hooks, ``Accelerator.prepare``) goes on around
-    its own.
+    What was wrapped around a module's forward meanwhile (offloading, diffusers' hooks, ``Accelerator.prepare``) stays
+    around its own.
 
     Raises:
         TypeError: model is no module.
@@ -193,10 +193,10 @@ def _given_another_class(modules: dict[str, nn.Module]) -> str | None:
 
 @contextmanager
 def accelerated(model: M, *, check: bool = True, strict: bool = False, **gone: object) -> Iterator[M]:
-    """``with accelerated(model):`` accelerates within the block; what was accelerated before it stays so.
+    """``with accelerated(model):`` accelerates within the block; modules that were accelerated before stay so.
 
-    So do copies that are made within it (an EMA, peft's ``modules_to_save``), until ``restore``. Not while another
-    thread calls the model.
+    So do copies that are made within it (an EMA, peft's ``modules_to_save``), until ``restore``. No other thread may
+    call the model meanwhile.
 
     Raises:
         TypeError, ValueError: as :func:`accelerate`; and ValueError on leaving as :func:`restore`.
@@ -275,7 +275,7 @@ def _unfit(module: nn.Module) -> str | None:
         try:
             with torch.no_grad():  # for parameters made in inference mode
                 finite = not parameter.is_floating_point() or bool(torch.isfinite(parameter).all())
-        except Exception as error:  # whatever a tensor of another kind (quantised) says to it
+        except Exception as error:  # a tensor of another kind (quantised) may raise anything
             return f"{name} ({type(parameter.data).__name__}) cannot be read: {' '.join(str(error).split())}"
         if not finite:
             return f"{name} holds values that are not finite"
@@ -283,7 +283,7 @@ def _unfit(module: nn.Module) -> str | None:
 
 
 def _shadowed(module: nn.Module, adapter: Adapter) -> str | None:
-    """What of a module ditfast's own mixins would hide from the module's own forward, or None."""
+    """Which attribute ditfast's mixins would hide from the module's own forward, as a reason, or None."""
     bases = [base for base in adapter.mixin.__mro__ if base.__module__.startswith("ditfast.")]
     names = {name for base in bases for name in vars(base) if not name.startswith("__")} - set(dir(nn.Module))
     missing = object()

@@ -23,7 +23,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def recognises(self, module: nn.Module) -> bool:
-        """Whether it is of this kind by its structure: it will stand in the report, accelerated or with a reason."""
+        """Whether its structure is of this kind: the report will list it, accelerated or with a reason."""
 
     @abstractmethod
     def refuses(self, module: nn.Module) -> str | None:
@@ -43,11 +43,11 @@ _ADAPTERS: list[Adapter] = []
 
 
 def register_adapter(adapter: Adapter) -> None:
-    """Has ``ditfast.accelerate`` ask this adapter too, before those registered earlier.
+    """Makes ``ditfast.accelerate`` ask this adapter too, before those registered earlier.
 
     Raises:
         TypeError: not an Adapter, or its mixin is no subclass of torch.nn.Module.
-        ValueError: its name is taken, or it has a ``level`` other than "block", which there no longer is.
+        ValueError: its name is taken, or it has a ``level`` other than "block": levels were removed.
     """
     if not isinstance(adapter, Adapter):
         raise TypeError(f"adapter must be a ditfast.adapters.Adapter, got {type(adapter).__name__}")

@@ -34,7 +34,7 @@ from .swap import swap, unswap
 from .trace import differences, one_line
 
 _SEED = 0
-# (samples, tokens, a factor of the inputs) beside an adapter's own
+# (samples, tokens, a factor of the inputs) besides an adapter's own
 _ELSEWHERE = ((2, 64, 4), (2, 300, 1))
 _PLAIN_TYPES = (bool, int, float, str, torch.dtype, torch.device, type, FunctionType, BuiltinFunctionType)
 
@@ -48,25 +48,25 @@ class Verdict:
 
 
 class _Object(NamedTuple):
-    """A setting of which nothing is known but which object it is."""
+    """A setting of which only the object's identity is known."""
 
     identity: int
 
 
 def _is_lasting(parts: Any) -> bool:
-    """Whether a fingerprint holds for later modules too: no id in it may be another object's by then."""
+    """Whether a fingerprint holds for later modules too: an id in it may be another object's by then."""
     return not isinstance(parts, _Object) and (not isinstance(parts, tuple) or all(map(_is_lasting, parts)))
 
 
 def fingerprint(module: nn.Module) -> tuple[Any, ...]:
-    """What two modules share that would pass or fail together: classes, settings and shapes, not values."""
+    """The same for modules that would pass or fail together: their classes, settings and shapes, not values."""
     parts: list[Any] = []
     for name, child in module.named_modules():
         if has_hooks(child):
             parts.append((name, "hooks"))
         runs = _Object(0) if "forward" in child.__dict__ else getattr(type(child), "forward", None)
         settings = _settings(child)
-        if is_identity(child):  # a dropout's rate: the module's own forward runs whatever it is, unless it is 0
+        if is_identity(child):  # a dropout's rate: only whether it is 0 counts, else the module's own forward runs
             settings = {key: (float, not x[1]) if x[0] is float else x for key, x in settings.items()}
         parts.append((name, type(child), runs, tuple(sorted(settings.items()))))
     tensors = [*module.named_parameters(), *module.named_buffers()]
@@ -271,7 +271,7 @@ def _disagreement_of_gradients(
 def _gradients(
     model: nn.Module, inputs: list[Any], device: torch.device, calls: Counter[str] | None = None
 ) -> tuple[list[Tensor], Counter[str]]:
-    """Those of the output along a direction, for inputs and parameters; the calls so far when the backward began."""
+    """(gradients along a direction of the output, for inputs and parameters; the calls before the backward)."""
     values = [value for item in inputs for value in (item.values() if isinstance(item, dict) else [item])]
     learning = [x for x in (*values, *model.parameters()) if isinstance(x, Tensor) and x.is_floating_point()]
     for x in learning:
@@ -299,7 +299,7 @@ def _run(
 
 @contextmanager
 def _seeded(device: torch.device) -> Iterator[Callable[[], dict[str, Any]]]:
-    """The same random numbers each time, and everybody's go on as before; gives a function of the generators' states.
+    """Seeds all generators within the block, then restores their states; yields a function that returns these.
 
     torch.manual_seed would leave the other GPUs seeded alike.
     """
@@ -342,7 +342,7 @@ def _off(judged: parity.Verdict) -> str:
 
 @contextmanager
 def _counted(model: nn.Module, names: list[str]) -> Iterator[Counter[str]]:
-    """How often modules are called meanwhile."""
+    """Counts how often modules are called within the block."""
     calls: Counter[str] = Counter()
     handles = [
         model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: calls.update([name]))

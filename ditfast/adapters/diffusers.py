@@ -76,7 +76,7 @@ class DiffusersFeedForward(Adapter):
 def feed_forward_reason(module: nn.Module, live: bool = False) -> str | None:
     """Why a feed-forward is not two plain Linears around a tanh GELU, or None.
 
-    ``live``: nor as things stand, which a dropout in training may change.
+    ``live``: a dropout that is live now, in training, is a reason too.
     """
     net: Any = module._modules["net"]
     activation = net[0]
@@ -100,7 +100,7 @@ def feed_forward_reason(module: nn.Module, live: bool = False) -> str | None:
 
 
 class FastTransformerBlock(nn.Module):
-    """adaLN-Zero in diffusers' style; with arguments or settings that the paper's block has not, the module's own."""
+    """adaLN-Zero in diffusers' style; with arguments or settings that the paper's block lacks, the module's own."""
 
     norm_type: str
     norm1: Any

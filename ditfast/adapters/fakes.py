@@ -22,17 +22,17 @@ from .inputs import varying_axes
 from .operations import Operations, autocast_watched, sizes_watched
 
 _HINTS = (3, 9)
-# samples and tokens where they are numbers: primes, so that they are known again, and more than most thresholds
+# samples and tokens in traces without symbols: primes, to be recognised, and above most thresholds
 _NUMBERS = (53, 4099)
 INTERNAL = frozenset(vars(nn.Module()))
 
 
 class _Plain:
-    """An object whose attributes are all that it is: it is as large as every such object."""
+    """An object with no state besides its attributes: its size tells others of that kind."""
 
 
 def is_plain_object(value: Any) -> bool:
-    """Whether a value's attributes are all that it is."""
+    """Whether a value has no state besides its attributes."""
     kind = type(value)
     alone = kind.__basicsize__ == _Plain.__basicsize__ and hasattr(value, "__dict__")
     return (alone and not isinstance(value, nn.Module)) or kind is SimpleNamespace
@@ -46,9 +46,9 @@ class Setting(NamedTuple):
     autocast: torch.dtype | None = None
 
     def __str__(self) -> str:
-        where = [" in training"] if self.training else []
-        where += [f" under autocast to {_short(self.autocast)}"] if self.autocast else [f" in {_short(self.dtype)}"]
-        return "".join(where)
+        words = [" in training"] if self.training else []
+        words += [f" under autocast to {_short(self.autocast)}"] if self.autocast else [f" in {_short(self.dtype)}"]
+        return "".join(words)
 
 
 class Trace(NamedTuple):
@@ -81,7 +81,7 @@ class Traced:
         with FakeCopyMode(self.mode):
             self.model = copy.deepcopy(model)
             for child in self.model.modules():
-                _keep_what_its_classes_hold(child)
+                _copy_class_attributes(child)
         self.parameters: list[tuple[dict[str, Any], str, Tensor]] = [
             (into, name, tensor)
             for child in self.model.modules()
@@ -93,7 +93,7 @@ class Traced:
         self.numbers = _numbers_of(self.model)
 
     def anew(self) -> Traced:
-        """Another with symbols of which nothing is known."""
+        """A new one, with symbols that nothing has been proved of."""
         symbols.cache_clear()
         return Traced(self.source, self.arguments, self.device, self.reset)
 
@@ -103,7 +103,7 @@ class Traced:
 
     @contextmanager
     def changed(self, names: Sequence[str], other: Callable[[float], float]) -> Iterator[None]:
-        """Other values of these numbers."""
+        """Gives these numbers other values within the block."""
         numbers = [self.numbers[name] for name in names if name in self.numbers]
         for owner, key, value, _ in numbers:
             owner[key] = other(value)
@@ -129,7 +129,7 @@ class Traced:
                     self.tensors[id(cast)] = cast, self.tensors[id(tensor)][1]
         error: Exception | None = None
         watched: Any = _with_symbols(self.mode.shape_env) if symbolic else nullcontext(Counter())
-        with self.mode, watched as sizes, _called_so(setting, self.device):
+        with self.mode, watched as sizes, _applied(setting, self.device):
             *positional, keywords = self._arguments(setting, self.symbols if symbolic else _NUMBERS)
             try:
                 with operations, autocast_watched(operations):
@@ -161,8 +161,8 @@ class Traced:
 
 
 @contextmanager
-def _called_so(setting: Setting, device: torch.device) -> Iterator[None]:
-    """No weight that autocast has cast is kept: it is a fake one."""
+def _applied(setting: Setting, device: torch.device) -> Iterator[None]:
+    """Calls within the block are in this setting; autocast's cache is off, it would keep fake weights."""
     autocast = torch.autocast(
         device.type, dtype=setting.autocast, enabled=setting.autocast is not None, cache_enabled=False
     )
@@ -172,7 +172,7 @@ def _called_so(setting: Setting, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _with_symbols(env: Any) -> Iterator[Counter[str]]:
-    """torch's compositions in Python, some of whose C++ takes sizes for numbers."""
+    """Within the block torch's compositions run in Python: some of those in C++ read symbolic sizes as numbers."""
     with enable_python_dispatcher(), sizes_watched(env) as sizes:
         yield sizes
 
@@ -201,8 +201,8 @@ def _tensors_of(model: nn.Module) -> dict[int, tuple[Tensor, str]]:
     return tensors
 
 
-def _keep_what_its_classes_hold(module: nn.Module) -> None:
-    """Dicts, lists and objects, as copies of its own."""
+def _copy_class_attributes(module: nn.Module) -> None:
+    """Gives a module its own copies of the dicts, lists and objects that its classes hold."""
     for kind in reversed(type(module).__mro__):
         for key, value in vars(kind).items() if not kind.__module__.startswith("torch.") else ():
             if not key.startswith("__") and (isinstance(value, (dict, list)) or is_plain_object(value)):
@@ -210,7 +210,7 @@ def _keep_what_its_classes_hold(module: nn.Module) -> None:
 
 
 def _numbers_of(model: nn.Module) -> dict[str, tuple[dict[Any, Any], Any, float, bool]]:
-    """The floating-point numbers that a module and its parts hold, and the whole numbers that are 1 (a factor may be).
+    """The floating-point numbers that a module and its parts hold, and integers that are 1 (a factor may be).
 
     A dropout's rate is left out: where it is not 0, the module's own forward runs.
 
@@ -237,7 +237,7 @@ def _is_number(value: Any, whole: bool) -> bool:
 
 
 def _walk(owner: Any, path: str, depth: int) -> Iterator[tuple[Any, Any, str]]:
-    """(holder, key, name) of every value in nested dicts, lists and objects that are nothing but their attributes."""
+    """(holder, key, name) of every value in nested dicts, lists and objects with no state besides attributes."""
     for key in list(range(len(owner)) if isinstance(owner, list) else owner):
         if key in INTERNAL:
             continue

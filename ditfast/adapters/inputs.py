@@ -19,7 +19,7 @@ def drawn(adapter: Adapter, module: nn.Module, generator: torch.Generator) -> tu
 def varying_axes(value: Tensor, arguments: tuple[Any, ...]) -> tuple[bool, bool]:
     """Whether a tensor's first axis is that of the samples, and its second that of the tokens.
 
-    They are the first argument's: (B, ...), or (B, T, D); a tensor (B, T) goes by tokens where it holds whole numbers.
+    The first argument, (B, ...) or (B, T, D), says which these are; a (B, T) has tokens only if it holds integers.
     """
     first = arguments[0]
     if not isinstance(first, Tensor) or not first.ndim or not value.ndim:
@@ -45,7 +45,7 @@ def enlarged(
     tokens: int,
     scale: float,
 ) -> list[Any]:
-    """As many samples and tokens, joined of an adapter's inputs and cut; floating-point ones times ``scale``."""
+    """Inputs of so many samples and tokens, joined from an adapter's and cut; floating-point ones times ``scale``."""
     of_samples, of_tokens = sizes(arguments)
     drawings = [
         [drawn(adapter, module, generator) or () for _ in range(-(-tokens // of_tokens))]
@@ -60,8 +60,8 @@ def enlarged(
         along_samples, along_tokens = varying_axes(value, arguments)
         rows = [[_at(item, path) for item in row] for row in drawings]
         parts = [torch.cat(row, 1)[:, :tokens] if along_tokens else row[0] for row in rows]
-        whole = torch.cat(parts)[:samples] if along_samples else parts[0]
-        return whole * scale if whole.is_floating_point() else whole
+        tensor = torch.cat(parts)[:samples] if along_samples else parts[0]
+        return tensor * scale if tensor.is_floating_point() else tensor
 
     return [joined(value, (i,)) for i, value in enumerate(arguments)]
 

@@ -101,9 +101,9 @@ class OfficialFinalLayer(Adapter):
 def _tokens_and_condition(
     takes: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor] | None:
-    """x (B, T, D) and c (B, D) of a call with those alone, or None: a condition for all samples is broadcast elsewhere.
+    """x (B, T, D) and c (B, D) of a call with those alone, else None, also for one condition of all samples.
 
-    They are the first two that the module's own forward ``takes``; of the others, what is left at None says nothing.
+    They are the first two arguments that the module's own forward ``takes``; others that are None do not count.
     """
     names = takes[len(args) : 2]
     values = [*args[:2], *(kwargs.get(name) for name in names)]

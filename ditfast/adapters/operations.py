@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _LIBRARIES = tuple(os.path.dirname(os.path.dirname(path)) + os.sep + name + os.sep
                    for path, name in ((torch.__file__, "torch"), (os.path.dirname(__file__), "ditfast")))  # fmt: skip
 
-# where values lie and how they are stored, which random numbers show
+# these only move or store values: random numbers show where two forwards differ
 _LAYOUT = frozenset("""
     view _unsafe_view reshape _reshape_alias permute transpose t unsqueeze squeeze expand alias detach clone _to_copy to
     contiguous copy empty empty_like new_empty empty_strided movedim swapaxes view_as expand_as as_strided lift
@@ -64,9 +64,9 @@ class Operations(TorchDispatchMode):
     """Records what runs under it.
 
     Attributes:
-        counts: how often which operation ran.
-        numbers: with which numbers, among the arguments of which.
-        hidden: of those that numbers do not show, in words: how often.
+        counts: operation -> how often it ran.
+        numbers: (operation, number among its arguments) -> how often.
+        hidden: what random numbers do not show, in words -> how often.
         places: where each of these was first called, as "file.py:line".
         opaque: operations of other libraries.
         backward: set while gradients are computed; only guards are recorded then.
@@ -183,9 +183,9 @@ class Operations(TorchDispatchMode):
         return f"raises to the power {number}" if name == "pow" and is_near(number, 1) else None
 
 
-def is_near(value: Any, wanted: float) -> bool:
-    """Whether a value is a number near ``wanted``."""
-    return isinstance(value, (int, float)) and abs(value - wanted) < 1e-4
+def is_near(value: Any, target: float) -> bool:
+    """Whether a value is a number near ``target``."""
+    return isinstance(value, (int, float)) and abs(value - target) < 1e-4
 
 
 def place() -> str:
@@ -217,7 +217,7 @@ def autocast_watched(operations: Operations) -> Iterator[None]:
 
 @contextmanager
 def sizes_watched(env: Any) -> Iterator[Counter[str]]:
-    """Where a module's own code, not torch's or ditfast's, compares sizes of ``env`` or reads them as numbers."""
+    """Counts where a module's own code, not torch's or ditfast's, compares sizes of ``env`` or reads their numbers."""
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
     reads: Counter[str] = Counter()
@@ -227,7 +227,7 @@ def sizes_watched(env: Any) -> Iterator[Counter[str]]:
             frame = sys._getframe(1)
             file = frame.f_code.co_filename
             if getattr(self.node, "shape_env", None) is env and not file.startswith(_LIBRARIES):
-                # without symbols it is known, as of a size and itself; unbacked ones are values of tensors
+                # without symbols the value is known, as of a size and itself; unbacked symbols are values of tensors
                 of_sizes = self.node.expr.free_symbols - free_unbacked_symbols(self.node.expr)
                 reads[f"{text} ({os.path.basename(file)}:{frame.f_lineno})"] += bool(of_sizes)
             return method(self)

@@ -25,7 +25,7 @@ _CACHED = type(functools.cache(lambda: None))
 
 
 class Outside:
-    """A module's surroundings as they are: what its methods, and the functions that these name, can read and write."""
+    """The state around a module: what its methods, and the functions that these name, can read and write."""
 
     def __init__(self, module: nn.Module) -> None:
         self._names: list[tuple[str, Any, str, Any]] = []  # (a label, a class, globals or a cell; name, value)
@@ -49,7 +49,7 @@ class Outside:
                     functions.append(called)
 
     def _read_by(self, function: FunctionType) -> Iterator[FunctionType]:
-        """Keeps what a function names; gives the functions among it."""
+        """Keeps the values that a function names; yields the functions among them."""
         names = function.__code__.co_names
         named: list[tuple[str, Any, Any]] = [
             (name, function.__globals__, function.__globals__.get(name, _MISSING)) for name in names
@@ -98,11 +98,11 @@ class Outside:
         return changed | {type(value).__name__ for value in drawn}
 
     def _new(self) -> list[tuple[type, str]]:
-        """What classes have that they had not."""
+        """The attributes that classes have gained."""
         return [(kind, name) for kind, names in self._kinds.items() for name in vars(kind).keys() - names]
 
     def put_back(self) -> None:
-        """Undoes all of it; caches of functions that were filled are emptied."""
+        """Undoes all changes; caches of functions that were filled are emptied."""
         for _, owner, name, value in self._names:
             if _now(owner, name) is not value:
                 _set(owner, name, value)

@@ -1,8 +1,8 @@
 """Models of the official shape: in inference their accelerated blocks and final layer share one launch.
 
-The first that a forward calls computes all; others take theirs if their condition is that very one, not written since.
-Not under torch.compile or torch.jit.trace, in inference mode (which counts no writes), or where one has hooks (which
-may write weights).
+The first layer that a forward calls computes all; others take theirs if they get the same tensor c, not written since.
+Not under torch.compile or torch.jit.trace, in inference mode (which counts no writes), or where a layer has hooks
+(which may write weights).
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ class SharesModulations(nn.Module):
         if not shared and any(self is layer for layer in layers):
             plain = [x.adaLN_modulation for x in layers if is_plain(x, type(x))]
             linears = [modulation[1] for modulation in plain if is_plain_modulation(modulation)]
-            together = all_modulations(linears, nn.functional.silu(c)) if len(linears) == len(layers) else None
-            parts = together.split([x.out_features for x in linears], dim=1) if together is not None else ()
+            packed = all_modulations(linears, nn.functional.silu(c)) if len(linears) == len(layers) else None
+            parts = packed.split([x.out_features for x in linears], dim=1) if packed is not None else ()
             shared += [c, state, dict(zip(map(id, layers), parts, strict=False))]
         return shared[2].get(id(self)) if shared and shared[0] is c and shared[1] == state else None
 
 
 class FastModel(nn.Module):
-    """The model's own forward, within which they share; for models with two such layers or more."""
+    """The model's own forward, within which its layers share; for models with two such layers or more."""
 
     def __init_subclass__(cls, **_: Any) -> None:
-        """The model's own class, which may keep a register of its subclasses, does not hear of it."""
+        """Not passed on to the model's own class, which may keep a register of its subclasses."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():

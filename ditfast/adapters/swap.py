@@ -1,8 +1,8 @@
 """Another forward for an instance: its class becomes a subclass, which copies and pickles as what it is.
 
 Hooks, parameters, state-dict keys, isinstance and compilation survive a change of class; a forward bound to the
-instance would be lost with pickling, a replaced child would lose its hooks. Whoever keeps the bound forward of an
-instance (offloading, diffusers' hooks, Accelerator.prepare, wrappers) has what its class says at every call.
+instance would be lost with pickling, a replaced child would lose its hooks. A bound forward that something keeps
+(offloading, diffusers' hooks, Accelerator.prepare, wrappers) runs the forward of the instance's class at each call.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _class(mixin: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]
 
 def _new_class(mixin: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
-        if type(self) is not cls:  # somebody's subclass of it
+        if type(self) is not cls:  # a subclass of it
             return original.__reduce_ex__(self, protocol)
         # the class is made here, so that neither pickle nor copy can find it by its name
         reduced: Any = original.__reduce_ex__(self, 2)
@@ -43,10 +43,10 @@ def _new_class(mixin: type[nn.Module], original: type[nn.Module]) -> type[nn.Mod
 
     @functools.wraps(original.forward)  # whose signature torch.export and trainers look at
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # somebody may have kept it, and the instance have its own class back
+        # a reference to it may outlive the swap: the instance may have its own class back
         return (mixin if isinstance(self, cls) else type(self)).forward(self, *args, **kwargs)
 
-    vars(forward).pop("_torchdynamo_orig_callable", None)  # torch.compile would go by the module's own
+    vars(forward).pop("_torchdynamo_orig_callable", None)  # by it torch.compile would trace the module's own
     body = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
@@ -56,13 +56,13 @@ def _new_class(mixin: type[nn.Module], original: type[nn.Module]) -> type[nn.Mod
         "_ditfast": (mixin, original),
         "_ditfast_takes": _parameters(original),
     }
-    # two threads may both make one: the first that is kept counts
+    # two threads may both make one: the first that is stored counts
     cls = _CLASSES.setdefault((mixin, original), type(original.__name__, (mixin, original), body))
     return cls
 
 
 def _register_with_diffusers(cls: type[nn.Module], original: type[nn.Module]) -> None:
-    """diffusers' caches look a block up by its very class; one of its own modules' needs not have imported them yet."""
+    """diffusers' caches look a block up by its exact class; one of diffusers' own may come before their import."""
     if original.__module__.startswith("diffusers."):
         with suppress(ImportError):  # an older diffusers
             importlib.import_module(_REGISTER)
@@ -112,6 +112,6 @@ def unswap(module: nn.Module) -> bool:
         return False
     forward = module.__dict__.get("forward")
     if getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is type(module).forward:
-        del module.__dict__["forward"]  # accelerate and diffusers leave it where a hook of theirs was
+        del module.__dict__["forward"]  # accelerate and diffusers leave it behind when they remove a hook
     module.__class__ = classes[1]
     return True

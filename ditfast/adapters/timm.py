@@ -14,7 +14,7 @@ from .adapter import Adapter, tokens
 
 _ATTENTION = ("qkv", "proj")
 _MLP = ("fc1", "act", "fc2")
-# by which an attention is given the rotations of its queries and keys
+# in the names of arguments that bring rotations of queries and keys
 _ROTATIONS = ("rope", "rotary", "freqs")
 
 
@@ -24,7 +24,7 @@ class FastAttention(PackedAttention):
     scale: float
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        # timm's blocks hand is_causal=False on; the module's own names of the rest may be others
+        # timm's blocks pass is_causal=False on; the module's own forward may name the others otherwise
         values = [value for name, value in kwargs.items() if name != "is_causal" or value is not False]
         x, *others = (*args, *values, None)
         unknown = any(value is not None for value in others)

@@ -1,6 +1,6 @@
-"""The computation of a module's own forward beside that of the fused one: both traced with fake tensors.
+"""What a module's own forward computes, compared with the fused one: both are traced with fake tensors.
 
-The fused one runs with ``use_backend("torch")``: the formulas that the kernels answer to. A module is left as it is
+The fused one runs with ``use_backend("torch")``: on the formulas, which specify the kernels. A module is left as it is
 where its own forward does something that the fused one does not and that random numbers would not show
 (:mod:`.operations`).
 """
@@ -51,16 +51,16 @@ def differences(
         key: everything known that the result depends on, or None. A result is used again in the same process where
             the module's own forward still computes the same.
         reset: called before each run: fake tensors that one run keeps are not for the next.
-        follow: whether to look for numbers that a forward goes by.
+        follow: whether to look for numbers that change the module's own forward and not the fused one.
     """
     with _LOCK, _quiet():
         try:
-            own = Traced(old, arguments, device, reset)
-            if key in _CACHE and _CACHE[key][0] == _facts_of(own, dtype):
+            original = Traced(old, arguments, device, reset)
+            if key in _CACHE and _CACHE[key][0] == _facts_of(original, dtype):
                 return _CACHE[key][1]
-            result = _differences(own, Traced(new, arguments, device, reset), dtype, follow)
+            result = _differences(original, Traced(new, arguments, device, reset), dtype, follow)
             if key is not None:
-                _CACHE[key] = _facts_of(own, dtype), result
+                _CACHE[key] = _facts_of(original, dtype), result
             return result
         except Exception as error:  # whatever a foreign module does when it is copied
             return None, [f"its computation could not be traced: {one_line(error)}"]
@@ -70,29 +70,29 @@ def differences(
                 symbols.cache_clear()  # a size that was compared is no longer free
 
 
-def _facts_of(own: Traced, dtype: torch.dtype) -> list[Any]:
-    return [own.run(Setting(dtype, training), learns=False).facts for training in (False, True)]
+def _facts_of(original: Traced, dtype: torch.dtype) -> list[Any]:
+    return [original.run(Setting(dtype, training), learns=False).facts for training in (False, True)]
 
 
-def _differences(own: Traced, fused: Traced, dtype: torch.dtype, follow: bool) -> tuple[str | None, list[str]]:
+def _differences(original: Traced, fused: Traced, dtype: torch.dtype, follow: bool) -> tuple[str | None, list[str]]:
     notes: dict[str, None] = {}  # in order, each once
-    own_setting = Setting(dtype)
-    settings = [own_setting, own_setting._replace(training=True)]
+    base_setting = Setting(dtype)
+    settings = [base_setting, base_setting._replace(training=True)]
     for setting in settings:
-        trace = own.run(setting, symbolic=True)
+        trace = original.run(setting, symbolic=True)
         sized = trace.sizes + _by_size(trace)
         if sized:  # which leaves the symbols numbers
             fused = fused.anew()
             other = fused.run(setting, symbolic=True)
             sized -= other.sizes + _by_size(other)
-            own, fused = own.anew(), fused.anew()
+            original, fused = original.anew(), fused.anew()
         if sized:
-            return _reason(list(sized), trace, own_setting, setting), []
+            return _reason(list(sized), trace, base_setting, setting), []
         if trace.error is not None:
             notes[f"not traced with symbolic sizes: {one_line(trace.error)}"] = None
-        elif own.mode.shape_env.replacements:
+        elif original.mode.shape_env.replacements:
             notes["not traced with symbolic sizes: an operation of it takes them for numbers"] = None
-    if not own.casts():
+    if not original.casts():
         notes["traced in its own dtype only: its parameters are no plain tensors"] = None
     else:
         settings += [Setting(x, training) for x in _DTYPES if x != dtype for training in (False, True)]
@@ -100,66 +100,67 @@ def _differences(own: Traced, fused: Traced, dtype: torch.dtype, follow: bool) -
             settings += [Setting(dtype, True, x) for x in (torch.bfloat16, torch.float16)]
     usual: dict[bool, tuple[Trace, Trace]] = {}  # in training or not: its own and the fused one
     for setting in settings:
-        own_trace = own.run(setting)
-        if own_trace.error is not None:
-            notes[f"its own forward could not be traced: {one_line(own_trace.error)}"] = None
+        original_trace = original.run(setting)
+        if original_trace.error is not None:
+            notes[f"its own forward could not be traced: {one_line(original_trace.error)}"] = None
         base = usual.get(setting.training)
-        if base is not None and own_trace.facts == base[0].facts:
+        if base is not None and original_trace.facts == base[0].facts:
             continue  # in another dtype it does the same
         fused_trace = fused.run(setting)
         if fused_trace.error is not None:
             notes[f"the fused forward could not be traced: {one_line(fused_trace.error)}"] = None
             break
-        unread = own_trace.operations.opaque ^ fused_trace.operations.opaque
+        unread = original_trace.operations.opaque ^ fused_trace.operations.opaque
         if not unread:
-            unmatched = list(own_trace.hidden - fused_trace.hidden)
+            unmatched = list(original_trace.hidden - fused_trace.hidden)
             if base is not None and not unmatched:
-                numbers = own_trace.operations.numbers - base[0].operations.numbers - fused_trace.operations.numbers
+                numbers = original_trace.operations.numbers - base[0].operations.numbers
+                numbers -= fused_trace.operations.numbers
                 unmatched += [f"computes {name} with {number}" for name, number in numbers]
             if unmatched:
-                return _reason(unmatched, own_trace, own_setting, setting), []
-        if own_trace.error is not None:
+                return _reason(unmatched, original_trace, base_setting, setting), []
+        if original_trace.error is not None:
             break
-        usual.setdefault(setting.training, (own_trace, fused_trace))
+        usual.setdefault(setting.training, (original_trace, fused_trace))
         if unread:
             notes[f"operations of other libraries tell nothing: {', '.join(sorted(unread))}"] = None
-        elif kinds := sorted(set(own_trace.operations.counts) ^ set(fused_trace.operations.counts)):
+        elif kinds := sorted(set(original_trace.operations.counts) ^ set(fused_trace.operations.counts)):
             notes[f"computed otherwise, and alike in numbers: {', '.join(kinds)}"] = None
     for training, before in usual.items() if follow else ():
-        if name := _number_not_followed(own, fused, settings[training], before):
-            numbers_said = "a number that it reads in each call"
-            return f"its own forward goes by {name}, {numbers_said}, which the fused one does not", []
+        if name := _number_not_followed(original, fused, settings[training], before):
+            reason = f"its own forward goes by {name}, a number that it reads in each call"
+            return f"{reason}, which the fused one does not", []
     return None, list(notes)
 
 
 def _number_not_followed(
-    own: Traced, fused: Traced, setting: Setting, before: tuple[Trace, Trace]
+    original: Traced, fused: Traced, setting: Setting, before: tuple[Trace, Trace]
 ) -> str | None:
     """The name of a number that a module holds and that changes its own forward, but not the fused one."""
-    if own.run(setting).computed != before[0].computed:
+    if original.run(setting).computed != before[0].computed:
         return None  # it does something else each time, whatever its numbers are
 
     def differs(names: list[str], other: Callable[[float], float], alone: bool) -> bool:
-        with own.changed(names, other):
-            own_trace = own.run(setting, learns=False)
-        if own_trace.error is not None:
+        with original.changed(names, other):
+            original_trace = original.run(setting, learns=False)
+        if original_trace.error is not None:
             return not alone
-        if own_trace.computed == before[0].computed:
+        if original_trace.computed == before[0].computed:
             return False
         with fused.changed(names, other):
             fused_trace = fused.run(setting, learns=False)
         if fused_trace.error is not None:
             return not alone
-        if _apart(own_trace, fused_trace) != _apart(*before):
+        if _apart(original_trace, fused_trace) != _apart(*before):
             return True
         if alone:  # a number that does something now has been compared as it is, as an eps has
-            idle = own.numbers[names[0]][2] == 0 or is_near(own.numbers[names[0]][2], 1)
+            idle = original.numbers[names[0]][2] == 0 or is_near(original.numbers[names[0]][2], 1)
             return idle and fused_trace.computed == before[1].computed
         followed = fused_trace.operations.numbers - before[1].operations.numbers
-        return bool(own_trace.operations.numbers - before[0].operations.numbers - followed)
+        return bool(original_trace.operations.numbers - before[0].operations.numbers - followed)
 
-    floats = [name for name, number in own.numbers.items() if isinstance(number[2], float)]
-    factors = [name for name in own.numbers if name not in floats]
+    floats = [name for name, number in original.numbers.items() if isinstance(number[2], float)]
+    factors = [name for name in original.numbers if name not in floats]
     suspects = [(name, _OTHERS[0]) for name in factors]
     for other in _OTHERS:
         if floats and differs(floats, other, alone=False):
@@ -167,10 +168,11 @@ def _number_not_followed(
     return next((name for name, other in suspects if differs([name], other, alone=True)), None)
 
 
-def _apart(own_trace: Trace, fused_trace: Trace) -> Counter[str]:
+def _apart(original_trace: Trace, fused_trace: Trace) -> Counter[str]:
     """What one computes more often than the other."""
-    apart = Counter({f"+{key}": n for key, n in (own_trace.operations.counts - fused_trace.operations.counts).items()})
-    apart.update({f"-{key}": n for key, n in (fused_trace.operations.counts - own_trace.operations.counts).items()})
+    original, fused = original_trace.operations.counts, fused_trace.operations.counts
+    apart = Counter({f"+{key}": n for key, n in (original - fused).items()})
+    apart.update({f"-{key}": n for key, n in (fused - original).items()})
     return apart
 
 

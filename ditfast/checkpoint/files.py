@@ -78,10 +78,10 @@ def load_checkpoint(
     from the tensors. What tensors cannot show: the number of heads is that of the named model with this depth
     and width; the label table's last row is the null class, as in every official checkpoint, unless a training
     file's ``args.num_classes`` says otherwise; epsilons and the timestep's frequency shift are the official ones.
-    ``config`` says otherwise.
+    ``config`` overrides these.
 
-    A DiT is found by its names in any container and under any prefix, and the wrappers of DistributedDataParallel,
-    FSDP, torch.compile and activation checkpointing are left out of them.
+    A DiT is found by its tensors' names in any container and under any prefix. The wrappers of DistributedDataParallel,
+    FSDP, torch.compile and activation checkpointing are left out of the names.
 
     Args:
         path: an official state dict, bare or in a training file (.pt), a .safetensors file, an index of shards, or
@@ -121,7 +121,7 @@ def load_checkpoint(
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
     if config is not None and not isinstance(config, DiTConfig):
         raise TypeError(f"config must be a DiTConfig, got {type(config).__name__}")
-    latent_hw = _wanted_latent_size(image_size, latent_size)
+    latent_hw = _requested_latent_size(image_size, latent_size)
     tensors, stored, source, recorded_classes = _read(Path(path), weights)
 
     requested = config
@@ -141,8 +141,8 @@ def load_checkpoint(
     if stored is not None and requested is not None:
         free = {*_OFFICIAL_CONSTANTS, *_NULL_ROW}
         _check_equal(asdict(stored), {k: v for k, v in asdict(requested).items() if k not in free}, source)
-    wanted = {"num_heads": num_heads, "latent_size": latent_hw}
-    _check_equal(asdict(config), {key: value for key, value in wanted.items() if value is not None}, source)
+    requested_sizes = {"num_heads": num_heads, "latent_size": latent_hw}
+    _check_equal(asdict(config), {key: value for key, value in requested_sizes.items() if value is not None}, source)
     check_model_name(asdict(config), model, source)
     check_tensors(
         tensors, _expected(config, tensors, source), source, f"{config.name} ({config.conditioning})"
@@ -160,7 +160,7 @@ def load_checkpoint(
         config = resized
     with torch.device("meta"):
         result = DiT(config)
-    # a copy, not the mapping itself: the file may change under it; each entry is let go as the next is made
+    # copies, not the mapped file, which may change; each entry is released as the next is copied
     state = {name: tensors.pop(name).to(device, dtype, copy=True).contiguous() for name in list(tensors)}
     result.load_state_dict(state, strict=True, assign=True)
     return result.eval()
@@ -258,7 +258,7 @@ def _read(path: Path, weights: str) -> tuple[dict[str, Tensor], DiTConfig | None
         ) from error
 
 
-def _wanted_latent_size(image_size: Size | None, latent_size: Size | None) -> tuple[int, int] | None:
+def _requested_latent_size(image_size: Size | None, latent_size: Size | None) -> tuple[int, int] | None:
     if image_size is not None and latent_size is not None:
         raise TypeError("give image_size or latent_size, not both")
     size, name, unit = (
@@ -274,8 +274,8 @@ def _wanted_latent_size(image_size: Size | None, latent_size: Size | None) -> tu
     return pair[0] // unit, pair[1] // unit
 
 
-def _check_equal(values: Mapping[str, Any], wanted: Mapping[str, Any], source: str) -> None:
-    wrong = [f"{key}={values[key]} (wanted {value})" for key, value in wanted.items() if values[key] != value]
+def _check_equal(values: Mapping[str, Any], expected: Mapping[str, Any], source: str) -> None:
+    wrong = [f"{key}={values[key]} (wanted {value})" for key, value in expected.items() if values[key] != value]
     if wrong:
         raise CheckpointError(f"{source}: the file holds a model of {', '.join(wrong)}")
 
@@ -317,10 +317,10 @@ def _format(path: Path, to: Format | None) -> Format:
     return to or implied  # type: ignore[return-value]
 
 
-def _refuse_inexact(changes: list[str], what: str) -> None:
+def _refuse_inexact(changes: list[str], target: str) -> None:
     if changes:
         raise CheckpointError(
-            f"{what} cannot say what this model computes: its readers hard-code other constants. "
+            f"{target} cannot say what this model computes: its readers hard-code other constants. "
             f"{', '.join(changes)}. allow_inexact=True (--allow-inexact) writes it all the same"
         )
 

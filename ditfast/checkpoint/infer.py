@@ -67,11 +67,11 @@ def check_model_name(values: Mapping[str, Any], model: str | None, source: str) 
     """Refuses sizes that are not those of the named model."""
     if model is None:
         return
-    wanted = DiTConfig.named(model)
+    expected = DiTConfig.named(model)
     keys = ("depth", "hidden_size", "patch_size", "mlp_ratio", "num_heads")
-    wrong = [key for key in keys if key in values and values[key] != getattr(wanted, key)]
+    wrong = [key for key in keys if key in values and values[key] != getattr(expected, key)]
     if wrong:
-        listed = ", ".join(f"{key}={values[key]} (wanted {getattr(wanted, key)})" for key in wrong)
+        listed = ", ".join(f"{key}={values[key]} (wanted {getattr(expected, key)})" for key in wrong)
         raise CheckpointError(f"{source}: wanted {model}, but the file holds another model: {listed}")
 
 
@@ -211,16 +211,16 @@ def _conditioning(tensors: Mapping[str, Tensor], width: int, source: str) -> Con
     return "adaln_zero" if rows == 6 * width else "adaln"
 
 
-def _classes(rows: int, wanted: int | None, recorded: int | None, source: str) -> dict[str, Any]:
+def _classes(rows: int, confirmed: int | None, recorded: int | None, source: str) -> dict[str, Any]:
     """How many classes a label table of so many rows has, and its label dropout where that is not the usual one."""
     if recorded == rows:
         return {"num_classes": rows, "class_dropout_prob": 0.0}
     # data sets have a round number of classes, and their tables with the null class one more: 10, 100, 365, 1000
     suspicious = rows % 10 == 0 or rows == 365 or recorded is not None
-    if suspicious and rows - 1 not in (recorded, wanted):
-        says = "nothing says" if recorded is None else f"its args, with num_classes={recorded}, do not say"
+    if suspicious and rows - 1 not in (recorded, confirmed):
+        clause = "nothing says" if recorded is None else f"its args, with num_classes={recorded}, do not say"
         warnings.warn(
-            f"{source}: the label table has {rows} rows, and {says} whether the last is the null class: taken for "
+            f"{source}: the label table has {rows} rows, and {clause} whether the last is the null class: taken for "
             f"{rows - 1} classes and the null class. The data's number of classes tells: if it is {rows}, there is "
             f"none, and config= must be given, with num_classes={rows} and class_dropout_prob=0; num_classes="
             f"{rows - 1} confirms what was taken",

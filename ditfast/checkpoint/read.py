@@ -39,7 +39,7 @@ _SHARDED = ".metadata"  # of torch.distributed.checkpoint
 class Loaded:
     """Weights by their names in the model, mapped, not read.
 
-    ``files`` are those that they come from; ``config_file`` is diffusers', where the names are; ``metadata`` is a
+    ``files`` are those that they come from; ``config_file`` is diffusers', where the names are too; ``metadata`` is a
     safetensors file's own; ``recorded_classes`` is the number of classes in the arguments of a training file.
     """
 
@@ -76,7 +76,7 @@ def read(path: Path, weights: str) -> Loaded:
         try:
             file = _read_file(each)
         except CheckpointError:
-            # accelerate keeps whatever it was asked to here, an average or a counter
+            # accelerate keeps any registered object here, an average or a counter
             if not key.startswith("custom_checkpoint"):
                 raise
             unnamed.append(key)
@@ -206,12 +206,12 @@ def _read_file(path: Path) -> _File:
     contents = {name: _read_content(shard)[0] for name, shard in shards.items()}
     tensors = {}
     for name, place in places.items():
-        held = contents[place]
-        if not isinstance(held, Mapping) or name not in held:
+        content = contents[place]
+        if not isinstance(content, Mapping) or name not in content:
             raise CheckpointError(
                 f"{shards[place]}: tensor {name!r} is missing, which {path.name} says is in it"
             )
-        tensors[name] = held[name]
+        tensors[name] = content[name]
     return _File(path, tensors, {}, [*shards.values()])
 
 

@@ -51,8 +51,8 @@ def find_weights(
 ) -> tuple[list[WeightSet], list[str]]:
     """The sets of weights in a loaded file, and the labels of averages that have no DiT's names.
 
-    ``path`` leads to the file, and opens each label; ``source`` names it in messages. Without names are, for one, the
-    lists of diffusers' ``EMAModel`` and of optimisers that average.
+    ``path`` leads to the file, and opens each label; ``source`` names it in messages. The lists of diffusers'
+    ``EMAModel`` and of averaging optimisers, for example, have no names.
 
     Raises:
         CheckpointError: containers are nested too deep to look into.
@@ -76,7 +76,7 @@ def find_weights(
 
 
 def choose(sets: Sequence[WeightSet], unnamed: Sequence[str], weights: str, source: str) -> WeightSet:
-    """The set that is meant.
+    """The set that ``weights`` means.
 
     Args:
         sets, unnamed: of :func:`find_weights`.
@@ -114,11 +114,11 @@ def choose(sets: Sequence[WeightSet], unnamed: Sequence[str], weights: str, sour
             f"{source}: holds several that could be meant: {', '.join(labels)}; choose one by name, for example "
             f"weights={example!r} (--weights)"
         )
-    rest = f"; of {some(unnamed)} it has no names" if unnamed else ""
-    holds = (
+    nameless = f"; of {some(unnamed)} it has no names" if unnamed else ""
+    contents = (
         f"it holds {' and '.join(labels)}" if labels else "this is a bare state dict, wanted a training file"
     )
-    raise CheckpointError(f"{source}: no {weights!r} in it{';' if labels else ':'} {holds}{rest}")
+    raise CheckpointError(f"{source}: no {weights!r} in it{';' if labels else ':'} {contents}{nameless}")
 
 
 def clean(chosen: WeightSet, source: str) -> dict[str, Tensor]:
@@ -126,7 +126,7 @@ def clean(chosen: WeightSet, source: str) -> dict[str, Tensor]:
     if not chosen.entries:
         raise CheckpointError(f"{source}: holds no tensors")
     tensors: dict[str, Tensor] = {}
-    wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+    dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
     for original, name, value in chosen.entries:
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise CheckpointError(
@@ -137,7 +137,7 @@ def clean(chosen: WeightSet, source: str) -> dict[str, Tensor]:
             continue
         if value.dtype not in DTYPES or value.layout != torch.strided:
             raise CheckpointError(
-                f"{source}: tensor {original!r} must be dense and {wanted}, got {value.layout}, {value.dtype}"
+                f"{source}: tensor {original!r} must be dense and {dtypes}, got {value.layout}, {value.dtype}"
             )
         if name in tensors:
             raise CheckpointError(f"{source}: tensor {name!r} is there twice, once as {original!r}")
@@ -169,7 +169,7 @@ def recorded_classes(content: object) -> int | None:
 def is_average(label: str, known: bool = False) -> bool:
     """Whether a name is an average's: ``ema_model``, ``state_dict_ema``, ``modelEma``, ``swa``, but not ``non_ema``.
 
-    ``known`` says that what leads to it is an average's, whatever it is called.
+    ``known``: what leads to it says already that it is an average's.
     """
     label = label.replace("exp_avg", "")  # an optimiser's moments
     # modelEma and EMAModel are two words each
@@ -195,19 +195,19 @@ def _walk(
     unnamed: dict[str, object],
     visited: set[int],
 ) -> None:
-    """Collects what lies in ``value``, which ``averaged`` says to be an average's; ``unnamed`` by label."""
-    here: list[WeightSet] = []
+    """Collects the sets in ``value``, and by label the ``unnamed`` averages; ``averaged``: it belongs to an average."""
+    local_sets: list[WeightSet] = []
     items: Iterable[tuple[Any, Any]] = ()
     lightning = False
     if isinstance(value, Mapping):
-        here = list(_sets_of(value, path, averaged))
-        sets += here
+        local_sets = list(_sets_of(value, path, averaged))
+        sets += local_sets
         # under "state" lies what an optimiser knows of each parameter
         skipped = "state" if "param_groups" in value else None
         items = [(key, item) for key, item in value.items() if not (isinstance(key, str) and key == skipped)]
         # Lightning's WeightAveraging moves the raw weights there, and puts the average in their place
         lightning = "state_dict" in value and "current_model_state" in value
-        for label in _nameless_copies(value, here, path):
+        for label in _nameless_copies(value, local_sets, path):
             unnamed[label] = value
     elif isinstance(value, (list, tuple)):
         items = enumerate(value)
@@ -223,7 +223,7 @@ def _walk(
         before = len(sets), len(unnamed)
         if isinstance(item, (Mapping, list, tuple)):
             _walk(item, (*path, label), averaged or known, sets, unnamed, visited)
-        elif here or (isinstance(key, str) and "." in key and not known):
+        elif local_sets or (isinstance(key, str) and "." in key and not known):
             continue
         if (len(sets), len(unnamed)) != before or not is_average(label, known):
             continue
@@ -277,10 +277,10 @@ def _without_dots(
 
 
 def _nameless_copies(
-    mapping: Mapping[Any, Any], here: Sequence[WeightSet], path: tuple[str, ...]
+    mapping: Mapping[Any, Any], local_sets: Sequence[WeightSet], path: tuple[str, ...]
 ) -> Iterator[str]:
     """Averages of a DiT among tensors by name, whose names are none of its own: flattened some other way."""
-    known = {original for each in here for original, _, _ in each.entries}
+    known = {original for each in local_sets for original, _, _ in each.entries}
     names = [name for name in mapping if isinstance(name, str) and "x_embedder" in name and name not in known]
     heads = {name.partition("x_embedder")[0] for name in names}
     yield from (".".join((*path, head.rstrip("._"))) for head in sorted(heads) if is_average(head))
@@ -290,7 +290,7 @@ def _is_log(value: object, size: int) -> bool:
     """Whether this, under an average's name, is too little for a model of ``size``: losses, not weights."""
     tensors = _tensors(value)
     if isinstance(value, (list, tuple)):
-        # with a matrix in it, it is more likely of the weights that were trained
+        # with a matrix in it, it more likely holds the trained weights
         if not all(isinstance(item, Tensor) and item.ndim < 2 for item in value):
             return False
     elif not isinstance(value, Tensor):
@@ -311,14 +311,14 @@ def _deepest(content: object) -> str:
 
 def _tensors(value: object) -> list[Tensor]:
     """The tensors within, at any depth."""
-    tensors, left, visited = [], [value], set()
-    while left:
-        each = left.pop()
+    tensors, pending, visited = [], [value], set()
+    while pending:
+        each = pending.pop()
         if isinstance(each, Tensor):
             tensors.append(each)
         elif isinstance(each, (Mapping, list, tuple)) and id(each) not in visited:
             visited.add(id(each))
-            left += each.values() if isinstance(each, Mapping) else each
+            pending += each.values() if isinstance(each, Mapping) else each
     return tensors
 
 

@@ -32,7 +32,7 @@ class _Group(TyperGroup):
 
 
 def _is_users(error: Exception) -> bool:
-    """Whether a user can mend it: not an OSError without a path (a closed pipe, for one), nor a module of our own."""
+    """Whether a user can mend it: not an OSError without a path (a closed pipe), nor a missing module of our own."""
     if isinstance(error, ModuleNotFoundError):
         return (error.name or "ditfast").partition(".")[0] != "ditfast"
     return not isinstance(error, OSError) or error.filename is not None
@@ -77,21 +77,21 @@ def info(
     attention: Annotated[
         list[str] | None,
         typer.Option(
-            help="Tell of this attention: tokens x heads x head dim; may be repeated.",
+            help="Report on this attention: tokens x heads x head dim; may be repeated.",
             show_default=False,
             metavar="TxHxD",
         ),
     ] = None,
-    dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Of the attention.")] = "bf16",
+    dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Dtype of the attention.")] = "bf16",
     cache: Annotated[
         Path | None,
-        typer.Option(help="Tell of this Triton cache; by default of Triton's own.", show_default=False, metavar="DIR"),
+        typer.Option(help="Report on this Triton cache; by default Triton's own.", show_default=False, metavar="DIR"),
     ] = None,
 ) -> None:
     """Versions, devices, and the operators' backends: which are available, and why the others are not.
 
-    Of attention also which backend a shape takes, by the GPU's tuned table or the heuristic; of Triton's cache whether
-    the kernels that were compiled ahead are taken here, and why not.
+    Also which attention backend a shape takes, by the GPU's tuned table or the heuristic, and whether the kernels that
+    were compiled ahead are taken from Triton's cache, and if not, why.
     """
     from ..bench.warm import kernel_cache
     from ..environment import cache_folder
@@ -116,7 +116,7 @@ def explain(
     check: Annotated[bool, typer.Option(help="Compare the old and the new forward of each kind.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """What ditfast.accelerate makes of a model: each module it knows, accelerated or why not."""
+    """What ditfast.accelerate does with a model: each module it knows, accelerated or why not."""
     from dataclasses import asdict
 
     from ..adapters.accelerate import accelerate
@@ -140,7 +140,7 @@ def convert(
     ] = None,
     weights: Annotated[
         str,
-        typer.Option(help="Of several: ema, model, or an entry's name; auto prefers an average.", metavar="NAME"),
+        typer.Option(help="Which of several: ema, model, or an entry's name; auto prefers an average.", metavar="NAME"),
     ] = "auto",
     allow_inexact: Annotated[
         bool,
@@ -205,7 +205,7 @@ def kernels(
     from ..files import check_target, write_json
 
     check_target(json_file)
-    reports = kernel_report.compile_all(arch or ("sm_80", "sm_90"), report=lambda what: typer.echo(what, err=True))
+    reports = kernel_report.compile_all(arch or ("sm_80", "sm_90"), report=lambda line: typer.echo(line, err=True))
     data = kernel_report.to_json(reports)
     if json_file is not None:
         write_json(data, json_file)
@@ -231,7 +231,7 @@ def rehearse(
         bool, typer.Option("--full", help="Every architecture, dtype, model width and token count, batches up to 256.")
     ] = False,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write what was seen here.", show_default=False, metavar="FILE")
+        Path | None, typer.Option("--json", help="Write the report here.", show_default=False, metavar="FILE")
     ] = None,
 ) -> None:
     """Launch every kernel on a GPU that is not there; exit 1 where one would have been refused, or was not reached."""

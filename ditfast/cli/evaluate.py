@@ -23,12 +23,12 @@ def evaluate(
     reference: Annotated[
         Path | None,
         typer.Option(
-            help="Images likewise, or statistics mu, sigma, mu_s, sigma_s; ADM's have both. Not for is alone.",
+            help="Images in the same form, or statistics mu, sigma, mu_s, sigma_s; ADM's have both. is needs none.",
             show_default=False,
             metavar="STATS.npz",
         ),
     ] = None,
-    metrics: Annotated[str, typer.Option(help="Which of them, by commas.")] = "fid,sfid,is,precision,recall",
+    metrics: Annotated[str, typer.Option(help="Which metrics, separated by commas.")] = "fid,sfid,is,precision,recall",
     batch_size: Annotated[int, typer.Option(min=1, help="Images that the network gets at a time.")] = 64,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda or cuda:N. By default cuda where there is one.", show_default=False)

@@ -10,10 +10,10 @@ from typing import Any
 from .. import __version__
 from ..environment import cpu_model, gpu_properties, package_version
 
-# distributions whose version changes what runs or how fast; the first four are always wanted
+# distributions whose version changes what runs or how fast; the first four are always needed
 _DISTRIBUTIONS = ("torch", "triton", "numpy", "safetensors", "diffusers", "flash-attn", "flash-attn-3", "flash-attn-4")
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-#: T x H x head_dim, whose attention is told by default: DiT-XL/2 and DiT-L/2 at 256 and 512 px
+#: T x H x head_dim, whose attention is reported by default: DiT-XL/2 and DiT-L/2 at 256 and 512 px
 SHAPES = ("256x16x72", "1024x16x72", "256x16x64", "1024x16x64")
 
 
@@ -76,8 +76,8 @@ def render(facts: dict[str, Any], reasons: bool = False) -> str:
     )
     lines += ["", "self_attention takes"]
     for entry in facts["attention"]:
-        taken = f"{entry['inference']} in inference, {entry['training']} in training"
-        lines.append(f"  {entry['shape']} {entry['dtype']}: {taken}")
+        choice = f"{entry['inference']} in inference, {entry['training']} in training"
+        lines.append(f"  {entry['shape']} {entry['dtype']}: {choice}")
         if reasons:
             lines += ["  " + line for line in _columns([(n, r or "can run") for n, r in entry["reasons"].items()])]
     return "\n".join(lines)
@@ -97,14 +97,14 @@ def _attention(shape: str, dtype: str) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     qkv = torch.empty(1, tokens, 3 * num_heads * head_dim, dtype=getattr(torch, _DTYPES[dtype]), device=device)
 
-    def taken(training: bool) -> str:
+    def chosen(training: bool) -> str:
         return ops.attention_backend(qkv, tokens, head_dim, training=training)
 
     return {
         "shape": shape,
         "dtype": dtype,
-        "inference": taken(False),
-        "training": taken(True),
+        "inference": chosen(False),
+        "training": chosen(True),
         "reasons": ops.attention_backends(qkv, num_heads),
     }
 

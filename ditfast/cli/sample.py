@@ -35,7 +35,7 @@ def sample(
         ),
     ] = None,
     classes: Annotated[
-        str | None, typer.Option(help="Labels between commas: 207,360.", show_default=False, metavar="LABELS")
+        str | None, typer.Option(help="Labels, separated by commas: 207,360.", show_default=False, metavar="LABELS")
     ] = None,
     class_names: Annotated[
         list[str] | None,
@@ -51,11 +51,11 @@ def sample(
         typer.Option(
             "--num",
             "--num-images",
-            help="Images, of the classes in turn or of random ones; one a class.",
+            help="How many images, of the classes in turn or of random ones; by default one a class.",
             show_default=False,
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Of the sampler.")] = 250,
+    steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 250,
     sampler: Annotated[
         Literal["ddpm", "ddim", "dpm++", "euler", "heun"], typer.Option(help="euler and heun are for flow matching.")
     ] = "ddpm",
@@ -71,11 +71,11 @@ def sample(
     guidance_power: Annotated[
         float | None, typer.Option(help="Power-cosine schedule of the strength.", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Image i has a random stream of its own, of this and i.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Images computed together; the bytes are of this size.")] = 32,
+    seed: Annotated[int, typer.Option(help="Image i has a random stream of its own, made of the seed and i.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images computed together; the bytes depend on it.")] = 32,
     weights: Annotated[
         str,
-        typer.Option(help="Of several: ema, model, or an entry's name; auto prefers an average.", metavar="NAME"),
+        typer.Option(help="Which of several: ema, model, or an entry's name; auto prefers an average.", metavar="NAME"),
     ] = "auto",
     num_heads: Annotated[
         int | None, typer.Option(help="Attention heads, where the file does not tell them.", show_default=False)
@@ -85,15 +85,15 @@ def sample(
     ] = None,
     dtype: Annotated[
         Literal["bf16", "fp16", "fp32"] | None,
-        typer.Option(help="Of the model. By default bf16 on a GPU, fp32 on a CPU.", show_default=False),
+        typer.Option(help="Dtype of the model. By default bf16 on a GPU, fp32 on a CPU.", show_default=False),
     ] = None,
-    vae_dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Of the autoencoder.")] = "fp32",
+    vae_dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Dtype of the autoencoder.")] = "fp32",
     latent_scaling: Annotated[
         float, typer.Option(help="What the latents were multiplied by in the checkpoint's training.")
     ] = 0.18215,
     decode_mib: Annotated[float, typer.Option(help="Memory for decoding: how many images go at once.")] = 4096,
     threads: Annotated[
-        int | None, typer.Option(help="Of a CPU; the bytes are of this number. By default torch's.", show_default=False)
+        int | None, typer.Option(help="CPU threads; the bytes depend on it. By default torch's.", show_default=False)
     ] = None,
     table_mib: Annotated[float, typer.Option(help="Memory for the schedule table; 0 for none.")] = 2048,
     graphs: Annotated[bool, typer.Option(" /--no-graphs", help="Without CUDA graphs.", show_default=False)] = True,

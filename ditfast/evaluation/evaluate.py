@@ -51,7 +51,7 @@ PathLike = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What :func:`evaluate` found.
+    """The result of :func:`evaluate`.
 
     Attributes:
         metrics: those that could be computed, by name.
@@ -101,13 +101,13 @@ def evaluate(
     Raises:
         ValueError: an argument, a file or the network's weights are missing, or not what they should be.
     """
-    wanted = _check_arguments(metrics, batch_size, device, weights, extractor)
+    requested = _check_arguments(metrics, batch_size, device, weights, extractor)
     samples = Npz(Path(npz), "npz")
     count, *size = samples.image_shape()
     if count < 2:
         raise ValueError(f"npz must hold at least 2 images, got {count}")
-    stored, reference_count = _read_reference(reference, wanted, size)
-    layers, missing = _plan(wanted, stored, count, reference_count, extractor)
+    stored, reference_count = _read_reference(reference, requested, size)
+    layers, missing = _plan(requested, stored, count, reference_count, extractor)
     by_statistics = [metric for metric in layers if metric in stored]
     result = Evaluation({}, missing, [], count, reference_count, by_statistics)
     if not layers:
@@ -117,29 +117,30 @@ def evaluate(
         network, notes = inception.load(sorted(set(layers.values())), weights)
         result.notes.extend(notes)
     network = network.to(device).eval()
-    report = on_progress or (lambda what, done, total: None)
+    report = on_progress or (lambda phase, done, total: None)
     widths = {layers[metric]: len(statistic["mu"]) for metric, statistic in stored.items() if metric in layers}
-    ours = extract(
+    sample_features = extract(
         network, layers.values(), samples.batches(batch_size), device, lambda n: report("samples", n, count), widths
     )
-    # of the reference's images what its statistics do not tell
+    # the reference's images, for what its statistics do not tell
     remaining = {metric: layer for metric, layer in layers.items() if metric != "is" and metric not in stored}
-    theirs: Features = {}
+    reference_features: Features = {}
     if remaining and reference is not None:
         images = Npz(Path(reference), "reference").batches(batch_size)
-        theirs = extract(
+        reference_features = extract(
             network, remaining.values(), images, device, lambda n: report("reference", n, reference_count), {}
         )
     for metric, layer in layers.items():
         report(metric, 0, 0)
         if metric in _STORED:
-            against = stored[metric] if metric in stored else statistics(theirs[layer])
-            result.metrics[metric] = frechet(statistics(ours[layer]), against)
-            result.notes.extend(rank_notes(metric, ours[layer], None if metric in stored else theirs[layer]))
+            features = None if metric in stored else reference_features[layer]
+            against = stored[metric] if features is None else statistics(features)
+            result.metrics[metric] = frechet(statistics(sample_features[layer]), against)
+            result.notes.extend(rank_notes(metric, sample_features[layer], features))
         elif metric == "is":
-            result.metrics[metric] = inception_score(ours[layer])
+            result.metrics[metric] = inception_score(sample_features[layer])
         elif metric not in result.metrics:
-            shares = precision_recall(ours[layer], theirs[layer])
+            shares = precision_recall(sample_features[layer], reference_features[layer])
             result.metrics.update((name, shares[name]) for name in ("precision", "recall") if name in layers)
     for metric, value in list(result.metrics.items()):
         if not math.isfinite(value):
@@ -175,16 +176,16 @@ def _check_arguments(
 
 
 def _read_reference(
-    reference: PathLike | None, wanted: Sequence[str], size: Sequence[int]
+    reference: PathLike | None, requested: Sequence[str], size: Sequence[int]
 ) -> tuple[dict[str, Statistics], int]:
     """(metric -> its stored statistics, the number of images, which must have the samples' size)."""
     if reference is None:
-        if needy := [metric for metric in wanted if metric != "is"]:
+        if needy := [metric for metric in requested if metric != "is"]:
             raise ValueError(f"reference must be given for {', '.join(needy)}")
         return {}, 0
     source = Npz(Path(reference), "reference")
     stored = {
-        name: moments for name, keys in _STORED.items() if name in wanted and (moments := source.statistics(*keys))
+        name: moments for name, keys in _STORED.items() if name in requested and (moments := source.statistics(*keys))
     }
     if IMAGES not in source.names():
         if not any(key in source.names() for keys in _STORED.values() for key in keys):
@@ -199,12 +200,12 @@ def _read_reference(
 
 
 def _plan(
-    wanted: Sequence[str], stored: Mapping[str, Statistics], count: int, reference_count: int, extractor: Any
+    requested: Sequence[str], stored: Mapping[str, Statistics], count: int, reference_count: int, extractor: Any
 ) -> tuple[dict[str, str], dict[str, str]]:
     """(metric -> the network's layer, metric -> why it cannot be had)."""
     layers: dict[str, str] = {}
     missing: dict[str, str] = {}
-    for metric in wanted:
+    for metric in requested:
         try:
             layer = (extractor or inception.AdmInception).get_default_feature_layer_for_metric(_USES[metric])
         except (KeyError, NotImplementedError, ValueError):

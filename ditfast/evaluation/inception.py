@@ -54,7 +54,7 @@ class AdmInception(nn.Module):
 
 
 def load(features: Sequence[str], weights: str | os.PathLike[str] | None = None) -> tuple[AdmInception, list[str]]:
-    """The network that returns these features, and what is to be said of its weights.
+    """The network that returns these features, and notes on its weights.
 
     Args:
         features: as in the class.
@@ -73,11 +73,11 @@ def load(features: Sequence[str], weights: str | os.PathLike[str] | None = None)
             f"{name} into {Path(torch.hub.get_dir(), 'checkpoints')}, or say where it is (--weights)"
         )
     data = path.read_bytes()
-    # it stops after the last one asked for; "768" is the first behind the spatial ones
+    # the network stops after the last layer asked for; "768" is the first after the spatial features
     layers = [feature for feature in features if feature != SPATIAL] or ["768"]
     try:
         torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        # torch-fidelity loads without that limit: the same bytes, which have just been found to be tensors alone
+        # torch-fidelity loads without that limit, but the same bytes, which have just been found to be tensors alone
         network = source.FeatureExtractorInceptionV3(name, layers, feature_extractor_weights_path=io.BytesIO(data))
     except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

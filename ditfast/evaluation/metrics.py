@@ -75,11 +75,11 @@ def statistics(features: Tensor) -> Statistics:
     return moments
 
 
-def frechet(ours: Statistics, theirs: Statistics) -> float:
+def frechet(samples: Statistics, reference: Statistics) -> float:
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)): Heusel et al. 2017."""
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
-    return float(fid_statistics_to_metric(ours, theirs, verbose=False)[KEY_METRIC_FID])
+    return float(fid_statistics_to_metric(samples, reference, verbose=False)[KEY_METRIC_FID])
 
 
 def inception_score(logits: Tensor) -> float:
@@ -90,21 +90,21 @@ def inception_score(logits: Tensor) -> float:
     return float(isc_features_to_metric(logits, splits=splits, shuffle=False)[KEY_METRIC_ISC_MEAN])
 
 
-def precision_recall(ours: Tensor, theirs: Tensor) -> dict[str, float]:
-    """The share of ours (N, D) in theirs' balls (M, D), and the other way round: Kynkaanniemi et al. 2019."""
+def precision_recall(samples: Tensor, reference: Tensor) -> dict[str, float]:
+    """The share of samples (N, D) in the reference's balls (M, D), and the reverse: Kynkaanniemi et al. 2019."""
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
     options = {"prc_neighborhood": NEIGHBOURS, "prc_batch_size": _ROWS, "save_cpu_ram": True, "verbose": False}
-    values = prc_features_to_metric(ours.double(), theirs.double(), **options)
+    values = prc_features_to_metric(samples.double(), reference.double(), **options)
     return {"precision": values[KEY_METRIC_PRECISION], "recall": values[KEY_METRIC_RECALL]}
 
 
-def rank_notes(metric: str, ours: Tensor, theirs: Tensor | None) -> list[str]:
+def rank_notes(metric: str, samples: Tensor, reference: Tensor | None) -> list[str]:
     """A sentence for each side with too few images for its covariance."""
-    sides = [("samples", ours), *([] if theirs is None else [("images of the reference", theirs)])]
+    sides = [("samples", samples), *([] if reference is None else [("images of the reference", reference)])]
     return [
-        f"{metric}: {len(features):,} {what} give a covariance of {features.shape[1]:,} features that has rank "
+        f"{metric}: {len(features):,} {images} give a covariance of {features.shape[1]:,} features that has rank "
         f"{len(features) - 1:,} at most; the value is far too high"
-        for what, features in sides
+        for images, features in sides
         if len(features) <= features.shape[1]
     ]

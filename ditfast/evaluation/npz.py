@@ -57,13 +57,13 @@ class Npz:
             ValueError: there are none, or they are no uint8 (N, H, W, 3) in C order.
         """
         if IMAGES not in self.names():
-            has = ", ".join(self.names()) or "no arrays"
-            raise ValueError(f"{self.argument} must hold images under {IMAGES!r}; {self.path} has {has}")
+            present = ", ".join(self.names()) or "no arrays"
+            raise ValueError(f"{self.argument} must hold images under {IMAGES!r}; {self.path} has {present}")
         with self._array(IMAGES) as (_, shape, fortran, dtype):
             pass
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
-            wanted = f"uint8 images (N, H, W, 3) under {IMAGES!r}"
-            raise ValueError(f"{self.argument} must hold {wanted}, got {dtype} {shape}")
+            expected = f"uint8 images (N, H, W, 3) under {IMAGES!r}"
+            raise ValueError(f"{self.argument} must hold {expected}, got {dtype} {shape}")
         if fortran:
             raise ValueError(f"{self.argument} must hold its images in C order, got Fortran's: no batch lies together")
         return shape[0], shape[1], shape[2]
@@ -73,9 +73,9 @@ class Npz:
         count, height, width = self.image_shape()
         with self._array(IMAGES) as (stream, *_):
             for start in range(0, count, size):
-                wanted = (min(size, count - start), height, width, 3)
-                data = bytearray(_read(stream, math.prod(wanted)))
-                yield torch.frombuffer(data, dtype=torch.uint8).view(wanted).permute(0, 3, 1, 2).contiguous()
+                shape = (min(size, count - start), height, width, 3)
+                data = bytearray(_read(stream, math.prod(shape)))
+                yield torch.frombuffer(data, dtype=torch.uint8).view(shape).permute(0, 3, 1, 2).contiguous()
 
     def statistics(self, mean: str, covariance: str) -> Statistics | None:
         """What is stored under these names, fp64; None where neither is.
@@ -90,8 +90,8 @@ class Npz:
             raise ValueError(f"{self.argument} must hold both {mean!r} and {covariance!r}, got {present[0]!r} alone")
         mu, sigma = self._floats(mean), self._floats(covariance)
         if mu.ndim != 1 or sigma.shape != (mu.size, mu.size):
-            wanted = f"{mean!r} (D,) and {covariance!r} (D, D)"
-            raise ValueError(f"{self.argument} must hold {wanted}, got {mu.shape} and {sigma.shape}")
+            expected = f"{mean!r} (D,) and {covariance!r} (D, D)"
+            raise ValueError(f"{self.argument} must hold {expected}, got {mu.shape} and {sigma.shape}")
         return {"mu": mu, "sigma": sigma}
 
     def _floats(self, name: str) -> np.ndarray[Any, Any]:

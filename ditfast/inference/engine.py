@@ -22,7 +22,7 @@ from .graphs import StepGraphs
 from .guidance import Guidance
 from .table import ScheduleTable, takes_table
 
-_LOOK = 25  # steps between looks whether latents are finite: each waits for the GPU
+_LOOK = 25  # steps between checks that latents are finite: each waits for the GPU
 
 
 class NotFinite(ValueError):
@@ -39,7 +39,7 @@ class NotFinite(ValueError):
 
 
 class Steps(Protocol):
-    """What the engine asks of a sampler; :class:`.samplers.Sampler` says what each is."""
+    """What the engine needs of a sampler; :class:`.samplers.Sampler` says what each is."""
 
     timesteps: Tensor
 
@@ -54,7 +54,7 @@ class _Plan(NamedTuple):
     """What does not change during a run, with or without guidance."""
 
     labels: Tensor  # (2N,), the null class for the second half, or (N,) without guidance
-    rows: Tensor | None  # where they stand in the table
+    rows: Tensor | None  # of the labels in the table
     table: ScheduleTable | None
     graphs: StepGraphs | None
 
@@ -68,11 +68,11 @@ class Engine:
         guidance: classifier-free guidance, as one batch of 2N; None for none.
         table_mib: the most that the schedule table may take, in MiB; 0 for no table.
         graphs: whether steps are captured as CUDA graphs where they can be.
-        null_class: the label of the unconditional half; by default the model's config says it.
+        null_class: the label of the unconditional half; by default that of the model's config.
 
     Raises:
         ValueError: guidance of a model without a null class; a negative table_mib.
-        TypeError: a sampler without one of what :class:`Steps` has; ``labels``, which is gone.
+        TypeError: a sampler that lacks an attribute of :class:`Steps`; the removed argument ``labels``.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ class Engine:
 
         if plan.graphs is None:
             return step(x, factor, *conditions)
-        # the scale is an input: what else of guidance a captured step holds is part of its key
+        # the scale is an input: the rest of guidance is captured with a step, and so part of its key
         guidance_key = (self.guidance.channels, self.guidance.rescale) if guided and self.guidance is not None else None
         return plan.graphs.run((guided, guidance_key), step, x, factor, *conditions)
 

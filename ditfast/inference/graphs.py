@@ -27,9 +27,9 @@ class _Captured(NamedTuple):
 class StepGraphs:
     """The captured steps of a model, one for each key and shapes, the least recently used dropped beyond ``limit``.
 
-    Weights are read where they lie: writing them in place (``load_state_dict``) is seen by a replay. Where they lie
-    otherwise, or a layer is another one or has another setting, everything is captured anew. What else changes from
-    step to step, a schedule table's rows too, is an input, whose values are copied into the graph's own buffers.
+    A replay reads the weights in place, so it sees writes to them (``load_state_dict``). Where weights have moved, or a
+    layer was replaced or has another setting, everything is captured anew. What else changes from step to step, such as
+    a schedule table's rows, is an input, whose values are copied into the graph's own buffers.
     """
 
     def __init__(self, model: nn.Module, limit: int = 4) -> None:
@@ -42,12 +42,12 @@ class StepGraphs:
         return len(self._captured)
 
     def look(self) -> bool:
-        """Before a run: drops what was captured of another model; whether the model can be captured as it is."""
+        """Drops captures that no longer fit the model, before a run; returns whether the model can be captured."""
         if self.unavailable() is not None:
             self._captured.clear()
             return False
         tensors = (*self._model.parameters(), *self._model.buffers())
-        # another dtype or layout may lie where the old one was
+        # a tensor of another dtype or layout may have an old one's address
         weights = [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
         read = (*weights, *(_settings(module) for module in self._model.modules()))
         if read != self._read:
@@ -71,7 +71,7 @@ class StepGraphs:
         return None
 
     def run(self, key: Hashable, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """``function(*inputs)`` by the graph of ``key`` and the inputs' shapes; a tensor of its own."""
+        """``function(*inputs)`` by the graph of ``key`` and the inputs' shapes, as a new tensor."""
         shapes = tuple((tuple(value.shape), value.dtype, value.device) for value in inputs)
         # a replay on another stream could write the buffers that the last one still reads
         stream = torch.cuda.current_stream(inputs[0].device) if inputs[0].is_cuda else None

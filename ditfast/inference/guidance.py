@@ -45,8 +45,8 @@ class Guidance:
     def __post_init__(self) -> None:
         if not _number(self.scale) or self.scale < 0:
             raise ValueError(f"scale must be a finite number >= 0, got {self.scale!r}")
-        whole = isinstance(self.channels, int) and not isinstance(self.channels, bool)
-        if self.channels != "all" and not (whole and self.channels >= 1):
+        is_int = isinstance(self.channels, int) and not isinstance(self.channels, bool)
+        if self.channels != "all" and not (is_int and self.channels >= 1):
             raise ValueError(f'channels must be "all" or an integer >= 1, got {self.channels!r}')
         if not _number(self.rescale) or not 0 <= self.rescale <= 1:
             raise ValueError(f"rescale must be a number in [0, 1], got {self.rescale!r}")
@@ -98,8 +98,8 @@ class Guidance:
         if output.ndim != 4 or output.shape[0] % 2:
             raise ValueError(f"output must be a batch of 2N predictions (2N, C, h, w), got {tuple(output.shape)}")
         if output.shape[1] not in (in_channels, 2 * in_channels):
-            wanted = f"in_channels={in_channels} or {2 * in_channels} channels"
-            raise ValueError(f"output must have {wanted}, got {output.shape[1]}")
+            expected = f"in_channels={in_channels} or {2 * in_channels} channels"
+            raise ValueError(f"output must have {expected}, got {output.shape[1]}")
         if isinstance(scale, Tensor):
             if scale.numel() != 1:
                 raise ValueError(f"scale must be a number or a tensor of one element, got {tuple(scale.shape)}")

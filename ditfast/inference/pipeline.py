@@ -165,9 +165,9 @@ class DiTPipeline(_Base):  # type: ignore[misc]
 class _SchedulerSteps:
     """A diffusers scheduler as the engine's sampler, stepped as diffusers' DiTPipeline does.
 
-    With guidance it steps both halves of the batch there, which draw noise both; so does this, that the same seed
-    gives the same images. Not so where a scheduler scales the noise or the model's input (Euler's and its kin): there
-    the noise is left as it is, and it steps from the scaled latents, which is no step of theirs; here from the latents.
+    With guidance diffusers steps both halves of the batch, and both draw noise. So does this class: the same seed gives
+    the same images. They differ where a scheduler scales the noise or the model's input (Euler and its kin): diffusers
+    leaves the noise unscaled, and steps from the scaled latents, for which these schedulers are not made.
 
     Raises:
         ValueError: as :func:`.schedulers.check_scheduler`.
@@ -179,17 +179,17 @@ class _SchedulerSteps:
         self.timesteps: Tensor = scheduler.timesteps
 
     def start(self, noise: Tensor) -> Tensor:
-        return noise * float(getattr(self._scheduler, "init_noise_sigma", 1.0))  # flows have none
+        return noise * float(getattr(self._scheduler, "init_noise_sigma", 1.0))  # flow matching has none
 
     def model_input(self, x: Tensor, i: int) -> Tensor:
-        if not hasattr(self._scheduler, "scale_model_input"):  # nor this
+        if not hasattr(self._scheduler, "scale_model_input"):  # flow matching does not scale
             return x
         scaled: Tensor = self._scheduler.scale_model_input(x, self.timesteps[i])
         return scaled
 
     def step(self, x: Tensor, output: Tensor, i: int, generators: Any = None) -> Tensor:
         count = len(x)
-        output = output[:, : x.shape[1]]  # the learned variance is dropped there
+        output = output[:, : x.shape[1]]  # diffusers drops the learned variance here
         if self._twice:
             x, output = torch.cat([x, x]), torch.cat([output, output])
         stepped: Tensor = self._scheduler.step(output, self.timesteps[i], x).prev_sample

@@ -75,10 +75,10 @@ class Sampler:
         if name not in SAMPLERS:
             raise ValueError(f"name must be one of {', '.join(SAMPLERS)}, got {name!r}")
         fewest, most = _FEWEST_AND_MOST.get(name, (1, None))
-        whole = isinstance(steps, int) and not isinstance(steps, bool)
-        if not whole or steps < fewest or (most is not None and steps > most):
-            wanted = f"in {fewest}..{most}" if most is not None else f">= {fewest}"
-            raise ValueError(f"steps must be an integer {wanted} for {name!r}, got {steps!r}")
+        is_int = isinstance(steps, int) and not isinstance(steps, bool)
+        if not is_int or steps < fewest or (most is not None and steps > most):
+            bounds = f"in {fewest}..{most}" if most is not None else f">= {fewest}"
+            raise ValueError(f"steps must be an integer {bounds} for {name!r}, got {steps!r}")
         if isinstance(in_channels, bool) or not isinstance(in_channels, int) or in_channels < 1:
             raise ValueError(f"in_channels must be an integer >= 1, got {in_channels!r}")
         if not 0 <= eta <= 1 or (eta and name != "ddim"):
@@ -104,8 +104,8 @@ class Sampler:
             ValueError: noise is no such floating-point batch.
         """
         if noise.ndim != 4 or noise.shape[1] != self.in_channels or not noise.is_floating_point():
-            wanted = f"a floating-point batch (B, {self.in_channels}, h, w)"
-            raise ValueError(f"noise must be {wanted}, got {noise.dtype} of shape {tuple(noise.shape)}")
+            expected = f"a floating-point batch (B, {self.in_channels}, h, w)"
+            raise ValueError(f"noise must be {expected}, got {noise.dtype} of shape {tuple(noise.shape)}")
         self._solver.reset()
         self._next, self._shape = 0, noise.shape
         return noise.to(torch.promote_types(noise.dtype, torch.float32)) * self._solver.init_noise_sigma
@@ -136,8 +136,8 @@ class Sampler:
             raise ValueError(f"x must have the shape given to start, {tuple(self._shape)}, got {tuple(x.shape)}")
         batch, channels, *size = x.shape
         if output.shape not in [(batch, n, *size) for n in (channels, 2 * channels)]:
-            wanted = f"({batch}, {channels} or {2 * channels}, {', '.join(map(str, size))})"
-            raise ValueError(f"output must have shape {wanted}, got {tuple(output.shape)}")
+            expected = f"({batch}, {channels} or {2 * channels}, {', '.join(map(str, size))})"
+            raise ValueError(f"output must have shape {expected}, got {tuple(output.shape)}")
         if isinstance(generators, torch.Generator) or (generators is not None and len(generators) != batch):
             count = "a single one" if isinstance(generators, torch.Generator) else len(generators)
             raise ValueError(f"generators must be a sequence, one for each of {batch} images, got {count}")

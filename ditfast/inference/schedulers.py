@@ -63,7 +63,7 @@ _REFUSED = {
     "RFD4ProteinaScheduler": "it is for proteins",
     "UnCLIPScheduler": "its step must be told the previous timestep, samples come out too wide",
 }
-# what only schedulers of a kind of model are told
+# config keys that only schedulers for this kind of model have
 _KEYS = {
     "betas": {"beta_start", "beta_end", "beta_schedule", "trained_betas"},
     "flow matching": {"shift", "base_shift", "max_shift", "invert_sigmas", "stochastic_sampling"},
@@ -103,7 +103,7 @@ def _own_config(scheduler: Any) -> dict[str, Any]:
 
 
 def _reason(scheduler: Any) -> str | None:
-    """Why a scheduler is not taken, or None; one of no class of diffusers' is asked for its step's form alone."""
+    """Why a scheduler is not taken, or None; of a class that is not diffusers' only the step's form is checked."""
     if not all(callable(getattr(scheduler, name, None)) for name in ("set_timesteps", "step")):
         return "it has no set_timesteps and step"
     base = _base(scheduler)
@@ -145,6 +145,6 @@ def _reason_of_another_kind(scheduler: Any, base: type, own_config: dict[str, An
         if other != kind and unused & keys:
             return (
                 f"its config is that of a model trained on {other} ({', '.join(sorted(unused & keys))}), which it has "
-                "no use for: for a model of its own_config kind make it without from_config"
+                "no use for: for a model of its own kind make it without from_config"
             )
     return None

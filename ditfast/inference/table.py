@@ -58,7 +58,7 @@ class ScheduleTable:
         return torch.tensor([self.labels[label] for label in labels], device=self._labels.device)
 
     def at(self, step: int, rows: Tensor) -> Tensor:
-        """The modulations (B, N) of a step, from whose chunk on the table is made where it is not there."""
+        """The modulations (B, N) of a step, whose chunk of the table is computed where it is not there."""
         if self._chunk_table is None or not self._first <= step < self._first + len(self._chunk_table):
             self._chunk_table = None  # freed before the next chunk is made
             self._first = step // self.chunk * self.chunk

@@ -152,7 +152,7 @@ class PackedAttention(nn.Module):
     num_heads: int
 
     def fuses(self) -> bool:
-        """Whether nothing else happens in its forward as things stand."""
+        """Whether its forward does nothing else at present."""
         raise NotImplementedError
 
     def softmax_scale(self) -> float | None:
@@ -170,7 +170,7 @@ class GeluMlp(nn.Module):
     fc2: nn.Linear
 
     def fuses(self) -> bool:
-        """Whether nothing else happens in its forward, and its Linears may be read as their parameters."""
+        """Whether its forward does nothing else at present, and its Linears may be read as their parameters."""
         return are_readable(self.fc1, self.fc2)
 
     def fused(self, x: Tensor) -> Tensor:
@@ -266,7 +266,7 @@ class AdaLNForward(nn.Module):
         return takes_triton(_NORM, x, x.shape[2], self.parameters()) and takes_gemm("gelu_mlp", x, widths, ())
 
     def _wants_gradient(self, x: Tensor, modulation: Tensor) -> bool:
-        """Whether anything wants one, in dtypes that the nodes take."""
+        """Whether anything wants a gradient, in dtypes that the nodes take."""
         linears = (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2)
         parameters = [tensor for layer in linears for tensor in (layer.weight, layer.bias) if tensor is not None]
         wants = any(tensor.requires_grad for tensor in (x, modulation, *parameters))

@@ -36,8 +36,8 @@ class DiT(reference.DiT):
     ``adaln_zero`` and ``adaln`` take the fused forward; ``in_context`` and ``cross_attention`` run the
     reference's code (``repr`` says which).
 
-    All adaLN Linears run in one launch that reads their weights where they lie, at the beginning of each call, so that
-    whatever wrote these before is seen. Each Linear runs on its own where a weight is not a plain tensor on the others'
+    All adaLN Linears run in one launch at the beginning of each call, which reads their weights in place: no copy goes
+    out of date. Each Linear runs on its own where a weight is not a plain tensor on the others'
     device (sharded, wrapped by LoRA, offloaded, quantised), where a block or the final layer has hooks or a wrapper, on
     a CPU, and in training under autocast; above 1024 samples by the library's GEMM.
     """
@@ -84,7 +84,7 @@ class DiT(reference.DiT):
             return torch.cat(parts, dim=1)
 
     def forward_modulated(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """:meth:`forward` with what :meth:`modulation` gave for its t and y: no adaLN weight is read.
+        """:meth:`forward` with the result of :meth:`modulation` for its t and y: no adaLN weight is read.
 
         Args:
             x: latents (B, C, height, width) of ``config.latent_size``, any floating dtype.
@@ -110,7 +110,7 @@ class DiT(reference.DiT):
             raise ValueError(f"only adaLN designs are modulated, this model is {self.config.conditioning}")
 
     def _activates(self) -> bool:
-        """Whether all adaLN Linears read the same SiLU(c): nobody changed what stands around them."""
+        """Whether all adaLN Linears read the same SiLU(c): their Sequentials are as they were built."""
         return all(map(is_plain_modulation, self._modulation_layers()))
 
     def _modulation_layers(self) -> list[nn.Sequential]:
@@ -128,7 +128,7 @@ class DiT(reference.DiT):
         *of_blocks, of_final_layer = modulations
         # layers whose branches only the next layer sees: no hooks, wrappers, sharding or forward of their own
         private = [records_gradients() and is_plain(layer, kind) for layer, kind in self._fused_layers()]
-        hands_over = [this and following for this, following in zip(private[:-1], private[1:], strict=True)]
+        hands_over = [current and following for current, following in zip(private[:-1], private[1:], strict=True)]
         for block, modulation, hands in zip(self.blocks, of_blocks, hands_over, strict=True):
             x, *rest, c = block(x, *pending, c, activated, modulation, *([True] if hands else []))
             pending = Pending(*rest)
@@ -163,14 +163,14 @@ class DiT(reference.DiT):
         raise TypeError("DiT keeps no copy of its weights any more: leave reset_cache() out")
 
     def extra_repr(self) -> str:
-        how = "fused forward" if self.fused else "no fused forward for this design: runs the reference's code"
-        return f"{self.config.name}, {self.config.conditioning}: {how}"
+        forward = "fused forward" if self.fused else "no fused forward for this design: runs the reference's code"
+        return f"{self.config.name}, {self.config.conditioning}: {forward}"
 
     def _modulations(self, c: Tensor, activated: bool) -> tuple[Tensor | None, Sequence[Tensor | None]]:
         """(c where the layers have a use for it, the modulation of each block and of the final layer).
 
-        None where the layer computes its own from c. In training that is one launch too, and each layer's gradient its
-        own, as soon as it is known. Not so under autocast, where the backward would have to cast each weight again.
+        None where the layer computes its own from c. Training takes one launch too, and each layer's gradient goes back
+        on its own, as soon as it is known. Not so under autocast, where the backward would cast each weight again.
         """
         separate = c, (None,) * (len(self.blocks) + 1)
         linears = self._modulation_linears() if activated else []

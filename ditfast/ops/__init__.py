@@ -1,6 +1,6 @@
 """The fused operators: validated, differentiable, out of place; their formulas are ``ditfast.reference.ops``.
 
-Each takes DTensors of one mesh in the place of tensors, all or none: see ``ditfast/ops/sharding.py`` for the layouts.
+All arguments may be DTensors of one mesh in place of tensors; ``ditfast/ops/sharding.py`` has the layouts.
 """
 
 from .adaln import gated_residual, gated_residual_layer_norm_modulate, layer_norm_modulate

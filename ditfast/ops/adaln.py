@@ -177,7 +177,7 @@ def norm_saved(
     mean: Tensor,
     rstd: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """What :func:`norm_backward` wants saved; ``shift`` only for a norm that is to be computed again."""
+    """What :func:`norm_backward` needs saved; ``shift`` only where the norm will be computed again."""
     # r is read by the norm's gradient alone, branch by the gate's
     normed = None if scale is None else x if branch is None else r
     return normed, branch if ctx.needs_input_grad[2] else None, gate, shift, scale, mean, rstd
@@ -191,17 +191,17 @@ def norm_backward(
     want_out: bool = False,
     partials: Sequence[Tensor] = (),
 ) -> tuple[list[Tensor | None], Tensor, list[Tensor]]:
-    """What every Function with an adaLN operator at its beginning does in its backward.
+    """The backward of every Function that begins with an adaLN operator.
 
     Args:
         saved: (r, branch, gate, shift, scale, mean, rstd), as saved by :func:`norm_saved`.
-        d_r, d_out: the incoming gradients, None where nothing came or the operator has no such output.
+        d_r, d_out: the incoming gradients, None where there is none or the operator has no such output.
         needs: whether x, branch, gate, bias, shift and scale want a gradient.
         want_out: whether the modulated norm is computed again.
         partials: further sums to add up in the same launch.
 
     Returns:
-        (their gradients or None, the modulated norm, the sums).
+        (the gradients of ``needs``, or None, the modulated norm, the sums).
     """
     r, branch, gate, shift, scale, mean, rstd = saved
     want_x, want_branch, want_gate, want_bias, want_shift, want_scale = needs
@@ -244,7 +244,7 @@ def norm_backward(
 class _AdaLN(Kernel):
     """(x, branch, gate, bias, shift, scale, eps) -> (r, out, mean, rstd); mean and rstd are for the backward only.
 
-    bias is only there to be given its gradient: the branch has it already.
+    bias is an input only to get its gradient: the branch contains it already.
     """
 
     operator = "layer_norm_modulate and gated_residual"
@@ -294,7 +294,7 @@ def adaln(
 ) -> tuple[Tensor, Tensor]:
     """(r, out) by the kernels, differentiable. Without branch and gate r is empty; without shift and scale, out.
 
-    ``bias`` (D,) gets the gradient of the bias of the Linear that made the branch, which must have taken it detached.
+    ``bias`` (D,) is of the Linear that computed the branch, which takes it detached: its gradient comes from here.
     """
     r, out, _, _ = apply("_AdaLN", x, branch, gate, bias, shift, scale, eps)
     return r, out

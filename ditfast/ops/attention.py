@@ -43,15 +43,15 @@ def self_attention(
         bias: added to the logits, broadcasting to (B, H, T, T), in qkv's dtype.
         backend: None chooses (:func:`attention_backend`). Else one of
 
-            - "triton", this project's kernels: head dims up to 128, a deterministic backward, biases that learn;
+            - "triton", this project's kernels: head dims up to 128, a deterministic backward, trainable biases;
             - "sdpa", torch's scaled_dot_product_attention, which itself chooses among its kernels;
             - "cudnn", "flash" (FlashAttention 2), "efficient": that kernel of scaled_dot_product_attention, on CUDA;
             - "flash_attn", "flash_attn_3", "flash_attn_4": FlashAttention's packages (2; 3, for Hopper; 4, for Hopper
-              without gradients and for what came after it) with their deterministic backward, in bf16 or fp16 and
+              without gradients and for later GPUs) with their deterministic backward, in bf16 or fp16 and
               without a bias.
 
-    Where the softmax is saturated (logits in the hundreds), the gradient of the kernels here is as right as that of an
-    eager softmax up to 128 tokens; beyond, in 16 bits, as right as any flash kernel's (kernels/attention_bwd.py).
+    Where the softmax is saturated (logits in the hundreds), the gradient of the kernels here is as accurate as that of
+    an eager softmax up to 128 tokens; beyond, in 16 bits, as any flash kernel's (kernels/attention_bwd.py).
 
     Returns:
         (B, T, D) in qkv's dtype (autocast's where it is on).
@@ -74,7 +74,7 @@ def self_attention(
     if backend is None:
         chosen = attention_backend(qkv, qkv.shape[1], head_dim, bias)
         if chosen != "triton" and not qkv.numel():
-            chosen = "sdpa"  # the only one that knows of nothing
+            chosen = "sdpa"  # the only one that takes empty tensors
     elif backend not in get_args(AttentionBackend):
         raise ValueError(f"backend must be None or one of {', '.join(get_args(AttentionBackend))}, got {backend!r}")
     else:
@@ -85,7 +85,7 @@ def self_attention(
         chosen = backend
     if chosen == "triton":
         return attention(qkv, bias, num_heads, max(head_dim, 1) ** -0.5 if scale is None else float(scale))
-    if in_shards:  # of which the libraries know nothing, and torch has no rule for its own backward on a CPU
+    if in_shards:  # the libraries take no DTensors, and torch has no sharding rule for its own backward on a CPU
         return _by_samples(qkv, num_heads, scale, bias, backend)
     return run(chosen, qkv, num_heads, scale, bias, alone=backend is not None)
 
@@ -108,7 +108,7 @@ def attention_backend(
     bias: Tensor | None = None,
     training: bool | None = None,
 ) -> AttentionBackend:
-    """The implementation that self_attention takes where it is not told one.
+    """The implementation that self_attention takes with ``backend=None``.
 
     Under ``use_backend("auto")`` that is "sdpa" for tensors that no kernel runs on. On a GPU it is what its tuned table
     says of the shape; else this project's kernels for head dims that the libraries pad (72) and in training, where
@@ -174,10 +174,10 @@ def _checked_bias(bias: Tensor, qkv: Tensor, num_heads: int, dtype: torch.dtype)
     check.same_device("bias", bias, qkv)
     if dtype == qkv.dtype:
         check.same_dtype("bias", bias, "qkv", qkv)
-    wanted = (qkv.shape[0], num_heads, qkv.shape[1], qkv.shape[1])
+    full = (qkv.shape[0], num_heads, qkv.shape[1], qkv.shape[1])
     padded = (1,) * (4 - bias.ndim) + tuple(bias.shape)
-    if len(padded) != 4 or any(have not in (1, want) for have, want in zip(padded, wanted, strict=True)):
-        raise ValueError(f"bias must broadcast to (B, H, T, T) = {wanted}, got {tuple(bias.shape)}")
+    if len(padded) != 4 or any(have not in (1, want) for have, want in zip(padded, full, strict=True)):
+        raise ValueError(f"bias must broadcast to (B, H, T, T) = {full}, got {tuple(bias.shape)}")
     return bias.reshape(padded).to(dtype)
 
 

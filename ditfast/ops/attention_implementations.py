@@ -27,7 +27,7 @@ def _can_use_cudnn(parameters: Any, debug: bool) -> bool:
     return bool(parameters.query.is_cuda) and torch.backends.cuda.can_use_cudnn_attention(parameters, debug)
 
 
-#: of scaled_dot_product_attention: with which of its kernels, and what asks whether that one can run
+#: backend -> (the kernel of scaled_dot_product_attention, the function that says whether it can run)
 _SDPA: dict[str, tuple[SDPBackend, Callable[[Any, bool], bool]]] = {
     "cudnn": (SDPBackend.CUDNN_ATTENTION, _can_use_cudnn),
     "flash": (SDPBackend.FLASH_ATTENTION, torch.backends.cuda.can_use_flash_attention),
@@ -88,8 +88,8 @@ def machine_reason(backend: AttentionBackend, gpu: int | None) -> str | None:
     major, minor = torch.cuda.get_device_capability(gpu)
     first, last = package.majors
     if not first <= major <= last:
-        wanted = f"sm_{first}0" + ("" if last == first else f" to sm_{last}x")
-        return f"it needs {wanted}, the GPU is sm_{major}{minor}"
+        supported = f"sm_{first}0" + ("" if last == first else f" to sm_{last}x")
+        return f"it needs {supported}, the GPU is sm_{major}{minor}"
     return import_reason(backend)
 
 
@@ -100,7 +100,7 @@ def import_reason(backend: str) -> str | None:
     try:
         _function(backend)
     except ModuleNotFoundError as error:
-        # the packages share a namespace: that one of them is there says nothing of another
+        # the packages share a namespace: one may be installed without the other
         if error.name and package.module.startswith(error.name):
             return f"the package {package.install} is not installed"
         return f"the package {package.install} cannot be imported: {error}"
@@ -144,7 +144,7 @@ def case_reason(
 def library_reason(
     backend: AttentionBackend, qkv: Tensor, num_heads: int, bias: Tensor | None, training: bool
 ) -> str | None:
-    """Why a library's implementation cannot take these very tensors, or None."""
+    """Why a library's implementation cannot take these tensors, or None."""
     head_dim = qkv.shape[2] // (3 * num_heads)
     gpu = qkv.get_device() if qkv.is_cuda else None
     if backend == "cudnn" and training and bias is not None and bias.requires_grad:
@@ -171,10 +171,10 @@ def _sdpa_runs(backend: str, qkv: Tensor, num_heads: int, bias: Tensor | None, d
     q, k, v = formulas.split_heads(qkv, num_heads)
     if bias is not None:
         bias = bias.expand(len(q), num_heads, qkv.shape[1], qkv.shape[1])
-    which, can_use = _SDPA[backend]
+    kernel, can_use = _SDPA[backend]
     # no dropout, no causal mask, no grouped queries
     parameters = torch.backends.cuda.SDPAParams(q, k, v, bias, 0.0, False, False)
-    with sdpa_kernel(which):
+    with sdpa_kernel(kernel):
         return can_use(parameters, debug)
 
 
@@ -195,8 +195,8 @@ def run(
     """(B, T, D) by a library's implementation.
 
     Args:
-        deterministic: of a package of FlashAttention: with its backward that adds in one order.
-        alone: of SDPA: with this kernel or not at all; else torch chooses where it cannot run.
+        deterministic: of a package of FlashAttention: with the backward that adds in a fixed order.
+        alone: of SDPA: only this kernel; else torch chooses another where it cannot run.
     """
     if backend in PACKAGES:
         return _flash_attention(backend, qkv, num_heads, scale, deterministic)
@@ -268,31 +268,30 @@ def _applies(backend: AttentionBackend, case: Case, major: int, gpu: int | None)
 
 
 def heuristic(
-    case: Case, major: int, has: Callable[[AttentionBackend], bool] = lambda package: False
+    case: Case, major: int, installed: Callable[[AttentionBackend], bool] = lambda package: False
 ) -> AttentionBackend:
     """The choice without a table.
 
     This project's kernels take head dims that the libraries pad (72 runs as 80 here, as 96 or 128 there), and
-    training, where their gradients land in the packed projection and SDPA's are copied twice. What is left is
-    inference at 64 and 128: FlashAttention's package for the architecture where there is one (by its authors' and
-    others' figures ahead of the rest there), else SDPA, which takes FlashAttention 2, or cuDNN on Hopper with a recent
-    one.
+    training, where their gradients land in the packed projection and SDPA's are copied twice. The rest is
+    inference at 64 and 128: FlashAttention's package for the architecture where it is installed (by its authors' and
+    others' figures the fastest there), else SDPA, which runs FlashAttention 2, or on Hopper a recent cuDNN.
 
     Args:
         major: of the compute capability.
-        has: whether a package of FlashAttention is there and takes the case.
+        installed: whether a package of FlashAttention is installed and takes the case.
     """
     # rows of other head dims are no multiples of 16 bytes
     fits = case.head_dim % 8 == 0 and case.head_dim <= MAX_HEAD_DIM
     if fits and (case.training or case.head_dim & (case.head_dim - 1) != 0):
         return "triton"
     package: AttentionBackend = "flash_attn_3" if major == 9 else "flash_attn_4"
-    return package if major >= 9 and has(package) else "sdpa"
+    return package if major >= 9 and installed(package) else "sdpa"
 
 
 def _gpu_facts(gpu: int | None) -> tuple[int, _Entries]:
-    """A GPU's major capability and its table: constant while a process runs (but for tuning), and so for Dynamo, which
-    unpacks no NamedTuple that it is given as a constant."""
+    """A GPU's major capability and its table: constant while a process runs (but for tuning), and so for Dynamo. No
+    NamedTuple: Dynamo does not unpack one that is a constant."""
     return _facts(gpu)
 
 
@@ -316,6 +315,6 @@ def _facts(gpu: int | None) -> tuple[int, _Entries]:
 
 
 def forget() -> None:
-    """Has the tables read again at the next choice."""
+    """Makes the next choice read the tables again."""
     _facts.cache_clear()
     _chosen_before.cache_clear()

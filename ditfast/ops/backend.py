@@ -49,7 +49,7 @@ def use_backend(backend: Backend) -> Iterator[None]:
 
     The kernels have first gradients. Forward-mode derivatives (``torch.func.jvp``), vmap, gradients of gradients within
     torch.func's transforms and ``torch.jit.trace`` take the formula under "auto", and are refused under "triton". A
-    kernel's gradient, differentiated after all, raises, and names what to do.
+    kernel's gradient that is differentiated all the same raises an error that says what to do.
 
     Raises:
         ValueError: unknown backend.
@@ -93,7 +93,7 @@ _has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]  # to
 
 
 def sharded(x: Tensor) -> bool:
-    """Whether a tensor is a DTensor; torch has the operators' sharding rules from then on."""
+    """Whether a tensor is a DTensor. The first one registers the operators' sharding rules with torch."""
     if type(x) in _PLAIN or type(x).__name__ != "DTensor":  # by name: importing it takes half a second
         return False
     _register_sharding_rules()
@@ -116,7 +116,7 @@ def takes_triton(operator: str, x: Tensor, width: int, others: Iterable[Tensor |
 
     "auto" takes the kernel on a GPU that has it, "triton" also for CPU tensors in Triton's interpreter and for
     meta tensors, which trace the fused path. ``others`` are further tensors that may want a gradient: where that may be
-    differentiated in turn, which a kernel's refuses, "auto" takes the formula.
+    differentiated in turn, which a kernel's gradient does not support, "auto" takes the formula.
 
     Raises:
         RuntimeError: a kernel was asked for by ``use_backend("triton")`` and cannot run, with the reason.
@@ -250,7 +250,7 @@ def _picked(args: Sequence[Any], dims: Sequence[Any], index: int) -> list[Any]:
 
 
 def _of_legacy_batches(name: str, *args: Any) -> Any:
-    """An operator of the batched tensors of ``is_grads_batched``, which are not torch.func's."""
+    """Runs an operator on the batched tensors of ``is_grads_batched``, which are not torch.func's."""
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
 
@@ -269,12 +269,13 @@ _KERNELS: dict[str, type[Kernel]] = {}
 class Kernel(Function):
     """Base of the Functions: a subclass has ``forward``, ``setup_context`` and ``gradients`` in backward's place.
 
-    What the gradients depend on must be saved, besides what came in: their derivative is looked for there.
+    Whatever the gradients depend on must be saved, but for the incoming ones: only through these tensors is a second
+    derivative noticed.
 
     Attributes:
         operator: the public operators it belongs to, for messages.
-        gradients: static, (ctx, saved, *incoming) -> those of all inputs; saved are ctx.saved_tensors, which activation
-            checkpointing lets one look at once.
+        gradients: static, (ctx, saved, *incoming) -> those of all inputs; saved is ctx.saved_tensors, which can be read
+            only once under activation checkpointing.
     """
 
     operator: str
@@ -310,8 +311,8 @@ def _backward(gradients: Callable[..., Sequence[Tensor | None]], operator: str) 
 
 
 def apply(name: str, *inputs: Any) -> Any:
-    """``apply`` of the :class:`Kernel` of this name. torch.compile puts the call into its graph as it is: where Dynamo
-    looks into a Function, dynamic shapes break it, and so does a tensor that is given twice."""
+    """``apply`` of the :class:`Kernel` of this name. torch.compile puts the call into its graph unchanged: Dynamo's own
+    tracing of a Function fails on dynamic shapes, and on a tensor that is passed twice."""
     if torch.compiler.is_compiling():
         _allow_in_graph()
     return _apply(name, *inputs)

@@ -5,7 +5,7 @@ for the Linear's weight gradient. Saved are the residual stream, the branch, and
 (qkv, or the MLP's pre-activation); of XL/2's block 12 units of M * D in the place of the 20 that autograd keeps.
 
 Every function takes (x, branch, gate, bias, shift, scale, eps): the residual stream (B, T, D), the pending branch with
-its gate and the bias of the Linear that made it (in the branch already; here it is given its gradient), or None, and
+its gate and the bias of the Linear that computed it (in the branch already; it gets its gradient here), or None, and
 the modulation of the norm that follows. See :mod:`ditfast.ops.adaln`.
 """
 
@@ -44,7 +44,7 @@ def _save(
     *rest: Tensor | None,
     hidden: Sequence[Tensor],
 ) -> None:
-    """Saves what the backward wants; ``hidden`` are outputs for it alone."""
+    """Saves what the backward needs; ``hidden`` are outputs that only it reads."""
     x, branch, gate, _, shift, scale, eps = inputs[:_NORM_INPUTS]
     ctx.mark_non_differentiable(mean, rstd, *hidden)
     ctx.set_materialize_grads(False)
@@ -63,9 +63,9 @@ def _norm_gradients(
     """(gradients of the seven inputs, the modulated norm as a matrix, the sums).
 
     Args:
-        d_norm: makes the norm's gradient (M, D), where one came.
+        d_norm: computes the norm's gradient (M, D); None where there is none.
         want_norm: whether the norm is computed again.
-        partials: of bias gradients, to be added up.
+        partials: partial sums of bias gradients, to be added up.
     """
     r, branch, gate, shift, scale, mean, rstd = saved[:_NORM_INPUTS]
     d_r = None if gate is None else d_r  # zeros from a compiled backward
@@ -200,7 +200,7 @@ def norm_attention(*inputs: Any) -> tuple[Tensor, Tensor]:
 def norm_mlp(*inputs: Any) -> tuple[Tensor, Tensor]:
     """(r, y): inputs as above, then w1, b1, w2, b2, demanded.
 
-    b2 may be given detached, and its gradient left to whoever takes y as a branch, and b2 as its bias.
+    b2 may be detached: whoever adds y as a branch then takes b2 as its bias, and computes its gradient.
     """
     r, y, *_ = apply("_NormMlp", *inputs)
     return r, y

@@ -1,4 +1,4 @@
-"""Validation shared by the operators: each check names the argument, what was wanted and what came."""
+"""Validation shared by the operators: each error names the argument, what it must be and what it is."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def tensor(name: str, value: object, ndim: int | None = None) -> None:
         raise ValueError(f"{name} must have {ndim} axes, got shape {tuple(value.shape)}")
 
 
-def shape(name: str, value: Tensor, wanted: tuple[int, ...]) -> None:
-    if value.shape != wanted:
-        raise ValueError(f"{name} must have shape {wanted}, got {tuple(value.shape)}")
+def shape(name: str, value: Tensor, expected: tuple[int, ...]) -> None:
+    if value.shape != expected:
+        raise ValueError(f"{name} must have shape {expected}, got {tuple(value.shape)}")
 
 
 def same_device(name: str, value: Tensor, like: Tensor) -> None:

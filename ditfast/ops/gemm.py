@@ -1,7 +1,7 @@
 """The GEMMs with an epilogue as torch operators: schema, fake, registration, and the candidates behind each.
 
 Each call picks a candidate from its shape, dtype and GPU (kernels/configs/gemm.py): the Triton kernel, the library's
-GEMM with pointwise kernels, or cuBLASLt's own epilogue. ``demanded`` leaves the Triton kernel alone.
+GEMM with pointwise kernels, or cuBLASLt's own epilogue. With ``demanded`` it is always the Triton kernel.
 """
 
 from __future__ import annotations

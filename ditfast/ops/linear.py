@@ -112,7 +112,7 @@ def linear_gated_residual(
     x, weight, bias = autocast(x, weight, bias)
     if gate.dtype != x.dtype or residual.dtype not in (x.dtype, torch.float32):
         return formulas.linear_gated_residual(x, weight, bias, gate, residual)  # autocast promotes as it goes
-    if sharded(x):  # what a row-parallel Linear gives is a partial sum, and reduced before the gate
+    if sharded(x):  # a row-parallel Linear gives a partial sum, which is reduced before the gate
         return gated_residual(residual, F.linear(x, weight, bias), gate)
     inputs = (x.reshape(-1, x.shape[-1]), weight, bias, gate, residual)
     out: Tensor
@@ -134,7 +134,7 @@ def _demanded() -> bool:
 
 
 def takes_gemm(operator: str, x: Tensor, widths: Sequence[int], others: Iterable[Tensor | None]) -> bool:
-    """Whether an operator runs on the fused GEMMs for an x, Linears of these widths, and others that may learn.
+    """Whether an operator runs on the fused GEMMs for x, Linears of these widths, and others that may want a gradient.
 
     Raises:
         RuntimeError: the kernels were asked for by ``use_backend("triton")`` and cannot run, with the reason.
@@ -149,7 +149,7 @@ def takes_gemm(operator: str, x: Tensor, widths: Sequence[int], others: Iterable
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
-    """What torch's own Linear computes in for an operand like x: autocast's dtype where it is on."""
+    """The dtype in which torch's own Linear computes for an operand like x: autocast's dtype where it is on."""
     dtype = autocast_dtype(x.device.type)
     return x.dtype if dtype is None or x.dtype == torch.float64 else dtype
 
@@ -189,7 +189,7 @@ class _LinearGelu(Kernel):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, weight, bias, _ = inputs
         ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)  # else the pre-activation's would be made, as zeros
+        ctx.set_materialize_grads(False)  # else the pre-activation would get a gradient of zeros
         ctx.save_for_backward(x, weight, output[1], bias)
 
     @staticmethod
@@ -198,7 +198,7 @@ class _LinearGelu(Kernel):
             return (None,) * 4
         x, weight, pre, _bias = saved
         want_x, want_weight, want_bias, _ = ctx.needs_input_grad
-        # a shard's partial sums are of another number than the whole's: what is sharded is summed afterwards
+        # a shard has another number of partial sums than the whole: sharded gradients are summed afterwards
         d_pre, partial = torch.ops.ditfast.gelu_backward.default(d_act, pre, want_bias and not sharded(d_act))
         d_bias = bias_gradient(d_pre, partial, want_bias)
         return d_pre @ weight if want_x else None, weight_gradient(d_pre, x, want_weight), d_bias, None

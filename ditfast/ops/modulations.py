@@ -33,11 +33,11 @@ def modulations(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | 
 
     Args:
         c: (B, D), through its SiLU.
-        weights: one or more, (N_i, D) in c's dtype; under autocast in any one, converted in registers.
+        weights: one or more, (N_i, D) in c's dtype; under autocast in any one dtype, converted in registers.
         biases: (N_i,) in c's dtype, or None, one for each weight.
 
-    A launch for up to 64 of them, and many samples by the library's GEMMs, where all weights are plain tensors of one
-    dtype on a GPU, with a bias each or none; the formula runs elsewhere.
+    One launch serves up to 64 Linears; many samples run on the library's GEMMs. Both need weights that are plain
+    tensors of one dtype on a GPU, all with a bias or all without; otherwise the formula runs.
 
     Returns:
         (B, sum of N_i) in c's dtype (autocast's where it is on).
@@ -65,7 +65,7 @@ def modulations(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | 
 
 
 def takes_modulations(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
-    """Whether they are computed together.
+    """Whether these Linears are computed together.
 
     Raises:
         RuntimeError: the kernels were asked for by ``use_backend("triton")`` and cannot run, with the reason.
@@ -75,7 +75,7 @@ def takes_modulations(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Ten
         return False
     if any(x.dtype != group[0].dtype or x.device != c.device for group in (weights, present) for x in group):
         return False
-    if any(weight.shape[1:] != c.shape[1:] for weight in weights):  # also what is flattened while it is sharded
+    if any(weight.shape[1:] != c.shape[1:] for weight in weights):  # also parameters that sharding has flattened
         return False
     if autocast_dtype(c.device.type) is None and {weights[0].dtype, *(b.dtype for b in present[:1])} != {c.dtype}:
         return False
@@ -94,9 +94,9 @@ def modulations_of(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor
     return cast(Tensor, out)
 
 
-def split(together: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The parts of each weight, views (B, N_i)."""
-    return together.split_with_sizes([weight.shape[0] for weight in weights], dim=1)
+def split(packed: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Each weight's part, a view (B, N_i)."""
+    return packed.split_with_sizes([weight.shape[0] for weight in weights], dim=1)
 
 
 class _Attached(Kernel):

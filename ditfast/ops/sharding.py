@@ -1,4 +1,4 @@
-"""Sharding rules of the operators: how DTensor arguments may lie, and how the results lie then.
+"""Sharding rules of the operators: the layouts of DTensor arguments, and those of the results.
 
 A rule lists the layouts in which an operator may run on local tensors alone, along one dimension of a mesh. torch
 expands them to all dimensions, takes what is cheapest to reach and redistributes the arguments to it: a partial sum
@@ -47,13 +47,13 @@ def _adaln_backward(*args: Any) -> list[Layout]:
     want_x, want_branch, _, _, want_bias, want_out, partials = args[9:]
     if partials:
         raise ValueError("ditfast::adaln_backward takes no partials beside DTensors")
-    lies = ((R, R, R, R), (BATCH, BATCH, Shard(1), SUM), (TOKENS, R, SUM, SUM))
+    placements = ((R, R, R, R), (BATCH, BATCH, Shard(1), SUM), (TOKENS, R, SUM, SUM))
     return [
         (
             [_if(want_x, tokens), _if(want_branch, tokens), _if(want_out, tokens), d_vectors, _if(want_bias, d_bias)],
             [*[tokens] * 4, vector, vector, vector, tokens, tokens],
         )
-        for tokens, vector, d_vectors, d_bias in lies
+        for tokens, vector, d_vectors, d_bias in placements
     ]
 
 
@@ -114,22 +114,22 @@ def _conditioning(*_: Any) -> list[Layout]:
 
 
 def _if(wanted: bool, placement: Placement) -> Placement:
-    """An output that nobody wants is empty, of one axis, and lies everywhere."""
+    """The placement of an output; one that is not wanted is an empty tensor of one axis, replicated."""
     return placement if wanted else R
 
 
 def _rows(*matrices: Any) -> list[Placement]:
-    """How the rows of matrices may be sharded: any way that is all of theirs.
+    """How the rows of matrices may be sharded.
 
-    The rows of (B, T, D) that is sharded along T lie with strides once it is flattened.
+    A (B, T, D) that is sharded along T has strided shards of rows once it is flattened.
     """
-    every: list[Any] = [placement for matrix in matrices for placement in matrix.placements]
-    strided = [p for p in every if type(p).__name__ == "_StridedShard" and p.dim == 0]
+    placements: list[Any] = [placement for matrix in matrices for placement in matrix.placements]
+    strided = [p for p in placements if type(p).__name__ == "_StridedShard" and p.dim == 0]
     return list(dict.fromkeys([ROWS, *strided]))
 
 
 def _bias_rows(want_bias: bool, *matrices: Any) -> list[Placement]:
-    """As above, whole where partial sums are wanted: how many the parts make is not how many the whole makes."""
+    """As above, but replicated where partial sums are wanted: shards would give another number of them."""
     return [R] if want_bias else [R, *_rows(*matrices)]
 
 
@@ -139,12 +139,12 @@ def _splits(matrix: Any, axis: int) -> bool:
 
 
 def _along_batch(bias: Any) -> Placement:
-    """How a bias of four axes lies beside a sharded batch: one for all samples is everybody's."""
+    """The placement of a bias of four axes beside a sharded batch: one for all samples is replicated."""
     return R if bias is None or bias.shape[0] == 1 else BATCH
 
 
 def _strategy(rule: Rule, op_schema: OpSchema) -> OpStrategy:
-    """What torch asks for: an operator's strategies on the whole mesh."""
+    """An operator's strategies on the whole mesh, as torch asks for them."""
     op, arguments = op_schema.op, op_schema.args_schema
     takes = [torch.TensorType.get().isSubtypeOf(argument.type) for argument in op._schema.arguments]
     present = [isinstance(argument, OpStrategy) for argument, tensor in zip(arguments, takes, strict=True) if tensor]
@@ -159,8 +159,8 @@ def _strategy(rule: Rule, op_schema: OpSchema) -> OpStrategy:
 def _of_each(rule: Rule, op_schema: OpSchema) -> TupleStrategy:
     """The strategies of an operator on a list of tensors, each for itself."""
     children = cast(TupleStrategy, op_schema.args_schema[0]).children
-    each = [OpSchema(op_schema.op, (child,), {}, op_schema.schema_info) for child in children]
-    return TupleStrategy([_expanded(rule(), schema) for schema in each])
+    schemas = [OpSchema(op_schema.op, (child,), {}, op_schema.schema_info) for child in children]
+    return TupleStrategy([_expanded(rule(), schema) for schema in schemas])
 
 
 def _expanded(layouts: list[Layout], op_schema: OpSchema) -> OpStrategy:
@@ -168,7 +168,7 @@ def _expanded(layouts: list[Layout], op_schema: OpSchema) -> OpStrategy:
     meshes = list(dict.fromkeys(spec.mesh for spec in specs))
     if len(meshes) > 1:
         raise ValueError(f"{op_schema.op} takes DTensors of one mesh, got {meshes}")
-    # nothing is sharded that was not: it costs least to reduce a sum in parts, and a batch of 3 would lie as 2 and 1
+    # only as an argument is sharded already: torch finds sums cheapest in parts, and would cut 3 samples into 2 and 1
     lists: list[list[Placement | None]] = [
         [*outs, *ins]
         for outs, ins in layouts
@@ -220,10 +220,10 @@ def by_samples(function: Callable[..., Tensor], x: Any, bias: Any = None) -> DTe
     placements = [placement if placement == BATCH else R for placement in x.placements]
     arguments = [x.redistribute(placements=placements).to_local(grad_placements=placements)]
     if bias is not None:
-        whole = bias.shape[0] == 1
-        lies = [R if whole else placement for placement in placements]
-        parts = [SUM if whole and placement == BATCH else placement for placement in placements]
-        arguments.append(bias.redistribute(placements=lies).to_local(grad_placements=parts))
+        shared = bias.shape[0] == 1
+        bias_placements = [R if shared else placement for placement in placements]
+        gradient_placements = [SUM if shared and placement == BATCH else placement for placement in placements]
+        arguments.append(bias.redistribute(placements=bias_placements).to_local(grad_placements=gradient_placements))
     out = function(*arguments)
     shape = torch.Size((x.shape[0], *out.shape[1:]))
     return DTensor.from_local(out, x.device_mesh, placements, run_check=False, shape=shape, stride=out.stride())

@@ -26,7 +26,7 @@ _ROUNDED = (
 
 
 def input_dtype(module: nn.Module, layer: object, otherwise: torch.dtype) -> torch.dtype:
-    """What a module that begins with a layer is to be given: the dtype of that layer's weight.
+    """The dtype of the input of a module that begins with this layer: that of the layer's weight.
 
     ``otherwise``, the model's, for quantised and float8 weights, for a layer without a weight, and where anything in
     the module has another forward or hooks before its own, which may cast the weight.
@@ -71,7 +71,7 @@ class TimestepEmbedder(nn.Module):
         return cast(Tensor, self.mlp(sinusoid.to(dtype)))
 
     def input_dtype(self, t: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-        """What the sinusoid of t is given to the first Linear in."""
+        """The dtype in which the first Linear gets the sinusoid of t."""
         if getattr(t, "dtype", None) == torch.bfloat16 and not torch.compiler.is_compiling():
             warnings.warn(_ROUNDED, stacklevel=1)
         if dtype is None:
@@ -355,10 +355,11 @@ class DiT(nn.Module):
         return cast(Tensor, self.pos_embed + self.x_embedder(x.to(dtype)))
 
     def _embedded_times(self, t: Tensor) -> Tensor:
-        # whatever took the embedder's place, wraps it or listens to it takes t alone
+        # a replaced, wrapped or hooked embedder takes t alone
         embedder = self.t_embedder
-        own = type(embedder) in self._embedders and "forward" not in vars(embedder) and not embedder._forward_pre_hooks
-        return cast(Tensor, embedder(t, self.pos_embed.dtype) if own else embedder(t))
+        plain = type(embedder) in self._embedders and "forward" not in vars(embedder)
+        takes_dtype = plain and not embedder._forward_pre_hooks
+        return cast(Tensor, embedder(t, self.pos_embed.dtype) if takes_dtype else embedder(t))
 
     @torch.no_grad()
     def initialize_weights(self) -> None:

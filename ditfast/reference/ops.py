@@ -1,4 +1,4 @@
-"""Each operator of ditfast as a formula: what kernels and fallbacks answer to.
+"""Each operator of ditfast as a formula: the specification of kernels and fallbacks.
 
 Shapes: B batch, T tokens, D width, H heads, F hidden width. No validation here; see ``ditfast.ops``.
 """
@@ -81,7 +81,7 @@ def self_attention(qkv: Tensor, num_heads: int, scale: float | None = None, bias
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
     """softmax(scale * q k^T + bias) v: q (B, H, T, head_dim); k, v (B, H, S, head_dim); bias to (B, H, T, S).
 
-    By torch's kernels. These have first gradients alone: within torch.func's transforms that want more, by its math.
+    By torch's kernels, which have first gradients only; within torch.func's transforms that need more, by its math.
     """
     if beyond_gradients(q, k, v, bias):
         with sdpa_kernel(SDPBackend.MATH):

@@ -1,6 +1,6 @@
-"""Under which of torch's transforms a call runs: fused kernels, torch's own among them, serve gradients alone.
+"""Under which of torch's transforms a call runs: fused kernels, torch's own among them, have first gradients only.
 
-What they do not serve goes by plain formulas, or is refused by name: derivatives in forward mode (dual numbers,
+The rest runs on plain formulas, or is refused by name: derivatives in forward mode (dual numbers,
 ``torch.func.jvp``), of second order, ``torch.func.vmap`` and ``torch.jit.trace``.
 """
 
@@ -27,39 +27,38 @@ def in_trace() -> bool:
 
 
 def carries_tangents(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether any may: a level is every thread's, also of one that differentiates something else."""
+    """Whether any may carry one: a level is in force in all threads, also in one that differentiates something else."""
     if not in_forward_mode() or functorch.maybe_current_level() is not None:
         return in_forward_mode()
     return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def in_vmap() -> bool:
-    """Whether tensors may be batches of what they look like."""
+    """Whether torch.func.vmap is in force, so that tensors may be batches."""
     return _vmaps_and_gradients()[0] > 0
 
 
 def in_nested_gradients() -> bool:
-    """Whether one torch.func.grad records the other's; while compiling, whether anything may record one's."""
+    """Whether one torch.func.grad runs within another; while compiling, whether any is in force."""
     gradients = _vmaps_and_gradients()[1]
     return gradients > 1 or (gradients == 1 and torch.compiler.is_compiling())  # Dynamo tells no levels of tensors
 
 
 def in_second_order(tensors: Iterable[Tensor | None]) -> bool:
     """Whether gradients of gradients are recorded within torch.func.grad: within another one, or by plain autograd, for
-    tensors that want one at either level. (That a plain backward will be differentiated nothing tells ahead.)"""
+    tensors that want one at either level. (Nothing tells ahead that a plain backward will be differentiated.)"""
     if _vmaps_and_gradients()[1] == 0 or in_nested_gradients():
         return in_nested_gradients()
     return len({level for tensor in tensors if tensor is not None for level in _levels(tensor)}) > 1
 
 
 def beyond_gradients(*tensors: Tensor | None) -> bool:
-    """Whether derivatives of a function of these tensors are wanted that only formulas have."""
+    """Whether a function of these tensors needs derivatives that only formulas have."""
     return in_forward_mode() or in_second_order(tensors)
 
 
 def makes_plain_tensors(device: torch.device) -> bool:
-    """Whether what is made here on a device is any later call's to read: not a transform's, fake, traced, or a CUDA
-    graph's."""
+    """Whether later calls may read what is made on a device: not a transform's, fake, traced, or a CUDA graph's."""
     if torch.compiler.is_compiling() or in_trace() or in_forward_mode():
         return False
     if functorch.maybe_current_level() is not None or torch._C._len_torch_dispatch_stack():
@@ -94,11 +93,11 @@ def _levels(tensor: Tensor) -> list[int]:
 
 
 def refuse_second_order(out: Tensor, node: str, message: str) -> None:
-    """Has the gradient that a node of autograd gives raise the message where it is differentiated in turn.
+    """Makes the gradient of a node of autograd raise the message where it is differentiated in turn.
 
     Args:
-        out: what the node gave; of others, and within transforms, nothing is done.
-        node: part of its name.
+        out: the node's output; nothing is done for another node's, or within transforms.
+        node: part of the node's name.
     """
     if torch.compiler.is_compiling() or not out.requires_grad or functorch.maybe_current_level() is not None:
         return
@@ -133,7 +132,7 @@ class _Refused(Function):
 def refuse_derivatives(
     message: str, gradients: Sequence[Tensor | None], of: Iterable[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients, whose own derivative raises the message: functions ``of`` these tensors, computed without."""
+    """The gradients, which depend on the tensors ``of``, so that differentiating them raises the message."""
     present = [gradient for gradient in gradients if gradient is not None]
     sources = [tensor for tensor in of if tensor is not None and tensor.requires_grad]
     if not present or not sources:

@@ -25,7 +25,7 @@ _OURS = re.compile(r"\d{6,}\.png|grid\.png|batch-\d+\.npy|latents\.npz")
 
 @dataclass(frozen=True)
 class Rows:
-    """What an image is an array of: (H, W, 3) uint8, or (C, h, w) fp32 for latents."""
+    """The array of an image: (H, W, 3) uint8, or (C, h, w) fp32 for latents."""
 
     shape: tuple[int, ...]
     dtype: npt.DTypeLike
@@ -38,14 +38,14 @@ class Rows:
 class RunFolder:
     """The folder of a run.
 
-    A batch is there when its file is (its PNGs are), and each is written beside and renamed, so a run that was
-    killed goes on where it was. ``settings.json`` says what the files were made with.
+    A batch is done when its file exists, or its PNGs. Files are written beside and then renamed, so a run that was
+    killed goes on where it stopped. ``settings.json`` says what the files were made with.
 
     Args:
         folder: where batches and settings lie; by default beside the npz.
         npz: the file that the batches become; None for PNGs in the folder.
         batches: of the run.
-        rows: what an image is.
+        rows: the array of an image.
         settings: everything that the bytes depend on, ready for JSON.
     """
 
@@ -112,7 +112,7 @@ class RunFolder:
         results = sorted(path.name for path in self.folder.iterdir() if _OURS.fullmatch(path.name))
         if path.exists():
             stored = _read_settings(path)
-            if results or stored.keys() != self.settings.keys():  # a run that made nothing binds nobody
+            if results or stored.keys() != self.settings.keys():  # a run without results fixes no settings
                 self._check_equal(stored, self.folder)
             remove_parts(self.folder)
             if self.npz is not None:
@@ -121,11 +121,11 @@ class RunFolder:
             raise ValueError(f"{self.folder} holds {results[0]} but no {_SETTINGS} of a run: choose another folder")
         remove_parts(self.folder, _SETTINGS)
         self._check_room()
-        with written(path) as file:  # written anew too: that the folder can be written is now known
+        with written(path) as file:  # written even if unchanged: it shows that the folder can be written
             file.write((json.dumps(self.settings, indent=1) + "\n").encode())
 
     def done(self) -> list[Batch]:
-        """The batches that are there."""
+        """The batches that are done."""
         names = set(os.listdir(self.folder))
         return [batch for batch in self.batches if all(name in names for name in self._names(batch))]
 
@@ -138,7 +138,7 @@ class RunFolder:
             output.save_png(image, self.folder / name, text)
 
     def finish(self, labels: npt.NDArray[np.int64], caption: Callable[[int], str]) -> Path:
-        """All batches as what was asked for; returns the file to look at.
+        """Makes the requested files of all batches; returns the one to look at.
 
         Raises:
             ValueError: a batch is missing or damaged.
@@ -206,15 +206,15 @@ class RunFolder:
             pass
 
     def _check_room(self) -> None:
-        """Refuses a run whose arrays cannot fit; how small PNGs become is not known before."""
+        """Refuses a run whose arrays cannot fit; the size of PNGs is not known before."""
         if self.npz is None:
             return
-        left = sum(batch.count for batch in self.batches) - sum(batch.count for batch in self.done())
+        remaining = sum(batch.count for batch in self.batches) - sum(batch.count for batch in self.done())
         whole, target = self.num * self.rows.bytes, self.npz.absolute().parent
         if os.stat(target).st_dev == os.stat(self.folder).st_dev:
-            needed = {target: whole + left * self.rows.bytes}
+            needed = {target: whole + remaining * self.rows.bytes}
         else:
-            needed = {target: whole, self.folder: left * self.rows.bytes}
+            needed = {target: whole, self.folder: remaining * self.rows.bytes}
         for place, size in needed.items():
             if size > (free := shutil.disk_usage(place).free):
                 raise ValueError(

@@ -102,7 +102,7 @@ def choose(
 
 
 def _labels_of(text: str, known: ClassNames) -> list[int]:
-    """Of one name, which may hold commas, or of several between commas."""
+    """The labels of one name, which may hold commas, or of several between commas."""
     parts = [part for part in text.split(",") if part.strip()]
     if len(parts) < 2:
         return [known.label(text.strip(" ,"))]

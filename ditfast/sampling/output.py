@@ -38,8 +38,8 @@ def load_array(path: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Arra
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is damaged ({error}): remove it, and it is made again") from None
     if array.shape != shape or array.dtype != dtype:
-        wanted = f"{np.dtype(dtype)} of shape {shape}"
-        raise ValueError(f"{path} must hold {wanted}, got {array.dtype} of shape {array.shape}: remove it")
+        expected = f"{np.dtype(dtype)} of shape {shape}"
+        raise ValueError(f"{path} must hold {expected}, got {array.dtype} of shape {array.shape}: remove it")
     loaded: Array = array
     return loaded
 
@@ -128,8 +128,8 @@ def _write_npy(file: IO[bytes], shape: tuple[int, ...], dtype: npt.DTypeLike, bl
 
 def _write_rows(write: Callable[[Any], Any], block: Array, shape: tuple[int, ...], dtype: npt.DTypeLike) -> int:
     if block.shape[1:] != shape[1:] or block.dtype != dtype:
-        wanted = f"{np.dtype(dtype)} of shape {shape[1:]}"
-        raise ValueError(f"a block must have rows that are {wanted}, got {block.dtype} of shape {block.shape[1:]}")
+        expected = f"{np.dtype(dtype)} of shape {shape[1:]}"
+        raise ValueError(f"a block must have rows that are {expected}, got {block.dtype} of shape {block.shape[1:]}")
     flat = np.ascontiguousarray(block).reshape(-1).view(np.uint8)
     for begin in range(0, flat.size, _BLOCK):
         write(flat[begin : begin + _BLOCK].data)

@@ -25,7 +25,7 @@ from .labels import choose, class_names
 from .request import Request, parse_dtype
 from .work import Batch, cut, digest, label_of, start
 
-_OPTIONS = {  # of what is named otherwise in Python
+_OPTIONS = {  # Python's name -> the option's, where they differ
     "scale": "--cfg-scale",
     "channels": "--guided-channels",
     "interval": "--guidance-interval",
@@ -172,7 +172,7 @@ class Plan:
         return f"{label} {self.names.name(label)}" if self.names is not None else str(label)
 
     def texts(self, batch: Batch) -> list[dict[str, str]]:
-        """What a PNG says of itself."""
+        """The metadata of each PNG."""
         images = range(batch.first, batch.first + batch.count)
         return [{"class": self.caption(i), "seed": str(self.request.seed), "image": str(i)} for i in images]
 
@@ -186,7 +186,7 @@ def _options_named() -> Iterator[None]:
 
 
 def _by_option(error: ValueError) -> str:
-    """What it says, of the option in place of the argument that it begins with."""
+    """Its message, with the option in place of the argument that it begins with."""
     name, space, rest = str(error).partition(" ")
     return _OPTIONS.get(name, name) + space + rest
 

@@ -53,7 +53,7 @@ class Processes:
         return self.rank == 0
 
     def first(self, function: Callable[[], T]) -> T:
-        """What ``function`` returns in the first process, in all of them.
+        """Calls ``function`` in the first process, and returns its result in all.
 
         Raises:
             OtherFailed: in the others, where it raised in the first.
@@ -94,7 +94,7 @@ class Processes:
             return device
         if device.index is not None and self.size > 1:
             raise ValueError(f"--device must be cuda for {self.size} processes, each takes its own GPU; got {name!r}")
-        # the first process knows of the others' places, and says it for all
+        # the first process knows how many are on a machine, and checks for all
         index = self.local_rank if device.index is None else device.index
         last = index if device.index is not None else int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1
         if max(index, last) >= torch.cuda.device_count():

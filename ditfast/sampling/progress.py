@@ -18,7 +18,7 @@ class Progress(Protocol):
 
 
 class Rate:
-    """Images/s since the start, of which those done before are no part, and the time left.
+    """Images/s since the start, without those done before, and the time left.
 
     Args:
         total: images of the run.
@@ -73,7 +73,7 @@ def progress(total: int, before: int, shown: bool = True) -> Iterator[Progress]:
 
 
 class _Lines:
-    """A line now and then."""
+    """A plain line every ten seconds."""
 
     def __init__(self, rate: Rate) -> None:
         self._rate, self._last = rate, 0.0

@@ -50,7 +50,7 @@ class Request:
     graphs: bool = True
 
     def check(self) -> None:
-        """What is wrong in the options themselves, before anything is loaded.
+        """Checks the options themselves, before anything is loaded.
 
         Raises:
             ValueError: naming the option.

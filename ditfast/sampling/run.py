@@ -67,7 +67,7 @@ def _sample(request: Request) -> Outcome | None:
             done = {*folder.done()}
             return settings, False, [batch for batch in run.batches if batch not in done]
 
-        settings, complete, left = processes.first(prepare)
+        settings, complete, remaining = processes.first(prepare)
         if not processes.is_first and not complete:
             run = Plan(request, processes.device(request.device))
             prepared.append((run, run.folder(settings)))
@@ -77,14 +77,14 @@ def _sample(request: Request) -> Outcome | None:
     if complete:
         return Outcome(folder.npz or folder.folder, 0, 0.0)
     try:
-        return _work(run, folder, left, processes)
+        return _work(run, folder, remaining, processes)
     finally:
         folder.release()
 
 
-def _work(run: Plan, folder: RunFolder, left: list[Batch], processes: Processes) -> Outcome | None:
+def _work(run: Plan, folder: RunFolder, remaining: list[Batch], processes: Processes) -> Outcome | None:
     began = time.perf_counter()
-    total, waiting = len(run.labels), sum(batch.count for batch in left)
+    total, waiting = len(run.labels), sum(batch.count for batch in remaining)
     done = total - waiting
     evaluations = len(run.sampler.timesteps)
 
@@ -93,7 +93,7 @@ def _work(run: Plan, folder: RunFolder, left: list[Batch], processes: Processes)
 
     try:
         with progress(total, done, shown=processes.is_first) as update:
-            for batch in share(left, processes.rank, processes.size):
+            for batch in share(remaining, processes.rank, processes.size):
                 share_of_step = batch.count / (evaluations + 1)  # decoding and saving count as one more
                 images = run.compute(batch, partial(_advance, update, done, share_of_step))
                 folder.save(batch, images, run.texts(batch))

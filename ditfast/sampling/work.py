@@ -110,13 +110,13 @@ def digest(paths: Sequence[Path]) -> dict[str, Any]:
     return {"bytes": size, "sha256": checksum.hexdigest()}
 
 
-def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Where two settings differ, one text each with both values."""
-    keys = dict.fromkeys([*wanted, *stored])
+    keys = dict.fromkeys([*current, *stored])
     return [
-        f"{key} {_shown(wanted.get(key))} (there: {_shown(stored.get(key))})"
+        f"{key} {_shown(current.get(key))} (there: {_shown(stored.get(key))})"
         for key in keys
-        if stored.get(key) != wanted.get(key)
+        if stored.get(key) != current.get(key)
     ]
 
 

@@ -25,8 +25,8 @@ def randomize_(model: nn.Module, seed: int = 0) -> nn.Module:
             generators[parameter.device] = torch.Generator(parameter.device).manual_seed(seed)
         value = torch.randn(parameter.shape, generator=generators[parameter.device], device=parameter.device)
         if parameter.ndim == 1:
-            norm_weight = name.endswith("weight")
-            value = value * 0.1 + (1.0 if norm_weight else 0.0)
+            is_norm_weight = name.endswith("weight")
+            value = value * 0.1 + (1.0 if is_norm_weight else 0.0)
         elif "embedding_table" in name:
             value = value * 0.5
         else:

@@ -27,8 +27,8 @@ Inputs = dict[str, Tensor]
 class Shape:
     """B batch, T tokens, D width, F = ratio * D hidden width.
 
-    mean is added to the stream: large ones provoke cancellation in a norm. layers have an adaLN Linear: blocks, and the
-    final layer.
+    ``mean`` is added to the stream: a large one provokes cancellation in a norm. ``layers`` counts the adaLN Linears,
+    those of the blocks and of the final layer.
     """
 
     batch: int
@@ -44,7 +44,7 @@ class Shape:
 class Operator:
     """One operator: the function in question, its formula, and how to draw its inputs in fp32.
 
-    Its family are the operators whose kernels it shares: ``ditfast verify`` gives each family processes of its own.
+    Operators of a ``family`` share kernels: ``ditfast verify`` gives each family processes of its own.
     """
 
     name: str
@@ -333,7 +333,7 @@ def check(
     Args:
         dtype: the working dtype; with ``mixed``, the residual stream is fp32.
         wanted: the inputs whose gradients are checked; None means all.
-        elements: of a tensor that is judged, at least; smaller ones are pooled over several draws.
+        elements: the fewest of a tensor that is judged; smaller tensors are pooled over several draws.
 
     Returns:
         verdicts by name: ``output0``, ..., ``d_<input>``.
