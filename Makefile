@@ -65,7 +65,6 @@ sample: env
 TESTS := OMP_WAIT_POLICY=PASSIVE "$(BIN)/python" -m pytest -q -n 2 --dist loadfile
 test: lint
 	$(TESTS) --durations=12
-	$(TESTS) --dist load -m rehearsal
 
 ROOM ?=
 quick: lint
@@ -73,6 +72,7 @@ quick: lint
 
 test-long: env
 	$(TESTS) --dist load -m long
+	$(TESTS) --dist load -m rehearsal
 
 lint: env
 	"$(BIN)/python" -m ruff check .
