@@ -16,7 +16,9 @@ is BLOCK + TAIL lanes wide: 1152 is 1024 + 128, not 2048.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,8 +26,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs.rows import RowConfig, row_config
-from .launch import on_device
-from .sums import sum_partials
+from .launch import Launch, empty_like
+from .sums import SumPartials
+
+
+class Wants(NamedTuple):
+    """Which results of the backward are wanted; ``modulation``: d_shift and d_scale, ``out``: the modulated norm."""
+
+    x: bool = False
+    branch: bool = False
+    gate: bool = False
+    modulation: bool = False
+    bias: bool = False
+    out: bool = False
+
 
 MAX_REGISTERS = 128  # of a thread in the backward: four blocks of four warps on a multiprocessor
 
@@ -108,8 +122,9 @@ def _adaln_fwd_kernel(
                 centred_t = tl.where(mask_t, r_t - mean, 0.0)
                 squares += tl.sum(centred_t * centred_t, axis=0)
             rstd = 1.0 / tl.sqrt_rn(squares / D + eps)
-            tl.store(mean_ptr + row, mean)
-            tl.store(rstd_ptr + row, rstd)
+            if mean_ptr is not None:
+                tl.store(mean_ptr + row, mean)
+                tl.store(rstd_ptr + row, rstd)
             out = centred * rstd * scale + shift
             _store(out_ptr + row * D, cols, mask, out)
             if TAIL:
@@ -120,11 +135,11 @@ def _adaln_fwd_kernel(
         offset_branch += stride_branch_row
 
 
-@triton.jit(do_not_specialize=["tokens", "slabs", "rows"])
+@triton.jit(do_not_specialize=["tokens", "slabs", "rows", "stride_sums"])
 def _adaln_bwd_kernel(
     d_r_ptr, d_out_ptr, r_ptr, branch_ptr, gate_ptr, shift_ptr, scale_ptr, mean_ptr, rstd_ptr,
-    d_x_ptr, d_branch_ptr, out_ptr, sum_gate_ptr, sum_shift_ptr, sum_scale_ptr, sum_bias_ptr,
-    tokens, slabs, rows,
+    d_x_ptr, d_branch_ptr, out_ptr, sums_ptr, sum_bias_ptr,
+    tokens, slabs, rows, stride_sums,
     stride_d_r_batch, stride_d_r_row, stride_d_out_batch, stride_d_out_row,
     stride_r_batch, stride_r_row, stride_branch_batch, stride_branch_row,
     stride_gate_batch, stride_shift_batch, stride_scale_batch,
@@ -222,96 +237,121 @@ def _adaln_bwd_kernel(
             if TAIL:
                 sum_bias_t += d_r_t
 
+    if WANT_GATE or WANT_MODULATION:
+        sums_ptr += slab * D
     if WANT_GATE:
-        _store(sum_gate_ptr + slab * D, cols, mask, sum_gate)
+        _store(sums_ptr, cols, mask, sum_gate)
         if TAIL:
-            _store(sum_gate_ptr + slab * D, cols_t, mask_t, sum_gate_t)
+            _store(sums_ptr, cols_t, mask_t, sum_gate_t)
+        sums_ptr += stride_sums.to(tl.int64)
     if WANT_MODULATION:
-        _store(sum_shift_ptr + slab * D, cols, mask, sum_shift)
-        _store(sum_scale_ptr + slab * D, cols, mask, sum_scale)
+        _store(sums_ptr, cols, mask, sum_shift)
+        _store(sums_ptr + stride_sums, cols, mask, sum_scale)
         if TAIL:
-            _store(sum_shift_ptr + slab * D, cols_t, mask_t, sum_shift_t)
-            _store(sum_scale_ptr + slab * D, cols_t, mask_t, sum_scale_t)
+            _store(sums_ptr, cols_t, mask_t, sum_shift_t)
+            _store(sums_ptr + stride_sums, cols_t, mask_t, sum_scale_t)
     if WANT_BIAS:
         _store(sum_bias_ptr + slab * D, cols, mask, gate * sum_bias)
         if TAIL:
             _store(sum_bias_ptr + slab * D, cols_t, mask_t, gate_t * sum_bias_t)
 
 
-def adaln_fwd(
-    x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float,
-    config: RowConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """One launch: (r, out, mean, rstd), where r is empty without a branch and the others without shift and scale."""
-    batch, tokens, width = x.shape
-    r = x.new_empty(x.shape if branch is not None else 0)
-    out = x.new_empty(x.shape, dtype=shift.dtype) if shift is not None else x.new_empty(0)
-    mean, rstd = (x.new_empty((batch, tokens) if shift is not None else 0, dtype=torch.float32) for _ in range(2))
-    if x.numel() == 0:
-        return r, out, mean, rstd
-    x, branch = _rows(x), _rows(branch)
-    gate, shift, scale = _rows(gate), _rows(shift), _rows(scale)
-    config = config or row_config("adaln_fwd", width, tokens, batch, x)
-    slabs = triton.cdiv(tokens, config.rows)
-    with on_device(x):
-        _adaln_fwd_kernel[(batch * slabs,)](
-            x, branch, gate, shift, scale, r, out, mean, rstd,
-            tokens, slabs, config.rows,
-            *_strides(x, 2), *_strides(branch, 2), *_strides(gate, 1), *_strides(shift, 1), *_strides(scale, 1),
-            eps,
-            D=width, BLOCK=config.block, TAIL=config.tail,
-            HAS_BRANCH=branch is not None, HAS_NORM=shift is not None,
+class AdaLNForward:
+    """One launch: (r, out, mean, rstd), None where there is none: r without a branch, the others without shift and
+    scale, mean and rstd unless ``save``."""
+
+    def __init__(
+        self, tensors: Sequence[Any], eps: float, save: bool = True, config: RowConfig | None = None
+    ) -> None:
+        """tensors: (x, branch, gate, shift, scale), None in pairs."""
+        x, branch, gate, shift, scale = map(_rows, tensors)
+        batch, tokens, width = x.shape
+        self._dtype = None if shift is None else shift.dtype
+        self._saves = save and shift is not None
+        self._copies = any(map(operator.is_not, (x, branch, gate, shift, scale), tensors))
+        config = config or row_config("adaln_fwd", width, tokens, batch, x)
+        slabs = triton.cdiv(tokens, config.rows)
+        self._launch = Launch(
+            x, _adaln_fwd_kernel, (batch * slabs,),
+            (
+                tokens, slabs, config.rows,
+                *_strides(x, 2), *_strides(branch, 2), *_strides(gate, 1), *_strides(shift, 1), *_strides(scale, 1),
+                eps, width, config.block, config.tail, branch is not None, shift is not None,
+            ),
             num_warps=config.num_warps,
         )  # fmt: skip
-    return r, out, mean, rstd
+
+    def __call__(
+        self, x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        if self._copies:
+            x, branch, gate, shift, scale = map(_rows, (x, branch, gate, shift, scale))
+        r = None if branch is None else empty_like(x)
+        out = None if self._dtype is None else empty_like(x, self._dtype)
+        mean, rstd = None, None
+        if self._saves:
+            mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
+        if x.numel():
+            self._launch(x, branch, gate, shift, scale, r, out, mean, rstd)
+        return r, out, mean, rstd
 
 
-def adaln_bwd(
-    d_r: Tensor | None, d_out: Tensor | None, r: Tensor, branch: Tensor | None, gate: Tensor | None,
-    shift: Tensor | None, scale: Tensor | None, mean: Tensor | None, rstd: Tensor | None,
-    want_x: bool, want_branch: bool, want_gate: bool, want_modulation: bool, want_bias: bool, want_out: bool,
-    partials: Sequence[Tensor] = (), config: RowConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    """At most two launches: (d_x, d_branch, out, d_vectors, d_bias, sums), empty where not wanted.
+class AdaLNBackward:
+    """At most two launches: (d_x, d_branch, out, d_vectors, d_bias, sums), the first five None where not wanted.
 
     ``r`` is read where ``d_out`` is given, and only gives the shape and dtype elsewhere; ``shift`` is read for
     ``out``. ``d_vectors`` (n, B, D) holds d_gate where wanted, then d_shift and d_scale where wanted; d_bias is (D,).
     ``partials``, at most two of sum_partials' (1, n, W) from other kernels, are added up beside its own.
     """
-    batch, tokens, width = r.shape
-    like = next(tensor for tensor in (gate, scale) if tensor is not None)
-    d_x = r.new_empty(r.shape if want_x else 0)
-    d_branch = like.new_empty(r.shape if want_branch else 0)
-    out = like.new_empty(r.shape if want_out else 0)
-    config = config or row_config("adaln_bwd", width, tokens, batch, r)
-    slabs = triton.cdiv(tokens, config.rows)
-    vectors = want_gate + 2 * want_modulation
-    buffer = r.new_empty(((vectors + want_bias) * batch, slabs, width), dtype=torch.float32)
-    parts = list(buffer.view(-1, batch, slabs, width).unbind(0)) if r.numel() else []
-    sum_gate = parts.pop(0) if want_gate and parts else None
-    sum_shift, sum_scale = (parts.pop(0), parts.pop(0)) if want_modulation and parts else (None, None)
-    sum_bias = parts.pop(0) if parts else None
-    r, d_r, d_out, branch, gate, shift, scale = (_rows(x) for x in (r, d_r, d_out, branch, gate, shift, scale))
-    if r.numel():
-        with on_device(r):
-            _adaln_bwd_kernel[(batch * slabs,)](
-                d_r, d_out, r, branch, gate, shift, scale, mean, rstd,
-                d_x, d_branch, out, sum_gate, sum_shift, sum_scale, sum_bias,
-                tokens, slabs, config.rows,
+
+    def __init__(self, tensors: Sequence[Any], wants: Wants, config: RowConfig | None = None) -> None:
+        """tensors: those of the call, in order."""
+        d_r, d_out, r, branch, gate, shift, scale = map(_rows, tensors[:7])
+        partials = tensors[9:]
+        batch, tokens, width = r.shape
+        self._wants = wants
+        self._dtype = next(x for x in (gate, scale) if x is not None).dtype
+        self._copies = any(map(operator.is_not, (d_r, d_out, r, branch, gate, shift, scale), tensors))
+        config = config or row_config("adaln_bwd", width, tokens, batch, r)
+        slabs = triton.cdiv(tokens, config.rows)
+        self._launch = Launch(
+            r, _adaln_bwd_kernel, (batch * slabs,),
+            (
+                tokens, slabs, config.rows, batch * slabs * width,
                 *_strides(d_r, 2), *_strides(d_out, 2), *_strides(r, 2), *_strides(branch, 2),
                 *_strides(gate, 1), *_strides(shift, 1), *_strides(scale, 1),
-                D=width, BLOCK=config.block, TAIL=config.tail,
-                HAS_NORM=d_out is not None, HAS_D_R=d_r is not None,
-                WANT_X=want_x, WANT_BRANCH=want_branch, WANT_GATE=want_gate, WANT_MODULATION=want_modulation,
-                WANT_BIAS=want_bias, WANT_OUT=want_out,
-                num_warps=config.num_warps, maxnreg=MAX_REGISTERS,
-            )  # fmt: skip
-    bias_sums = buffer[vectors * batch :].view(int(want_bias), batch * slabs, width)
-    d_vectors, d_bias, *sums = sum_partials([buffer[: vectors * batch], bias_sums, *partials], like.dtype)
-    return d_x, d_branch, out, d_vectors.view(vectors, batch, width), d_bias.view(-1), sums
+                width, config.block, config.tail, d_out is not None, d_r is not None,
+                wants.x, wants.branch, wants.gate, wants.modulation, wants.bias, wants.out,
+            ),
+            num_warps=config.num_warps, maxnreg=MAX_REGISTERS,
+        )  # fmt: skip
+        vectors = wants.gate + 2 * wants.modulation
+        self._vectors = (vectors * batch, slabs, width) if vectors else None
+        self._bias = (1, batch * slabs, width) if wants.bias else None
+        own = [r.new_empty(shape, dtype=torch.float32) for shape in (self._vectors, self._bias) if shape is not None]
+        self._sum = SumPartials([*own, *partials], self._dtype) if own or partials else None
+
+    def __call__(
+        self, d_r: Tensor | None, d_out: Tensor | None, r: Tensor, branch: Tensor | None, gate: Tensor | None,
+        shift: Tensor | None, scale: Tensor | None, mean: Tensor | None, rstd: Tensor | None, *partials: Tensor,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        wants = self._wants
+        if self._copies:
+            d_r, d_out, r, branch, gate, shift, scale = map(_rows, (d_r, d_out, r, branch, gate, shift, scale))
+        d_x = empty_like(r) if wants.x else None
+        d_branch = empty_like(r, self._dtype) if wants.branch else None
+        out = empty_like(r, self._dtype) if wants.out else None
+        vectors = None if self._vectors is None else r.new_empty(self._vectors, dtype=torch.float32)
+        bias = None if self._bias is None else r.new_empty(self._bias, dtype=torch.float32)
+        if r.numel():
+            self._launch(d_r, d_out, r, branch, gate, shift, scale, mean, rstd, d_x, d_branch, out, vectors, bias)
+        sums = [] if self._sum is None else self._sum(*(x for x in (vectors, bias) if x is not None), *partials)
+        d_vectors = None if vectors is None else sums.pop(0).view(-1, r.shape[0], r.shape[2])
+        d_bias = None if bias is None else sums.pop(0).view(-1)
+        return d_x, d_branch, out, d_vectors, d_bias, sums
 
 
-def _rows(x: Tensor | None) -> Tensor | None:
+def _rows(x: Any) -> Any:
     """x with a contiguous last axis; a copy only where it has none."""
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 

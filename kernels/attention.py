@@ -16,6 +16,7 @@ multiplication an element; EXACT ones keep their unit, in which no finite bias o
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs.attention import AttentionConfig, head_lanes, launch_config, uses_tf32
-from .launch import interpreting, on_device
+from .configs.attention import AttentionConfig, head_lanes, launch_config
+from .launch import Launch, interpreting, uses_tf32
 
 
 @triton.jit
@@ -165,28 +166,45 @@ def _attention_fwd_kernel(
         tl.store(stats_ptr + tokens + rows, inverse, mask=rows < tokens)
 
 
-def attention_fwd(
-    qkv: Tensor,
-    scale: float,
-    bias: Tensor | None = None,
-    save: bool = True,
-    config: AttentionConfig | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One launch, as ``config`` says or :func:`launch_config`: (out, stats), stats empty unless ``save``."""
-    batch, tokens, _, heads, head_dim = qkv.shape
-    out = qkv.new_empty((batch, tokens, heads * head_dim))
-    stats = qkv.new_empty((batch, heads, 2, tokens) if save else 0, dtype=torch.float32)
-    if out.numel() == 0:
+class AttentionForward:
+    """One launch, as ``config`` says or :func:`launch_config`: (out, stats), stats None unless ``save``."""
+
+    def __init__(
+        self,
+        tensors: Sequence[Any],
+        num_heads: int,
+        scale: float,
+        save: bool = True,
+        config: AttentionConfig | None = None,
+    ) -> None:
+        """tensors: (qkv, bias), qkv (B, T, 3 * H * D), bias None or of four axes."""
+        qkv, bias = last_contiguous(tensors[0]), tensors[1]
+        self._copies = qkv is not tensors[0]
+        heads = split_heads(qkv, num_heads)
+        batch, tokens, _, _, head_dim = heads.shape
+        self._out, self._stats = (batch, tokens, num_heads * head_dim), (batch, num_heads, 2, tokens) if save else None
+        config = config or launch_config("attention_fwd", heads, bias is not None)
+        grid, arguments = fwd_launch(heads, bias, None, None, scale, config)
+        self._launch = Launch.named(qkv, _attention_fwd_kernel, grid, arguments)
+
+    def __call__(self, qkv: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self._copies:
+            qkv = last_contiguous(qkv)
+        out = qkv.new_empty(self._out)
+        stats = None if self._stats is None else qkv.new_empty(self._stats, dtype=torch.float32)
+        if out.numel():
+            self._launch(qkv, bias, out, stats)
         return out, stats
-    config = config or launch_config("attention_fwd", qkv, bias is not None)
-    grid, arguments = fwd_launch(last_contiguous(qkv), bias, out, stats if save else None, scale, config)
-    with on_device(qkv):
-        _attention_fwd_kernel[grid](**arguments)
-    return out, stats
+
+
+def split_heads(qkv: Tensor, num_heads: int) -> Tensor:
+    """(B, T, 3 * H * D) -> (B, T, 3, H, D), without a copy."""
+    batch, tokens, width = qkv.shape
+    return qkv.view(batch, tokens, 3, num_heads, width // (3 * num_heads))
 
 
 def fwd_launch(
-    qkv: Tensor, bias: Tensor | None, out: Tensor, stats: Tensor | None, scale: float, config: AttentionConfig
+    qkv: Tensor, bias: Tensor | None, out: Tensor | None, stats: Tensor | None, scale: float, config: AttentionConfig
 ) -> tuple[tuple[int], dict[str, Any]]:
     """The grid and the arguments of the forward's launch."""
     grid, arguments = common_launch(qkv, bias, scale, config, alignment(qkv))
@@ -214,7 +232,7 @@ def common_launch(
         "EXACT": bias is not None or qkv.dtype == torch.float32,
         "D": head_dim, "BLOCK_D": block, "TAIL": tail, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "ALIGN": align, "EVEN_M": tokens % config.block_m == 0, "EVEN_N": tokens % config.block_n == 0,
-        "ALLOW_TF32": uses_tf32(),
+        "ALLOW_TF32": uses_tf32(qkv.dtype),
         "UPCAST": qkv.dtype == torch.bfloat16 and interpreting(),
         "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip

@@ -36,11 +36,12 @@ from .attention import (
     load_bias,
     load_tile,
     power,
+    split_heads,
     store_tile,
 )
 from .attention_dbias import dbias_launch
 from .configs.attention import SPLIT_TOKENS, AttentionConfig, launch_config, sum_slots
-from .launch import on_device
+from .launch import Launch, empty_like
 
 OPERATORS = ("attention_dq", "attention_dkv", "attention_dbias")  # of the launches, in order
 
@@ -274,67 +275,91 @@ def _attention_dkv_kernel(
             _store_sums(sums_ptr + width, tile, tiles, slots, 3 * width, d_v_t, TAIL, D - BLOCK_D)
 
 
-def attention_bwd(
-    d_out: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, scale: float, bias: Tensor | None = None,
-    want_bias: bool = False, want_sums: bool = False, configs: Sequence[AttentionConfig] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Two launches, three with the bias's gradient: (d_qkv, d_bias, sums), the last two empty where not wanted.
+class AttentionBackward:
+    """Two launches, three with the bias's gradient: (d_qkv, d_bias, sums), the last two None where not wanted.
 
     d_bias has the bias's shape and dtype. sums: (n, 3 * H * D) fp32, whose sum over n is that of d_qkv over samples
     and tokens. configs: of OPERATORS, in the place of :func:`launch_config`.
     """
-    batch, tokens, _, heads, head_dim = qkv.shape
-    d_qkv = qkv.new_empty(qkv.shape)
-    d_bias = qkv.new_empty(0)
-    # a constant on every key leaves the softmax as it is: a bias of one column has the gradient 0
-    vanishes = want_bias and (qkv.numel() == 0 or bias.shape[3] == 1)
-    if want_bias:
-        d_bias = bias.new_zeros(bias.shape) if vanishes else bias.new_empty(bias.shape)
-    configs = configs or [launch_config(operator, qkv, bias is not None) for operator in OPERATORS]
-    slots = sum_slots(tokens, head_dim, qkv.dtype, bias is not None)
-    if want_sums and any(triton.cdiv(tokens, config.block_m) > slots for config in configs[:2]):
-        raise ValueError(f"the tiles must have as many rows as a row of sums stands for, got {configs[:2]}")
-    sums = qkv.new_empty((batch * slots, 3 * heads * head_dim) if want_sums else 0, dtype=torch.float32)
-    if tokens == 1:
-        _one_token(d_out, stats, d_qkv, sums)
-    elif qkv.numel():
+
+    def __init__(
+        self,
+        tensors: Sequence[Any],
+        num_heads: int,
+        scale: float,
+        want_bias: bool = False,
+        want_sums: bool = False,
+        configs: Sequence[AttentionConfig] | None = None,
+    ) -> None:
+        """tensors: (d_out, qkv, out, stats, bias); d_out and out (B, T, H * D)."""
+        d_out, qkv, bias = last_contiguous(tensors[0]), last_contiguous(tensors[1]), tensors[4]
+        self._copies = d_out is not tensors[0] or qkv is not tensors[1]
+        heads = split_heads(qkv, num_heads)
+        batch, tokens, _, _, head_dim = heads.shape
+        # a constant on every key leaves the softmax as it is: a bias of one column has the gradient 0
+        self._vanishes = want_bias and (qkv.numel() == 0 or bias.shape[3] == 1)
+        self._wants_bias = want_bias
+        configs = configs or [launch_config(operator, heads, bias is not None) for operator in OPERATORS]
+        slots = sum_slots(tokens, head_dim, qkv.dtype, bias is not None)
+        if want_sums and any(triton.cdiv(tokens, config.block_m) > slots for config in configs[:2]):
+            raise ValueError(f"the tiles must have as many rows as a row of sums stands for, got {configs[:2]}")
+        self._sums = (batch * slots, qkv.shape[2]) if want_sums else None
+        split = tokens <= SPLIT_TOKENS
+        self._delta = batch, num_heads, 3 if split else 1, tokens
         launches = bwd_launches(
-            last_contiguous(d_out), last_contiguous(qkv), out, stats, scale, bias, d_qkv,
-            d_bias if want_bias and not vanishes else None, sums if want_sums else None, configs,
-        )  # fmt: skip
-        with on_device(qkv):
-            for kernel, grid, arguments in launches:
-                kernel[grid](**arguments)
-    return d_qkv, d_bias, sums
+            d_out, heads, None, None, scale, bias, None,
+            bias if want_bias and not self._vanishes else None, slots if want_sums else 0, configs,
+        ) if qkv.numel() and tokens > 1 else []  # fmt: skip
+        self._launches = [Launch.named(qkv, *launch) for launch in launches]
+
+    def __call__(
+        self, d_out: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if self._copies:
+            d_out, qkv = last_contiguous(d_out), last_contiguous(qkv)
+        d_qkv = empty_like(qkv)
+        sums = None if self._sums is None else qkv.new_empty(self._sums, dtype=torch.float32)
+        d_bias = None
+        if bias is not None and self._wants_bias:
+            d_bias = bias.new_zeros(bias.shape) if self._vanishes else empty_like(bias)
+        if self._launches:
+            delta = stats.new_empty(self._delta)
+            dq, dkv, *dbias = self._launches
+            dq(qkv, bias, out, d_out, stats, delta, d_qkv, sums)
+            dkv(qkv, bias, d_out, stats, delta, d_qkv, sums)
+            for launch in dbias:
+                launch(qkv, bias, d_out, stats, delta, d_bias)
+        elif qkv.numel():
+            _one_token(d_out, stats, d_qkv, sums)
+        return d_qkv, d_bias, sums
 
 
-def _one_token(d_out: Tensor, stats: Tensor, d_qkv: Tensor, sums: Tensor) -> None:
+def _one_token(d_out: Tensor, stats: Tensor, d_qkv: Tensor, sums: Tensor | None) -> None:
     """p is 1 and d_s is 0, where the kernels would leave rounding errors; all 0 where the one logit is -inf."""
+    d_q, d_k, d_v = split_heads(d_qkv, stats.shape[1]).unbind(2)
+    d_q.zero_()
+    d_k.zero_()
     empty = (stats[:, :, 0].mT == float("inf")).unsqueeze(-1)
-    d_qkv[:, :, :2] = 0
-    d_qkv[:, :, 2] = d_out.reshape(d_qkv[:, :, 2].shape).masked_fill(empty, 0)
-    if sums.numel():
+    d_v.copy_(d_out.reshape(d_v.shape).masked_fill(empty, 0))
+    if sums is not None:
         sums.copy_(d_qkv.flatten(1))
 
 
 def bwd_launches(
-    d_out: Tensor, qkv: Tensor, out: Tensor, stats: Tensor, scale: float, bias: Tensor | None, d_qkv: Tensor,
-    d_bias: Tensor | None, sums: Tensor | None, configs: Sequence[AttentionConfig],
+    d_out: Tensor, qkv: Tensor, out: Tensor | None, stats: Tensor | None, scale: float, bias: Tensor | None,
+    d_qkv: Tensor | None, d_bias: Tensor | None, slots: int, configs: Sequence[AttentionConfig],
+    delta: Tensor | None = None, sums: Tensor | None = None,
 ) -> list[tuple[Any, tuple[int], dict[str, Any]]]:  # fmt: skip
-    """(kernel, grid, arguments) of each launch, in order."""
+    """(kernel, grid, arguments) of each launch, in order; qkv (B, T, 3, H, D)."""
     align = alignment(qkv, d_out)
-    tokens = qkv.shape[1]
-    split = tokens <= SPLIT_TOKENS
+    split = qkv.shape[1] <= SPLIT_TOKENS
     shared = {
-        "d_out_ptr": d_out, "stats_ptr": stats, "SPLIT": split,
-        "delta_ptr": stats.new_empty((*stats.shape[:2], 3 if split else 1, tokens)),
+        "d_out_ptr": d_out, "stats_ptr": stats, "SPLIT": split, "delta_ptr": delta,
         "stride_d_out_batch": d_out.stride(0) // align, "stride_d_out_row": d_out.stride(1) // align,
     }  # fmt: skip
-    written = {
-        **shared, "d_qkv_ptr": d_qkv, "sums_ptr": sums, "slots": 0 if sums is None else sums.shape[0] // qkv.shape[0],
-    }  # fmt: skip
+    written = {**shared, "d_qkv_ptr": d_qkv, "sums_ptr": sums, "slots": slots}
     grid, arguments = common_launch(qkv, bias, scale, configs[0], align)
-    passes = 2 if split and tokens > configs[0].block_n else 1
+    passes = 2 if split and qkv.shape[1] > configs[0].block_n else 1
     launches = [(_attention_dq_kernel, grid, {**arguments, **written, "out_ptr": out, "PASSES": passes})]
     grid, arguments = common_launch(qkv, bias, scale, configs[1], align)
     launches.append((_attention_dkv_kernel, grid, {**arguments, **written}))

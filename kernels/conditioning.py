@@ -11,13 +11,14 @@ values are 6e-5 apart. A label outside the table gives NaN.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device
+from .launch import Launch, empty_like
 
 _BLOCK = 256
 
@@ -57,30 +58,42 @@ def _conditioning_kernel(
     tl.store(out_ptr + row * D + cols, (c / (1.0 + tl.exp(-c))).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def timestep_embedding(
-    t: Tensor, dim: int, freq_shift: float, dtype: torch.dtype, max_period: float = 10000.0
-) -> Tensor:
+class TimestepEmbedding:
     """t (B,) -> (B, dim) in ``dtype``."""
-    out = t.new_empty((t.shape[0], dim), dtype=dtype)
-    if t.shape[0]:
+
+    def __init__(
+        self, tensors: Sequence[Tensor], dim: int, freq_shift: float, dtype: torch.dtype, max_period: float = 10000.0
+    ) -> None:
+        """tensors: (t,)."""
+        [t] = tensors
+        self._shape, self._dtype = (t.shape[0], dim), dtype
         half = dim // 2
         step = -math.log2(max_period) / (half - freq_shift)
-        with on_device(t):
-            _sinusoid_kernel[(t.shape[0],)](
-                t.contiguous(), out, STEP=step, HALF=half, BLOCK=triton.next_power_of_2(half), num_warps=4
-            )
-    return out
+        rest = step, half, triton.next_power_of_2(half)
+        self._launch = Launch(t, _sinusoid_kernel, (t.shape[0],), rest, num_warps=4)
+
+    def __call__(self, t: Tensor) -> Tensor:
+        out = t.new_empty(self._shape, dtype=self._dtype)
+        if t.numel():
+            self._launch(t.contiguous(), out)
+        return out
 
 
-def conditioning(t_emb: Tensor, y: Tensor, table: Tensor) -> Tensor:
+class Conditioning:
     """silu(t_emb + table[y]) (B, D), in the wider of the two dtypes."""
-    batch, width = t_emb.shape
-    out = t_emb.new_empty((batch, width), dtype=torch.promote_types(t_emb.dtype, table.dtype))
-    t_emb, table = (tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (t_emb, table))
-    if out.numel():
-        with on_device(t_emb):
-            _conditioning_kernel[(batch, triton.cdiv(width, _BLOCK))](
-                t_emb, y.contiguous(), table, out, table.shape[0], t_emb.stride(0), table.stride(0),
-                D=width, BLOCK=_BLOCK, num_warps=1,
-            )  # fmt: skip
-    return out
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        """tensors: (t_emb, y, table)."""
+        t_emb, _, table = tensors
+        batch, width = t_emb.shape
+        self._dtype = torch.promote_types(t_emb.dtype, table.dtype)
+        strides = (x.stride(0) if x.stride(1) == 1 else width for x in (t_emb, table))
+        rest = table.shape[0], *strides, width, _BLOCK
+        self._launch = Launch(t_emb, _conditioning_kernel, (batch, triton.cdiv(width, _BLOCK)), rest, num_warps=1)
+
+    def __call__(self, t_emb: Tensor, y: Tensor, table: Tensor) -> Tensor:
+        out = empty_like(t_emb, self._dtype)
+        t_emb, table = (x if x.stride(1) == 1 else x.contiguous() for x in (t_emb, table))
+        if out.numel():
+            self._launch(t_emb, y.contiguous(), table, out)
+        return out

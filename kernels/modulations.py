@@ -11,16 +11,15 @@ of all (alignment). Weights are converted to DTYPE in registers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs.gemm import GemmConfig, modulations_config, uses_tf32
-from .launch import interpreting, on_device
+from .configs.gemm import GemmConfig, modulations_config
+from .launch import Launch, interpreting, uses_tf32
 
 MOST = 64  # Linears of a launch: each is an argument of it, and a selection in every program
 _MOST_TILES = 65535  # of a grid's second axis
@@ -86,7 +85,7 @@ def packed(widths: Sequence[int]) -> int:
     return sum(width << (32 * index) for index, width in enumerate(widths))
 
 
-class _Launch(NamedTuple):
+class _Part(NamedTuple):
     """Some Linears: which, their columns together, their tiles, and their packed widths."""
 
     part: slice
@@ -95,8 +94,7 @@ class _Launch(NamedTuple):
     widths: int
 
 
-@lru_cache(maxsize=256)
-def _launches(widths: tuple[int, ...], block_n: int, most: int, most_tiles: int) -> list[_Launch]:
+def _parts(widths: Sequence[int], block_n: int, most: int, most_tiles: int) -> list[_Part]:
     """All, in launches of at most so many, and so many tiles."""
     groups: list[list[int]] = [[]]
     tiles = 0
@@ -107,55 +105,57 @@ def _launches(widths: tuple[int, ...], block_n: int, most: int, most_tiles: int)
             tiles = 0
         groups[-1].append(index)
         tiles += count
-    launches = []
+    parts = []
     for group in groups:
         part = slice(group[0], group[-1] + 1)
         columns = widths[part]
         blocks = sum(triton.cdiv(width, block_n) for width in columns)
-        launches.append(_Launch(part, sum(columns), blocks, packed(columns)))
-    return launches
+        parts.append(_Part(part, sum(columns), blocks, packed(columns)))
+    return parts
 
 
-def modulations(
-    c: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    dtype: torch.dtype,
-    config: GemmConfig | None = None,
-) -> Tensor:
+class Modulations:
     """c W_i^T + b_i side by side (M, sum of N_i), computed and returned in ``dtype``: a launch for each MOST of them.
 
     c (M, K), the weights and the biases (or none) are each of one dtype; what is not contiguous is copied.
     """
-    rows, inner = c.shape
-    widths = tuple(weight.shape[0] for weight in weights)
-    columns = sum(widths)
-    out = c.new_empty((rows, columns), dtype=dtype)
-    if not out.numel():
+
+    def __init__(
+        self,
+        c: Tensor,
+        widths: Sequence[int],
+        stored: torch.dtype,
+        dtype: torch.dtype,
+        config: GemmConfig | None = None,
+    ) -> None:
+        """widths, stored: the rows of the weights and the dtype that they are stored in."""
+        rows, inner = c.shape
+        columns = sum(widths)
+        self._shape, self._dtype = (rows, columns), dtype
+        config = config or modulations_config(rows, columns, inner, c, dtype, stored, True)
+        constants = (
+            _TRITON[dtype], "tf32" if uses_tf32(dtype) else "ieee", dtype == torch.bfloat16 and interpreting(),
+            inner % config.block_k == 0, config.block_m, config.block_n, config.block_k,
+        )  # fmt: skip
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        if config.max_registers:
+            options["maxnreg"] = config.max_registers
+        stride = c.stride(0) if c.stride(-1) == 1 else inner
+        self._launches = []
+        place = 0
+        for part in _parts(widths, config.block_n, MOST, _MOST_TILES):
+            grid = triton.cdiv(rows, config.block_m), part.tiles
+            rest = rows, inner, stride, columns, part.widths, *constants
+            launch = Launch(c, _modulations_kernel, grid, rest, **options)
+            self._launches.append((launch, part.part, place))
+            place += part.columns
+
+    def __call__(self, c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+        out = c.new_empty(self._shape, dtype=self._dtype)
+        if not out.numel():
+            return out
+        c = c if c.stride(-1) == 1 else c.contiguous()
+        weights, biases = (tuple([x.contiguous() for x in group]) for group in (weights, biases))
+        for launch, part, place in self._launches:
+            launch(c, weights[part], biases[part] or None, out[:, place:] if place else out)
         return out
-    config = config or modulations_config(rows, columns, inner, c, dtype, weights[0].dtype, True)
-    c = c if c.stride(-1) == 1 else c.contiguous()
-    weights, biases = (tuple(x if x.is_contiguous() else x.contiguous() for x in group) for group in (weights, biases))
-    constants: dict[str, Any] = {
-        "DTYPE": _TRITON[dtype],
-        "PRECISION": "tf32" if dtype == torch.float32 and uses_tf32() else "ieee",
-        "UPCAST": dtype == torch.bfloat16 and interpreting(),
-        "EVEN_K": inner % config.block_k == 0,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
-    if config.max_registers:
-        constants["maxnreg"] = config.max_registers
-    place = 0
-    with on_device(c):
-        for launch in _launches(widths, config.block_n, MOST, _MOST_TILES):
-            _modulations_kernel[(triton.cdiv(rows, config.block_m), launch.tiles)](
-                c, weights[launch.part], biases[launch.part] or None, out[:, place:] if place else out,
-                rows, inner, c.stride(0), columns,
-                WIDTHS=launch.widths, **constants,
-            )  # fmt: skip
-            place += launch.columns
-    return out

@@ -9,13 +9,14 @@ R = slabs of rows), those of biases one long one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device
+from .launch import Launch
 
 MAX_GROUPS = 4
 _SHALLOW, _DEEP = (16, 128), (128, 16)  # rows and columns of a block: a long group needs more programs
@@ -38,8 +39,8 @@ def _sum_group(partial_ptr, out_ptr, program, rows, width, BLOCK_R: tl.constexpr
 
 @triton.jit(do_not_specialize=["rows0", "rows1", "rows2", "rows3", "end0", "end1", "end2"])
 def _sum_kernel(
-    partial0_ptr, out0_ptr, rows0, width0, partial1_ptr, out1_ptr, rows1, width1,
-    partial2_ptr, out2_ptr, rows2, width2, partial3_ptr, out3_ptr, rows3, width3,
+    partial0_ptr, out0_ptr, partial1_ptr, out1_ptr, partial2_ptr, out2_ptr, partial3_ptr, out3_ptr,
+    rows0, width0, rows1, width1, rows2, width2, rows3, width3,
     end0, end1, end2,
     R0: tl.constexpr, W0: tl.constexpr, R1: tl.constexpr, W1: tl.constexpr,
     R2: tl.constexpr, W2: tl.constexpr, R3: tl.constexpr, W3: tl.constexpr,
@@ -58,25 +59,27 @@ def _sum_kernel(
             _sum_group(partial3_ptr, out3_ptr, program - end2, rows3, width3, R3, W3)
 
 
-def sum_partials(partials: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+class SumPartials:
     """One launch: each (S, R, W) in fp32 -> (S, W) in ``dtype``; at most MAX_GROUPS of them."""
-    outs = [partial.new_empty((partial.shape[0], partial.shape[2]), dtype=dtype) for partial in partials]
-    arguments: list[Tensor | int | None] = []
-    blocks: dict[str, int] = {}
-    ends = []
-    end = 0
-    for index in range(MAX_GROUPS):
-        block_r, block_w = 1, 1
-        if index < len(partials):
-            segments, rows, width = partials[index].shape
-            block_r, block_w = _DEEP if rows > _DEEP_ROWS else _SHALLOW
+
+    def __init__(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> None:
+        """tensors: the partial sums."""
+        shapes = [tuple(x.shape) for x in tensors]
+        self._shapes = [(segments, width) for segments, _, width in shapes]
+        self._dtype = dtype
+        sizes, ends, blocks, end = [], [], [], 0
+        for segments, rows, width in [*shapes, *[(0, 0, 0)] * (MAX_GROUPS - len(shapes))]:
+            block_r, block_w = (1, 1) if not width else _DEEP if rows > _DEEP_ROWS else _SHALLOW
             end += segments * triton.cdiv(width, block_w)
-            arguments += [partials[index], outs[index], rows, width]
-        else:
-            arguments += [None, None, 0, 0]
-        ends.append(end)
-        blocks |= {f"R{index}": block_r, f"W{index}": block_w}
-    if end:
-        with on_device(partials[0]):
-            _sum_kernel[(end,)](*arguments, *ends[:-1], **blocks, num_warps=4)
-    return outs
+            ends.append(end)
+            sizes += [rows, width]
+            blocks += [block_r, block_w]
+        self._absent = (None, None) * (MAX_GROUPS - len(shapes))
+        rest = *sizes, *ends[:-1], *blocks
+        self._launch = Launch(tensors[0], _sum_kernel, (end,), rest, num_warps=4) if end else None
+
+    def __call__(self, *partials: Tensor) -> list[Tensor]:
+        outs = [x.new_empty(shape, dtype=self._dtype) for x, shape in zip(partials, self._shapes, strict=True)]
+        if self._launch is not None:
+            self._launch(*chain.from_iterable(zip(partials, outs, strict=True)), *self._absent)
+        return outs

@@ -178,13 +178,13 @@ def _parts_table(parts: Sequence[HostPart]) -> Table:
     table = plain_table()
     table.add_column("operator", no_wrap=True)
     table.add_column("direction", no_wrap=True)
-    for header in ("uses", "launches", "public", "torch's", "launcher", "launch"):
+    for header in ("uses", "launches", "public", "launcher", "launch"):
         table.add_column(header, justify="right", no_wrap=True)
 
     def microseconds(spread: Spread | None) -> str:
         return "-" if spread is None else digits(spread.median * 1e3)
 
     for part in parts:
-        levels = map(microseconds, (part.public, part.torch_op, part.launcher, part.launch))
+        levels = map(microseconds, (part.public, part.launcher, part.launch))
         table.add_row(part.operator, part.direction, str(part.uses), str(part.launches), *levels)
     return table

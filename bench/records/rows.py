@@ -303,9 +303,8 @@ class HostPart:
         uses: calls in one call of the model.
         launches: of Triton's kernels in one call of the operator.
         public: the operator with its checks and autograd node.
-        torch_op: the operators of torch (``torch.ops.ditfast``) that it calls; None where it calls none.
-        launcher: the functions in kernels/ that these call.
-        launch: Triton's launches that those make.
+        launcher: the plans of kernels/ that it calls; None where it calls none.
+        launch: the launches that these make.
     """
 
     operator: str
@@ -313,7 +312,6 @@ class HostPart:
     uses: int
     launches: int
     public: Spread
-    torch_op: Spread | None
     launcher: Spread | None
     launch: Spread | None
 

@@ -137,8 +137,8 @@ HOST_DIFFERENCES = (
     "backward has no thread of its own, and ditfast's launches do not make their GPU the current one.",
 )
 HOST_PARTS_CAPTION = (
-    "Medians; each level holds those below it: the public operator with its checks and autograd node, the operator of",
-    "torch, the launcher in kernels/, Triton's launches. backward: by torch.autograd.grad, whose own start counts too.",
+    "Medians; each level holds those below it: the public operator with its checks and autograd node, the launchers in",
+    "kernels/, their launches. backward: by torch.autograd.grad, whose own start counts too.",
 )
 
 

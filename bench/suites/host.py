@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from ditfast import ops
@@ -195,7 +194,7 @@ def _part(case: Case, recorded: _Recorded, seconds: float, launches: Callable[[]
         launched = launches() - before
         calls = {"public": public, **{name: _replay(below) for name, below in layers.items() if below}}
         times, _none = _times(calls, seconds)
-        below = [times.get(name) for name in ("torch_op", "launcher", "launch")]
+        below = [times.get(name) for name in ("launcher", "launch")]
         return HostPart(recorded.name, direction, recorded.uses, launched, times["public"], *below)
 
     with torch.inference_mode(not case.training):
@@ -229,51 +228,24 @@ def _replay(calls: _Calls) -> Call:
 @contextmanager
 def _layers() -> Iterator[dict[str, _Calls]]:
     """What is called within at each level below the public operator: made again, it costs that level."""
-    from triton.runtime.jit import JITFunction
+    from ditfast.kernels import adaln, attention, attention_bwd, conditioning, launch, linear, modulations
 
-    from ditfast.kernels import adaln, attention, attention_bwd, conditioning, linear, modulations, sums
+    plans = (
+        *(adaln.AdaLNForward, adaln.AdaLNBackward, attention.AttentionForward, attention_bwd.AttentionBackward),
+        *(conditioning.TimestepEmbedding, conditioning.Conditioning, modulations.Modulations),
+        *(linear.LinearGelu, linear.LinearGatedResidual, linear.LinearGeluBackward, linear.GeluBackward),
+    )
+    calls: dict[str, _Calls] = {"launcher": [], "launch": []}
+    levels = {"launcher": plans, "launch": (launch.Launch,)}
 
-    launchers = {
-        adaln: ("adaln_fwd", "adaln_bwd"),
-        attention: ("attention_fwd",),
-        attention_bwd: ("attention_bwd",),
-        conditioning: ("timestep_embedding", "conditioning"),
-        linear: ("linear_gelu", "linear_gelu_backward", "linear_gated_residual", "gelu_backward"),
-        modulations: ("modulations",),
-        sums: ("sum_partials",),
-    }
-    calls: dict[str, _Calls] = {"torch_op": [], "launcher": [], "launch": []}
-
-    def note_launcher(_: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls["launcher"].append((function, args, kwargs))
-
-    def note_launch(_: str, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kernel, *operands = args
-        grid, options = kwargs["grid"], {name: kwargs[name] for name in kwargs if name not in ("grid", "warmup")}
-        calls["launch"].append((lambda *args, **options: kernel[grid](*args, **options), tuple(operands), options))
+    def noting(level: str) -> _Note:
+        return lambda _, function, args, kwargs: calls[level].append((function, args, kwargs))
 
     with ExitStack() as stack:
-        for owner, names in launchers.items():
-            for name in names:
-                stack.enter_context(_watched(owner, name, note_launcher))
-        stack.enter_context(_watched(JITFunction, "run", note_launch))
-        stack.enter_context(_TorchOps(calls["torch_op"]))
+        for level, owners in levels.items():
+            for owner in owners:
+                stack.enter_context(_watched(owner, "__call__", noting(level)))
         yield calls
-
-
-class _TorchOps(TorchDispatchMode):
-    """Notes the calls of ditfast's operators in torch."""
-
-    def __init__(self, calls: _Calls) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.calls = calls
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func.namespace == "ditfast":
-            self.calls.append((func, args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
 
 
 _Note = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], None]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ..kernels.launch import Layouts, keep, kept, planned
 from ..reference import ops as formulas
 from . import check
-from .backend import Kernel, apply, library, register, takes_triton
+from .backend import Kernel, apply, direct_layouts, library, register, run, takes_triton, wants_gradient
 
 
 def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -29,10 +30,14 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e
     Raises:
         TypeError, ValueError: a dtype, shape or device does not fit, naming the argument.
     """
+    tensors = x, None, None, shift, scale
+    key = _key(tensors, eps)
+    if (plan := kept(key)) is not None:
+        return cast(Tensor, plan(*tensors)[1])
     check.tensor("x", x, 3)
     _check_norm(x, "x", shift, scale, eps)
     if takes_triton("layer_norm_modulate", x, x.shape[2], (shift, scale)):
-        return adaln(x, None, None, shift, scale, eps)[1]
+        return _checked(key, *tensors, eps)[1]
     return formulas.layer_norm_modulate(x, shift, scale, eps)
 
 
@@ -52,9 +57,13 @@ def gated_residual(residual: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: a dtype, shape or device does not fit, naming the argument.
     """
+    tensors = residual, branch, gate, None, None
+    key = _key(tensors, 0.0)
+    if (plan := kept(key)) is not None:
+        return cast(Tensor, plan(*tensors)[0])
     _check_residual(residual, branch, gate)
     if takes_triton("gated_residual", residual, residual.shape[2], (branch, gate)):
-        return adaln(residual, branch, gate, None, None)[0]
+        return _checked(key, *tensors, 0.0)[0]
     return formulas.gated_residual(residual, branch, gate)
 
 
@@ -75,13 +84,43 @@ def gated_residual_layer_norm_modulate(
     Raises:
         TypeError, ValueError: a dtype, shape or device does not fit, naming the argument.
     """
+    tensors = residual, branch, gate, shift, scale
+    key = _key(tensors, eps)
+    if (plan := kept(key)) is not None:
+        r, out, _, _ = plan(*tensors)
+        return r, out
     _check_residual(residual, branch, gate)
     _check_norm(residual, "residual", shift, scale, eps)
     check.same_dtype("shift", shift, "branch", branch)
-    others = (branch, gate, shift, scale)
-    if takes_triton("gated_residual_layer_norm_modulate", residual, residual.shape[2], others):
-        return adaln(residual, branch, gate, shift, scale, eps)
+    if takes_triton("gated_residual_layer_norm_modulate", residual, residual.shape[2], tensors[1:]):
+        return _checked(key, *tensors, eps)
     return formulas.gated_residual_layer_norm_modulate(residual, branch, gate, shift, scale, eps)
+
+
+def _key(tensors: Sequence[Tensor | None], eps: float) -> Hashable:
+    """Of the plan of a public operator's calls, without gradients, whose tensors were checked; None of other calls."""
+    if wants_gradient(*tensors) or (key := direct_layouts(*tensors)) is None:
+        return None
+    return "adaln", eps, key
+
+
+def _checked(
+    key: Hashable,
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """(r, out) of checked tensors, by a plan for the calls to come where there is a key."""
+    if key is None:
+        return adaln(x, branch, gate, shift, scale, eps)
+    from ..kernels.adaln import AdaLNForward  # imports triton
+
+    tensors = x, branch, gate, shift, scale
+    r, out, _, _ = keep(key, AdaLNForward(tensors, eps, save=False))(*tensors)
+    return r, out
 
 
 def _check_norm(x: Tensor, name: str, shift: Tensor, scale: Tensor, eps: float) -> None:
@@ -114,16 +153,51 @@ library.define(
 )
 
 
-def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from ..kernels.adaln import adaln_fwd  # imports triton
+def adaln_forward(
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(r, out, mean, rstd)."""
+    tensors = x, branch, gate, shift, scale
+    return cast("tuple[Tensor, Tensor, Tensor, Tensor]", run("adaln_forward", tensors, *tensors, eps))
 
-    return adaln_fwd(*args)
+
+def _forward(*args: Any, key: Layouts | None) -> tuple[Tensor, ...]:
+    from ..kernels.adaln import AdaLNForward
+
+    *tensors, eps = args
+    outs = planned(AdaLNForward, tensors, eps, key=key)(*tensors)
+    return outs if key is not None else tuple(args[0].new_empty(0) if out is None else out for out in outs)
 
 
-def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    from ..kernels.adaln import adaln_bwd
+def adaln_backward(
+    d_r: Tensor | None,
+    d_out: Tensor | None,
+    r: Tensor,
+    *others: Tensor | None,
+    wants: Sequence[bool],
+    partials: Sequence[Tensor],
+) -> tuple[Any, ...]:
+    """Arguments and results as torch's operator."""
+    tensors = d_r, d_out, r, *others
+    return cast("tuple[Any, ...]", run("adaln_backward", (r, *tensors, *partials), *tensors, *wants, partials))
 
-    return adaln_bwd(*args)
+
+def _backward(*args: Any, key: Layouts | None) -> tuple[Any, ...]:
+    from ..kernels.adaln import AdaLNBackward, Wants
+
+    *tensors, partials = *args[:9], args[-1]
+    wants = Wants(*args[9:-1])
+    *outs, sums = planned(AdaLNBackward, (*tensors, *partials), wants, key=key)(*tensors, *partials)
+    if key is not None:
+        return *outs, sums
+    r, like = tensors[2], next(x for x in (tensors[4], tensors[6]) if x is not None)
+    shapes = (0, 0, 0, (0, r.shape[0], r.shape[2]), 0)
+    dtypes = (r.dtype, *(like.dtype,) * 4)
+    outs = [
+        r.new_empty(shape, dtype=dtype) if out is None else out
+        for out, shape, dtype in zip(outs, shapes, dtypes, strict=True)
+    ]
+    return *outs, sums
 
 
 def _forward_fake(
@@ -204,30 +278,26 @@ def norm_backward(
         (the gradients of ``needs``, or None, the modulated norm, the sums).
     """
     r, branch, gate, shift, scale, mean, rstd = saved
+    r = cast(Tensor, r if d_out is not None else d_r)
     want_x, want_branch, want_gate, want_bias, want_shift, want_scale = needs
     normed = d_out is not None
     wants_modulation = normed and (want_shift or want_scale)
     if not normed and not (want_branch or want_gate or want_bias):
-        return [d_r if want_x else None, *(None,) * 5], cast(Tensor, r), []  # the gradient of a sum
-    d_x, d_branch, out, d_vectors, d_bias, sums = torch.ops.ditfast.adaln_backward.default(
+        return [d_r if want_x else None, *(None,) * 5], r, []  # the gradient of a sum
+    d_x, d_branch, out, d_vectors, d_bias, sums = adaln_backward(
         d_r,
         d_out,
-        r if normed else d_r,
+        r,
         branch,
         gate,
         shift if want_out else None,
         scale if normed else None,
         mean if normed else None,
         rstd if normed else None,
-        want_x and normed,
-        want_branch,
-        want_gate,
-        wants_modulation,
-        want_bias,
-        want_out,
-        partials,
+        wants=(want_x and normed, want_branch, want_gate, wants_modulation, want_bias, want_out),
+        partials=partials,
     )
-    vectors: list[Tensor | None] = list(d_vectors.unbind(0))
+    vectors: list[Tensor | None] = [] if d_vectors is None else list(d_vectors.unbind(0))
     d_gate = vectors.pop(0) if want_gate else None
     d_shift, d_scale = vectors if wants_modulation else [None, None]
     gradients = [
@@ -259,14 +329,13 @@ class _AdaLN(Kernel):
         scale: Tensor | None,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        result = torch.ops.ditfast.adaln_forward.default(x, branch, gate, shift, scale, eps)
-        return cast("tuple[Tensor, Tensor, Tensor, Tensor]", result)
+        return adaln_forward(x, branch, gate, shift, scale, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, branch, gate, _, _, scale, _ = inputs
         r, _, mean, rstd = output
-        ctx.mark_non_differentiable(mean, rstd)
+        ctx.mark_non_differentiable(*(x for x in (mean, rstd) if x is not None))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*norm_saved(ctx, x, branch, gate, None, scale, r, mean, rstd))
 

@@ -7,10 +7,17 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
-from ..kernels.launch import gpu_exists, gpu_index
+from ..kernels.launch import Layouts, gpu_exists, gpu_index, planned, uses_tf32
 from ..reference.transforms import in_second_order
 from . import check
-from .attention_implementations import MAX_HEAD_DIM, AttentionBackend, Case, choose, library_reason, run
+from .attention_implementations import (
+    MAX_HEAD_DIM,
+    AttentionBackend,
+    Case,
+    choose,
+    library_reason,
+    run_library,
+)
 from .backend import (
     NOT_TWICE,
     Kernel,
@@ -18,6 +25,7 @@ from .backend import (
     current_backend,
     library,
     register,
+    run,
     sharded,
     takes_triton,
     transform_reason,
@@ -87,7 +95,7 @@ def self_attention(
         return attention(qkv, bias, num_heads, max(head_dim, 1) ** -0.5 if scale is None else float(scale))
     if in_shards:  # the libraries take no DTensors, and torch has no sharding rule for its own backward on a CPU
         return _by_samples(qkv, num_heads, scale, bias, backend)
-    return run(chosen, qkv, num_heads, scale, bias, alone=backend is not None)
+    return run_library(chosen, qkv, num_heads, scale, bias, alone=backend is not None)
 
 
 def _by_samples(
@@ -190,16 +198,38 @@ library.define(
 )
 
 
-def _heads(packed: Tensor, num_heads: int) -> Tensor:
-    """(B, T, 3D) -> (B, T, 3, H, head_dim), without a copy."""
-    batch, tokens, width = packed.shape
-    return packed.view(batch, tokens, 3, num_heads, width // (3 * num_heads))
+def attention_forward(
+    qkv: Tensor, num_heads: int, scale: float, bias: Tensor | None, save: bool
+) -> tuple[Tensor, Tensor]:
+    """(out, stats): by torch's operator, where something looks at it."""
+    return cast("tuple[Tensor, Tensor]", run("attention_forward", (qkv, bias), qkv, num_heads, scale, bias, save))
 
 
-def _forward(qkv: Tensor, num_heads: int, scale: float, bias: Tensor | None, save: bool) -> tuple[Tensor, Tensor]:
-    from ..kernels.attention import attention_fwd  # imports triton
+def _forward(
+    qkv: Tensor, num_heads: int, scale: float, bias: Tensor | None, save: bool, key: Layouts | None
+) -> tuple[Tensor, Tensor | None]:
+    from ..kernels.attention import AttentionForward  # imports triton
 
-    return attention_fwd(_heads(qkv, num_heads), scale, bias, save)
+    tf32 = uses_tf32(qkv.dtype)
+    out, stats = planned(AttentionForward, (qkv, bias), num_heads, scale, save, key=key, tf32=tf32)(qkv, bias)
+    return out, qkv.new_empty(0, dtype=torch.float32) if key is None and stats is None else stats
+
+
+def attention_backward(
+    d_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    num_heads: int,
+    scale: float,
+    bias: Tensor | None,
+    want_bias: bool,
+    want_sums: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(d_qkv, d_bias, sums), as :func:`attention_forward`."""
+    arguments = d_out, qkv, out, stats, num_heads, scale, bias, want_bias, want_sums
+    results = run("attention_backward", (d_out, qkv, out, stats, bias), *arguments)
+    return cast("tuple[Tensor, Tensor, Tensor]", results)
 
 
 def _backward(
@@ -212,12 +242,18 @@ def _backward(
     bias: Tensor | None,
     want_bias: bool,
     want_sums: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from ..kernels.attention_bwd import attention_bwd
+    key: Layouts | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    from ..kernels.attention_bwd import AttentionBackward
 
-    packed = _heads(qkv, num_heads)
-    d_qkv, d_bias, sums = attention_bwd(d_out, packed, out, stats, scale, bias, want_bias, want_sums)
-    return d_qkv.view(qkv.shape), d_bias, sums
+    tensors = d_out, qkv, out, stats, bias
+    tf32 = uses_tf32(qkv.dtype)
+    plan = planned(AttentionBackward, tensors, num_heads, scale, want_bias, want_sums, key=key, tf32=tf32)
+    d_qkv, d_bias, sums = plan(*tensors)
+    if key is None:
+        d_bias = qkv.new_empty(0) if d_bias is None else d_bias
+        sums = qkv.new_empty(0, dtype=torch.float32) if sums is None else sums
+    return d_qkv, d_bias, sums
 
 
 def _forward_fake(
@@ -259,8 +295,7 @@ class _Attention(Kernel):
 
     @staticmethod
     def forward(qkv: Tensor, bias: Tensor | None, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
-        result = torch.ops.ditfast.attention_forward.default(qkv, num_heads, scale, bias, True)
-        return cast("tuple[Tensor, Tensor]", result)
+        return attention_forward(qkv, num_heads, scale, bias, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -275,7 +310,7 @@ class _Attention(Kernel):
             return (None,) * 4
         qkv, bias, out, stats = saved
         want_qkv, want_bias, _, _ = ctx.needs_input_grad
-        d_qkv, d_bias, _ = torch.ops.ditfast.attention_backward.default(
+        d_qkv, d_bias, _ = attention_backward(
             d_out, qkv, out, stats, ctx.num_heads, ctx.scale, bias, want_bias, False
         )
         return d_qkv if want_qkv else None, d_bias if want_bias else None, None, None
@@ -284,5 +319,5 @@ class _Attention(Kernel):
 def attention(qkv: Tensor, bias: Tensor | None, num_heads: int, scale: float) -> Tensor:
     """(B, T, D) by the kernels, differentiable; bias None or of four axes that broadcast to (B, H, T, T)."""
     if not wants_gradient(qkv, bias):
-        return cast(Tensor, torch.ops.ditfast.attention_forward.default(qkv, num_heads, scale, bias, False)[0])
+        return attention_forward(qkv, num_heads, scale, bias, False)[0]
     return cast(Tensor, apply("_Attention", qkv, bias, num_heads, scale)[0])

@@ -183,7 +183,7 @@ def _cudnn_is_wrong_at(tokens: int) -> bool:
     return tokens % 128 != 0 and (torch.backends.cudnn.version() or 0) < 91501
 
 
-def run(
+def run_library(
     backend: AttentionBackend,
     qkv: Tensor,
     num_heads: int,

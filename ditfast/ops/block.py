@@ -12,14 +12,15 @@ the modulation of the norm that follows. See :mod:`ditfast.ops.adaln`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .adaln import norm_backward, norm_saved
+from .adaln import adaln_forward, norm_backward, norm_saved
+from .attention import attention_backward, attention_forward
 from .backend import Kernel, apply
+from .gemm import linear_gelu, linear_gelu_backward, sum_partials
 from .linear import Gradients, weight_gradient
 
 _NORM_INPUTS = 7  # of each node: (x, branch, gate, bias, shift, scale, eps)
@@ -31,8 +32,7 @@ def _matrix(x: Tensor) -> Tensor:
 
 def _norm_forward(inputs: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, branch, gate, _, shift, scale, eps = inputs
-    result = torch.ops.ditfast.adaln_forward.default(x, branch, gate, shift, scale, eps)
-    return cast("tuple[Tensor, Tensor, Tensor, Tensor]", result)
+    return adaln_forward(x, branch, gate, shift, scale, eps)
 
 
 def _save(
@@ -71,8 +71,8 @@ def _norm_gradients(
     d_r = None if gate is None else d_r  # zeros from a compiled backward
     needs = ctx.needs_input_grad[:6]
     if d_norm is not None and not any(needs):  # frozen up to here, and only the weights learn
-        norm = torch.ops.ditfast.adaln_forward.default(r, None, None, shift, scale, ctx.eps)[1] if want_norm else r
-        sums = torch.ops.ditfast.sum_partials.default(partials, scale.dtype) if partials else []
+        norm = adaln_forward(r, None, None, shift, scale, ctx.eps)[1] if want_norm else r
+        sums = sum_partials(partials, scale.dtype) if partials else []
         return [None] * _NORM_INPUTS, _matrix(norm), sums
     if d_norm is None and d_r is None:
         return [None] * _NORM_INPUTS, r, []
@@ -119,7 +119,7 @@ class _NormAttention(Kernel):
         weight, bias, num_heads, scale = inputs[_NORM_INPUTS:]
         r, norm, mean, rstd = _norm_forward(inputs[:_NORM_INPUTS])
         qkv = F.linear(norm, weight, bias)
-        out, stats = torch.ops.ditfast.attention_forward.default(qkv, num_heads, scale, None, True)
+        out, stats = attention_forward(qkv, num_heads, scale, None, True)
         return r, out, qkv, stats, mean, rstd
 
     @staticmethod
@@ -136,7 +136,7 @@ class _NormAttention(Kernel):
         want_weight, want_bias, _, _ = ctx.needs_input_grad[_NORM_INPUTS:]
         if d_out is None:
             return (*_norm_gradients(ctx, saved, d_r, None, False, [])[0], *(None,) * 4)
-        d_qkv, _none, sums = torch.ops.ditfast.attention_backward.default(
+        d_qkv, _none, sums = attention_backward(
             d_out, qkv, out, stats, ctx.num_heads, ctx.scale, None, False, want_bias
         )
         d_qkv = _matrix(d_qkv)
@@ -156,7 +156,7 @@ class _NormMlp(Kernel):
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
         w1, b1, w2, b2, demanded = inputs[_NORM_INPUTS:]
         r, norm, mean, rstd = _norm_forward(inputs[:_NORM_INPUTS])
-        act, pre = torch.ops.ditfast.linear_gelu.default(_matrix(norm), w1, b1, True, demanded)
+        act, pre = linear_gelu(_matrix(norm), w1, b1, True, demanded)
         return r, F.linear(act, w2, b2).view(norm.shape), pre, mean, rstd
 
     @staticmethod
@@ -174,7 +174,7 @@ class _NormMlp(Kernel):
         if d_y is None:
             return (*_norm_gradients(ctx, saved, d_r, None, False, [])[0], *(None,) * 5)
         d_y = _matrix(d_y)
-        d_pre, act, partial = torch.ops.ditfast.linear_gelu_backward.default(d_y, w2, pre, want_b1, ctx.demanded)
+        d_pre, act, partial = linear_gelu_backward(d_y, w2, pre, want_b1, ctx.demanded)
         d_w2 = weight_gradient(d_y, act, want_w2)
         d_b2 = d_y.sum(0) if want_b2 else None
         del act, d_y  # before the norm's gradients are made

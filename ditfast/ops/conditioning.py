@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.launch import Layouts, planned
 from ..reference import ops as formulas
 from . import check
-from .backend import current_backend, library, register, sharded, takes_triton
+from .backend import current_backend, library, register, run, sharded, takes_triton
 
 library.define("timestep_embedding(Tensor t, int dim, float freq_shift, ScalarType dtype) -> Tensor")
 library.define("conditioning(Tensor t_emb, Tensor y, Tensor table) -> Tensor")
@@ -49,7 +50,7 @@ def timestep_embedding(t: Tensor, dim: int, freq_shift: float = 0.0, dtype: torc
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating, got {dtype}")
     if dtype != torch.float64 and _takes_kernel("timestep_embedding", t, t=t):
-        return cast(Tensor, torch.ops.ditfast.timestep_embedding.default(t, dim, float(freq_shift), dtype))
+        return cast(Tensor, run("timestep_embedding", (t,), t, dim, float(freq_shift), dtype))
     if sharded(t):  # the frequencies are no DTensor
         from .sharding import by_samples
 
@@ -89,7 +90,7 @@ def conditioning(t_emb: Tensor, y: Tensor, table: Tensor) -> Tensor:
     for name, value in (("y", y), ("table", table)):
         check.same_device(name, value, t_emb)
     if _takes_kernel("conditioning", t_emb, t_emb=t_emb, table=table):
-        return cast(Tensor, torch.ops.ditfast.conditioning.default(t_emb, y, table))
+        return cast(Tensor, run("conditioning", (t_emb, y, table), t_emb, y, table))
     return F.silu(t_emb + F.embedding(y, table))
 
 
@@ -106,16 +107,16 @@ def _takes_kernel(operator: str, like: Tensor, **wanting: Tensor) -> bool:
     return not wants
 
 
-def _timestep_embedding(*args: Any) -> Tensor:
-    from ..kernels import conditioning as kernels  # imports triton
+def _timestep_embedding(t: Tensor, *args: Any, key: Layouts | None) -> Tensor:
+    from ..kernels.conditioning import TimestepEmbedding  # imports triton
 
-    return kernels.timestep_embedding(*args)
+    return planned(TimestepEmbedding, (t,), *args, key=key)(t)
 
 
-def _conditioning(*args: Any) -> Tensor:
-    from ..kernels import conditioning as kernels
+def _conditioning(*tensors: Tensor, key: Layouts | None) -> Tensor:
+    from ..kernels.conditioning import Conditioning
 
-    return kernels.conditioning(*args)
+    return planned(Conditioning, tensors, key=key)(*tensors)
 
 
 def _timestep_embedding_fake(t: Tensor, dim: int, freq_shift: float, dtype: torch.dtype) -> Tensor:

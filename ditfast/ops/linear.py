@@ -6,17 +6,16 @@ The fused GEMMs (gemm.py) take widths that are multiples of 8 (16-byte rows of 1
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import ops as formulas
-from . import check
-from .adaln import gated_residual
+from . import check, gemm
+from .adaln import adaln_backward, gated_residual
 from .backend import Kernel, apply, autocast_dtype, current_backend, sharded, takes_triton, wants_gradient
-from .gemm import summed
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -43,7 +42,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if wants_gradient(x, weight, bias):
         out, _ = apply("_LinearGelu", rows, weight, bias, _demanded())
     else:
-        out, _ = torch.ops.ditfast.linear_gelu.default(rows, weight, bias, False, _demanded())
+        out, _ = gemm.linear_gelu(rows, weight, bias, False, _demanded())
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -72,7 +71,7 @@ def gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | 
     if wants_gradient(x, w1, b1, w2, b2):
         out, _ = apply("_GeluMlp", rows, w1, b1, w2, b2, _demanded())
     else:
-        act, _ = torch.ops.ditfast.linear_gelu.default(rows, w1, b1, False, _demanded())
+        act, _ = gemm.linear_gelu(rows, w1, b1, False, _demanded())
         out = F.linear(act, w2, b2)
     return out.view(*x.shape[:-1], w2.shape[0])
 
@@ -119,7 +118,7 @@ def linear_gated_residual(
     if wants_gradient(*inputs):
         out, _ = apply("_LinearGatedResidual", *inputs, _demanded(), gate.requires_grad)
     else:
-        out, _ = torch.ops.ditfast.linear_gated_residual.default(*inputs, False, _demanded())
+        out, _ = gemm.linear_gated_residual(*inputs, False, _demanded())
     return out
 
 
@@ -172,7 +171,7 @@ def bias_gradient(d_y: Tensor, partial: Tensor, wanted: bool) -> Tensor | None:
     """The sum over d_y's rows, of a Linear; from ``partial`` unless d_y is a DTensor."""
     if not wanted:
         return None
-    return d_y.sum(0) if sharded(d_y) else summed(partial, d_y.dtype)
+    return d_y.sum(0) if sharded(d_y) else gemm.summed(partial, d_y.dtype)
 
 
 class _LinearGelu(Kernel):
@@ -182,8 +181,7 @@ class _LinearGelu(Kernel):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, demanded: bool) -> tuple[Tensor, Tensor]:
-        result = torch.ops.ditfast.linear_gelu.default(x, weight, bias, True, demanded)
-        return cast("tuple[Tensor, Tensor]", result)
+        return gemm.linear_gelu(x, weight, bias, True, demanded)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -199,7 +197,7 @@ class _LinearGelu(Kernel):
         x, weight, pre, _bias = saved
         want_x, want_weight, want_bias, _ = ctx.needs_input_grad
         # a shard has another number of partial sums than the whole: sharded gradients are summed afterwards
-        d_pre, partial = torch.ops.ditfast.gelu_backward.default(d_act, pre, want_bias and not sharded(d_act))
+        d_pre, partial = gemm.gelu_backward(d_act, pre, want_bias and not sharded(d_act))
         d_bias = bias_gradient(d_pre, partial, want_bias)
         return d_pre @ weight if want_x else None, weight_gradient(d_pre, x, want_weight), d_bias, None
 
@@ -213,7 +211,7 @@ class _GeluMlp(Kernel):
     def forward(
         x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, demanded: bool
     ) -> tuple[Tensor, Tensor]:
-        act, pre = torch.ops.ditfast.linear_gelu.default(x, w1, b1, True, demanded)
+        act, pre = gemm.linear_gelu(x, w1, b1, True, demanded)
         return F.linear(act, w2, b2), pre
 
     @staticmethod
@@ -231,7 +229,7 @@ class _GeluMlp(Kernel):
         x, w1, w2, pre, _b1 = saved
         want_x, want_w1, want_b1, want_w2, want_b2, _ = ctx.needs_input_grad
         sums = want_b1 and not sharded(d_y)
-        d_pre, act, partial = torch.ops.ditfast.linear_gelu_backward.default(d_y, w2, pre, sums, ctx.demanded)
+        d_pre, act, partial = gemm.linear_gelu_backward(d_y, w2, pre, sums, ctx.demanded)
         return (
             d_pre @ w1 if want_x else None,
             weight_gradient(d_pre, x, want_w1),
@@ -254,13 +252,13 @@ class _LinearGatedResidual(Kernel):
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, residual: Tensor, demanded: bool, save: bool
     ) -> tuple[Tensor, Tensor]:
-        result = torch.ops.ditfast.linear_gated_residual.default(x, weight, bias, gate, residual, save, demanded)
-        return cast("tuple[Tensor, Tensor]", result)
+        return gemm.linear_gated_residual(x, weight, bias, gate, residual, save, demanded)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, weight, bias, gate, _, _, _ = inputs
-        ctx.mark_non_differentiable(output[1])
+        if output[1] is not None:
+            ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, gate, output[1], bias)
 
@@ -274,9 +272,9 @@ class _LinearGatedResidual(Kernel):
         if want_x or want_weight or want_bias or want_gate:
             wants_branch = want_x or want_weight
             branch = branch.view(d_r.shape) if want_gate else None
-            _, d_branch, _, d_vectors, d_bias, _ = torch.ops.ditfast.adaln_backward.default(
+            _, d_branch, _, d_vectors, d_bias, _ = adaln_backward(
                 d_r, None, d_r, branch, gate, None, None, None, None,
-                False, wants_branch, want_gate, False, want_bias, False, [],
+                wants=(False, wants_branch, want_gate, False, want_bias, False), partials=(),
             )  # fmt: skip
             d_branch = d_branch.view(len(x), len(weight)) if wants_branch else d_branch
             d_x = d_branch @ weight if want_x else None

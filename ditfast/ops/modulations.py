@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..kernels.launch import Layouts, planned, uses_tf32
 from ..reference import ops as formulas
 from . import check
-from .backend import Kernel, apply, autocast_dtype, current_backend, library, register, wants_gradient
+from .backend import Kernel, apply, autocast_dtype, current_backend, library, register, run, wants_gradient
 from .linear import Gradients, autocast, takes_gemm, weight_gradient, working_dtype
 
 if TYPE_CHECKING:
@@ -90,8 +91,8 @@ def modulations_of(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor
     present = [bias for bias in biases if bias is not None]
     demanded = current_backend() == "triton"
     with torch.no_grad():
-        out = torch.ops.ditfast.modulations.default(c, list(weights), present, working_dtype(c), demanded)
-    return cast(Tensor, out)
+        arguments = list(weights), present, working_dtype(c), demanded
+        return cast(Tensor, run("modulations", (c, *weights, *present), c, *arguments))
 
 
 def split(packed: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -132,33 +133,47 @@ def attached(c: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor | None = 
     return cast(Tensor, y), passed_on if c.requires_grad else c  # else later ones would compute a gradient for it
 
 
-def modulations_by(
-    config: GemmConfig, c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype
-) -> Tensor:
-    """The Linears by the candidate of ``config``."""
-    if config.candidate == "triton":
-        from ..kernels import modulations as kernels  # imports triton
+def modulations_plan(
+    tensors: Sequence[Tensor], count: int, dtype: torch.dtype, demanded: bool = False, config: GemmConfig | None = None
+) -> Callable[..., Tensor]:
+    """The Linears by the candidate of ``config``, or of the one for their shapes.
 
-        return kernels.modulations(c, weights, biases, dtype, config)
-    out = c.new_empty((c.shape[0], sum(weight.shape[0] for weight in weights)), dtype=dtype)
-    c = c.to(dtype)
-    for index, (weight, part) in enumerate(zip(weights, split(out, weights), strict=True)):
-        if biases:
-            torch.addmm(biases[index].to(dtype), c, weight.to(dtype).t(), out=part)
-        else:
-            torch.mm(c, weight.to(dtype).t(), out=part)
-    return out
+    tensors: c, the ``count`` weights, and as many biases or none. The plan takes c, the weights and the biases.
+    """
+    from ..kernels.configs.gemm import modulations_config
+    from ..kernels.modulations import Modulations  # imports triton
+
+    c, weights, biased = tensors[0], tensors[1 : count + 1], len(tensors) > count + 1
+    widths = tuple(len(weight) for weight in weights)
+    stored = weights[0].dtype
+    config = config or modulations_config(c.shape[0], sum(widths), c.shape[1], c, dtype, stored, demanded)
+    if config.candidate == "triton":
+        return Modulations(c, widths, stored, dtype, config)
+
+    def separate(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+        out = c.new_empty((c.shape[0], sum(widths)), dtype=dtype)
+        c = c.to(dtype)
+        for index, (weight, part) in enumerate(zip(weights, out.split_with_sizes(widths, dim=1), strict=True)):
+            if biased:
+                torch.addmm(biases[index].to(dtype), c, weight.to(dtype).t(), out=part)
+            else:
+                torch.mm(c, weight.to(dtype).t(), out=part)
+        return out
+
+    return separate
 
 
 def _modulations(
-    c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype, demanded: bool
+    c: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    dtype: torch.dtype,
+    demanded: bool,
+    key: Layouts | None,
 ) -> Tensor:
-    from ..kernels.configs.gemm import modulations_config
-
-    columns = sum(weight.shape[0] for weight in weights)
-    rows, inner = c.shape
-    config = modulations_config(rows, columns, inner, c, dtype, weights[0].dtype, demanded)
-    return modulations_by(config, c, weights, biases, dtype)
+    tensors = c, *weights, *biases
+    tf32 = uses_tf32(dtype)
+    return planned(modulations_plan, tensors, len(weights), dtype, demanded, key=key, tf32=tf32)(c, weights, biases)
 
 
 def _modulations_fake(

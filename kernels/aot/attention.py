@@ -59,7 +59,8 @@ def _backward(
     qkv, table, out, stats = _inputs(head_dim, tokens, dtype, bias)
     configs = [attention_config(name, head_dim, tokens, dtype, _capability(arch), bias) for name in OPERATORS]
     sums = torch.empty(_BATCH * 4, 3 * _HEADS * head_dim, device="meta")
-    launches = bwd_launches(out, qkv, out, stats, head_dim**-0.5, table, qkv, table, sums, configs)
+    delta = torch.empty(_BATCH, _HEADS, 3, tokens, device="meta")
+    launches = bwd_launches(out, qkv, out, stats, head_dim**-0.5, table, qkv, table, 4, configs, delta, sums)
     for name, (kernel, _, arguments) in zip(("d_q", "d_k and d_v", "d_bias"), launches, strict=False):
         yield _case(f"self_attention, {name}", arch, kernel, arguments)
 

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from .. import launch
-from ..launch import gpu_index
+from ..launch import gpu_index, uses_tf32
 from .tables import tuned
 
 
@@ -30,11 +30,6 @@ def head_lanes(head_dim: int) -> tuple[int, int]:
     return (max(block, 16), tail) if tail < block else (2 * block, 0)
 
 
-def uses_tf32() -> bool:
-    """Whether fp32 matmuls run in TF32, by whichever of torch's two interfaces that was allowed."""
-    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
-
-
 def launch_config(operator: str, qkv: Tensor, biased: bool) -> AttentionConfig:
     """How a kernel is launched for a packed projection: as its GPU's table says, else by the heuristic.
 
@@ -42,7 +37,7 @@ def launch_config(operator: str, qkv: Tensor, biased: bool) -> AttentionConfig:
     change with its neighbours.
     """
     _, tokens, _, _, head_dim = qkv.shape
-    tunable = not biased and (qkv.dtype != torch.float32 or uses_tf32())
+    tunable = not biased and (qkv.dtype != torch.float32 or uses_tf32(qkv.dtype))
     return _launch_config(operator, head_dim, tokens, qkv.dtype, gpu_index(qkv), biased, tunable)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import launch
-from ..launch import gpu_index
+from ..launch import gpu_index, uses_tf32
 from .tables import tuned
 
 Candidate = Literal["triton", "separate", "cublaslt"]
@@ -85,7 +85,7 @@ def gemm_config(operator: str, rows: int, columns: int, inner: int, x: Tensor, d
         x: the operand whose dtype and device count.
         demanded: only the Triton kernel will do.
     """
-    return _gemm_config(operator, rows, columns, inner, x.dtype, gpu_index(x), demanded, uses_tf32())
+    return _gemm_config(operator, rows, columns, inner, x.dtype, gpu_index(x), demanded, uses_tf32(x.dtype))
 
 
 def modulations_config(
@@ -100,7 +100,7 @@ def modulations_config(
         stored: the weights' own dtype.
         demanded: only the Triton kernel will do.
     """
-    return _modulations_config(rows, columns, inner, dtype, stored, gpu_index(x), demanded, uses_tf32())
+    return _modulations_config(rows, columns, inner, dtype, stored, gpu_index(x), demanded, uses_tf32(dtype))
 
 
 @lru_cache(maxsize=4096)
@@ -139,11 +139,6 @@ def modulations_heuristic(
         config = config._replace(block_k=config.block_k // 2)
     most = few[0].block_m if ieee else _MOST_ROWS
     return config if demanded or rows <= most else config._replace(candidate="separate")
-
-
-def uses_tf32() -> bool:
-    """Whether torch's own switch lets fp32 matmuls run in TF32."""
-    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 @lru_cache(maxsize=4096)
