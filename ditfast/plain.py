@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
+_READABLE = (Tensor, nn.Parameter, FakeTensor)
+
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a module has hooks of its own, before or after its forward or backward."""
+    own = module.__dict__
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     )
 
 
@@ -44,22 +47,34 @@ def is_as_built(model: nn.Module) -> bool:
 
 def are_readable(*linears: nn.Module) -> bool:
     """Whether Linears may be read as their parameters, which must be tensors that the kernels can read in turn."""
-    if not all(map(is_plain, linears)):
-        return False
-    tensors = (tensor for linear in linears for tensor in (linear.weight, linear.bias) if tensor is not None)
-    kinds = (Tensor, nn.Parameter, FakeTensor)
-    return all(type(tensor) in kinds and tensor.layout == torch.strided for tensor in tensors)
+    return parameters_of(*linears) is not None
+
+
+def parameters_of(*linears: nn.Module) -> list[Tensor | None] | None:
+    """Weight and bias of each Linear, or None where one is not readable."""
+    compiling = torch.compiler.is_compiling()
+    if not compiling and _has_any_global_hook():
+        return None
+    tensors: list[Tensor | None] = []
+    for linear in linears:
+        if type(linear) is not nn.Linear or "forward" in linear.__dict__ or has_hooks(linear):
+            return None
+        own = linear.__dict__["_parameters"]
+        for name in ("weight", "bias"):
+            # a replica of DataParallel has plain tensors in the place of parameters
+            tensor = own[name] if not compiling and name in own else getattr(linear, name)
+            if tensor is not None and not (type(tensor) in _READABLE and tensor.layout is torch.strided):
+                return None
+            tensors.append(tensor)
+    return tensors
 
 
 def is_plain_modulation(modulation: nn.Module | None) -> bool:
     """Whether an adaLN_modulation is what it was built as, so that its Linear may be read apart from its SiLU."""
-    return (
-        isinstance(modulation, nn.Sequential)
-        and is_plain(modulation, nn.Sequential)
-        and len(modulation) == 2
-        and is_plain(modulation[0], nn.SiLU)
-        and not cast(nn.SiLU, modulation[0]).inplace  # which writes c
-    )
+    if modulation is None or not is_plain(modulation, nn.Sequential):
+        return False
+    silu, *others = modulation._modules.values()
+    return len(others) == 1 and is_plain(cast(nn.Module, silu), nn.SiLU) and not cast(nn.SiLU, silu).inplace
 
 
 def norm_reason(name: str, norm: Any) -> str | None:
@@ -84,6 +99,8 @@ def is_identity(module: nn.Module, training: bool = False) -> bool:
         return False
     if type(module) is nn.Identity:
         return True
+    if type(module) is nn.Dropout:
+        return not training or module.p == 0
     probability = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "drop_prob", None)
     if isinstance(probability, (int, float)) and not list(module.parameters()) and not list(module.children()):
         return not training or probability == 0
@@ -97,8 +114,12 @@ def other_children(module: nn.Module, *roles: str) -> dict[str, nn.Module]:
 
 def others_are_identities(module: nn.Module, *roles: str) -> bool:
     """Whether all children besides those in ``roles`` may be left out at present."""
-    children = other_children(module, *roles).values()
-    return all(is_identity(child, child.training) and is_plain(child, type(child)) for child in children)
+    for name, child in module._modules.items():
+        if name in roles or child is None:
+            continue
+        if not (is_identity(child, child.training) and is_plain(child, type(child))):
+            return False
+    return True
 
 
 def unknown_part(module: nn.Module, *roles: str) -> str | None:

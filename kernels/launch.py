@@ -219,7 +219,5 @@ class Launch:
 
 def _is_watched(kernel: Any, knobs: Any) -> bool:
     """Whether hooks (a profiler's) want to know of launches."""
-    if kernel.pre_run_hooks:
-        return True
-    hooks = knobs.launch_enter_hook, knobs.launch_exit_hook
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
+    return bool(kernel.pre_run_hooks or getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

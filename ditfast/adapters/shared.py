@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.blocks import all_modulations
 from ..ops.backend import autocast_dtype
-from ..plain import is_plain, is_plain_modulation
+from ..ops.modulations import modulations_together
+from ..plain import is_plain, is_plain_modulation, parameters_of
 from ..reference.transforms import in_trace
 
 # of the model that is being called: its layers; the first condition, its state, and the layers' modulations of it
@@ -33,7 +33,8 @@ class SharesModulations(nn.Module):
         if not shared and any(self is layer for layer in layers):
             plain = [x.adaLN_modulation for x in layers if is_plain(x, type(x))]
             linears = [modulation[1] for modulation in plain if is_plain_modulation(modulation)]
-            packed = all_modulations(linears, nn.functional.silu(c)) if len(linears) == len(layers) else None
+            parameters = parameters_of(*linears) if len(linears) == len(layers) else None
+            packed = None if parameters is None else modulations_together(nn.functional.silu(c), parameters)
             parts = packed.split([x.out_features for x in linears], dim=1) if packed is not None else ()
             shared += [c, state, dict(zip(map(id, layers), parts, strict=False))]
         return shared[2].get(id(self)) if shared and shared[0] is c and shared[1] == state else None

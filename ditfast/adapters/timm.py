@@ -83,13 +83,13 @@ class FastMlp(GeluMlp):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         arguments = (*args, *kwargs.values())
-        if len(arguments) != 1 or not self.fuses():
-            return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
-        return self.fused(arguments[0])
+        out = self.fused(arguments[0]) if len(arguments) == 1 else None
+        return super().forward(*args, **kwargs) if out is None else out
 
-    def fuses(self) -> bool:
-        activation = is_tanh_gelu(self.act) and is_plain(self.act, type(self.act))
-        return activation and others_are_identities(self, *_MLP) and super().fuses()
+    def does_nothing_else(self) -> bool:
+        activation = self._modules["act"]
+        plain = is_tanh_gelu(activation) and is_plain(activation, type(activation))  # type: ignore[arg-type]
+        return plain and others_are_identities(self, *_MLP)
 
 
 class TimmMlp(Adapter):

@@ -17,10 +17,10 @@ from .. import ops
 from ..ops.adaln import adaln
 from ..ops.attention import attention_backend
 from ..ops.backend import takes_triton
-from ..ops.block import norm_attention, norm_linear, norm_mlp
+from ..ops.block import infer_block, norm_attention, norm_linear, norm_mlp
 from ..ops.linear import autocast, takes_gemm, working_dtype
-from ..ops.modulations import attached, modulations_of, takes_modulations
-from ..plain import are_readable, is_plain
+from ..ops.modulations import attached
+from ..plain import are_readable, is_plain, parameters_of
 from ..reference import dit as reference
 from ..reference.transforms import in_trace
 
@@ -32,39 +32,30 @@ def records_gradients() -> bool:
     return torch.is_grad_enabled() and not in_trace()
 
 
-def all_modulations(linears: Sequence[nn.Module], c: Tensor) -> Tensor | None:
-    """Linear(c) of all side by side (B, sum of N_i), without gradients; c (B, D). See :func:`ditfast.ops.modulations`.
-
-    None where each runs on its own: no kernel runs, or they are no plain Linears of one dtype on c's device.
-    """
-    if not are_readable(*linears):
-        return None
-    weights = [cast(Tensor, linear.weight) for linear in linears]
-    biases = [cast("Tensor | None", linear.bias) for linear in linears]
-    if not takes_modulations(c, weights, biases):
-        return None
-    return modulations_of(c, weights, biases)
+#: of a layer: (B, parts * D), or its parts (B, D), views of one tensor
+Modulation = Tensor | tuple[Tensor, ...]
 
 
 def modulation_of(
-    layers: nn.Sequential, c: Tensor | None, activated: bool, ahead: Tensor | None, readable: bool
-) -> tuple[Tensor, Tensor | None]:
-    """(the modulation of one layer, c for the next).
+    layers: nn.Sequential, c: Tensor | None, activated: bool, ahead: Modulation | None, parts: int, readable: bool
+) -> tuple[Sequence[Tensor], Tensor | None]:
+    """(the modulation of one layer in its parts (B, D), c for the next).
 
     Args:
         ahead: the modulation where it was computed ahead; its gradient is needed where c is given too.
         readable: whether the Linear may share a node with what reads c next.
     """
     if ahead is not None and c is None:
-        return ahead, None
+        return ahead.chunk(parts, dim=1) if isinstance(ahead, Tensor) else ahead, None
     c = cast(Tensor, c)
     if not activated:
-        return cast(Tensor, layers(c)), c
+        return layers(c).chunk(parts, dim=1), c
     linear = cast(nn.Linear, layers[1])
     if ahead is not None or (readable and are_readable(linear) and not torch.compiler.is_compiling()):
         c, weight, bias = autocast(c, linear.weight, linear.bias)
-        return attached(c, weight, bias, ahead)
-    return linear(c), c
+        modulation, c = attached(c, weight, bias, cast("Tensor | None", ahead))
+        return modulation.chunk(parts, dim=1), c
+    return linear(c).chunk(parts, dim=1), c
 
 
 class Pending(NamedTuple):
@@ -159,6 +150,11 @@ class PackedAttention(nn.Module):
         """Of the logits; None for head_dim ** -0.5."""
         return None
 
+    def parameters_read(self) -> list[Tensor | None] | None:
+        """The parameters of qkv and proj, where they may be read and its forward does nothing else; else None."""
+        linears = self._modules["qkv"], self._modules["proj"]
+        return parameters_of(*linears) if self.fuses() else None  # type: ignore[arg-type]
+
     def fused(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.proj(ops.self_attention(self.qkv(x), self.num_heads, self.softmax_scale())))
 
@@ -169,12 +165,20 @@ class GeluMlp(nn.Module):
     fc1: nn.Linear
     fc2: nn.Linear
 
-    def fuses(self) -> bool:
-        """Whether its forward does nothing else at present, and its Linears may be read as their parameters."""
-        return are_readable(self.fc1, self.fc2)
+    def does_nothing_else(self) -> bool:
+        """Whether its forward is that at present."""
+        return True
 
-    def fused(self, x: Tensor) -> Tensor:
-        return ops.gelu_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+    def fused(self, x: Tensor) -> Tensor | None:
+        """None where its Linears must be called as modules, or its forward does something else."""
+        parameters = self.parameters_read()
+        return None if parameters is None else ops.gelu_mlp(x, *parameters)  # type: ignore[arg-type]
+
+    def parameters_read(self) -> list[Tensor | None] | None:
+        """The parameters of fc1 and fc2, where they may be read and its forward does nothing else; else None."""
+        linears = self._modules["fc1"], self._modules["fc2"]
+        return parameters_of(*linears) if self.does_nothing_else() else None  # type: ignore[arg-type]
+
 
 
 class FusedAttention(PackedAttention, reference.Attention):
@@ -183,7 +187,7 @@ class FusedAttention(PackedAttention, reference.Attention):
 
     def fuses(self) -> bool:
         # normalised queries and keys are no longer packed
-        return is_plain(self.q_norm, nn.Identity) and is_plain(self.k_norm, nn.Identity)
+        return is_plain(self._modules["q_norm"], nn.Identity) and is_plain(self._modules["k_norm"], nn.Identity)
 
     def extra_repr(self) -> str:
         return "" if self.fuses() else "qk_norm: runs the reference's code"
@@ -191,7 +195,8 @@ class FusedAttention(PackedAttention, reference.Attention):
 
 class FusedMlp(GeluMlp, reference.Mlp):
     def forward(self, x: Tensor) -> Tensor:
-        return self.fused(x) if self.fuses() else super().forward(x)
+        out = self.fused(x)
+        return super().forward(x) if out is None else out
 
 
 class AdaLNForward(nn.Module):
@@ -216,7 +221,7 @@ class AdaLNForward(nn.Module):
         bias: Tensor | None,
         c: Tensor | None,
         activated: bool,
-        modulation: Tensor | None,
+        modulation: Modulation | None,
         hands_over: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """(x, branch, gate, bias, c) for the next block; see :class:`Pending`.
@@ -226,57 +231,61 @@ class AdaLNForward(nn.Module):
             modulation: (B, 4D) or (B, 6D) where it was computed ahead; c is given too where it needs its gradient.
             hands_over: whether only the next norm sees the branch, which may then compute its bias's gradient.
         """
+        trains = records_gradients()
+        parameters = self.parameters_read() if trains or not torch.compiler.is_compiling() else None
+        readable = trains and parameters is not None and self._takes_nodes(x, parameters)
+        parts, c = modulation_of(self.adaLN_modulation, c, activated, modulation, self.modulations, readable)
+        norms, attn = self._modules, self.attn
+        eps1, eps2 = norms["norm1"].eps, norms["norm2"].eps
+        if parameters is not None and not trains and bias is None and self.modulations == 6:
+            heads = attn.num_heads, attn.softmax_scale()
+            done = infer_block(x, branch, gate, parts, parameters, *heads, eps1, eps2)
+            if done is not None:
+                return *done, None, c
         pending = Pending(branch, gate, bias)
-        readable = records_gradients() and self._is_readable(x)
-        modulation, c = modulation_of(self.adaLN_modulation, c, activated, modulation, readable)
-        shift1, scale1, gate1, shift2, scale2, gate2 = self._chunks(modulation)
-        norm1, norm2 = (shift1, scale1, self.norm1.eps), (shift2, scale2, self.norm2.eps)
-        if not (readable and self._wants_gradient(x, modulation)):
+        shift1, scale1, gate1, shift2, scale2, gate2 = parts if len(parts) == 6 else (*parts[:2], None, *parts[2:], None)
+        norm1, norm2 = (shift1, scale1, eps1), (shift2, scale2, eps2)
+        if not (readable and self._wants_gradient(x, shift1, parameters)):
             x, h = add_and_norm(x, pending, *norm1)
-            x, h = add_and_norm(x, Pending(self.attn(h), gate1), *norm2)
+            x, h = add_and_norm(x, Pending(attn(h), gate1), *norm2)
             return x, self.mlp(h), gate2, None, c
-        attn: PackedAttention = self.attn
-        proj, fc1, fc2 = attn.proj, self.mlp.fc1, self.mlp.fc2
-        qkv = autocast(attn.qkv.weight, attn.qkv.bias)
+        qkv_weight, qkv_bias, proj_weight, proj_bias, *mlp = parameters
+        qkv = autocast(qkv_weight, qkv_bias)
         num_heads, scale = attn.num_heads, attn.softmax_scale()
-        head_dim = attn.qkv.out_features // (3 * num_heads)
-        if attention_backend(modulation, x.shape[1], head_dim, training=True) == "triton":
+        head_dim = len(qkv_weight) // (3 * num_heads)
+        if attention_backend(shift1, x.shape[1], head_dim, training=True) == "triton":
             scale = head_dim**-0.5 if scale is None else scale
             x, out = _norm_and(norm_attention, x, pending, *norm1, *qkv, num_heads, scale)
         else:
             x, packed = _norm_and(norm_linear, x, pending, *norm1, *qkv)
             out = ops.self_attention(packed, num_heads, scale)
-        bias = proj.bias if gate1 is not None else None  # without a gate no operator adds the branch
-        pending = Pending(F.linear(out, proj.weight, proj.bias if bias is None else bias.detach()), gate1, bias)
-        handed_bias = fc2.bias if hands_over and gate2 is not None else None
-        bias = fc2.bias if handed_bias is None else handed_bias.detach()
-        parameters = autocast(fc1.weight, fc1.bias, fc2.weight, bias)
-        demanded = ops.current_backend() == "triton"
-        x, branch = _norm_and(norm_mlp, x, pending, *norm2, *parameters, demanded)
+        bias = proj_bias if gate1 is not None else None  # without a gate no operator adds the branch
+        pending = Pending(F.linear(out, proj_weight, proj_bias if bias is None else bias.detach()), gate1, bias)
+        w1, b1, w2, b2 = mlp
+        handed_bias = b2 if hands_over and gate2 is not None else None
+        mlp = autocast(w1, b1, w2, b2 if handed_bias is None else handed_bias.detach())
+        x, branch = _norm_and(norm_mlp, x, pending, *norm2, *mlp, ops.current_backend() == "triton")
         return x, branch, gate2, handed_bias, c
 
-    def _is_readable(self, x: Tensor) -> bool:
-        """Whether the kernels run, and every Linear but the modulation's may be read as its parameters."""
-        attn, mlp = self.attn, self.mlp
-        if not (isinstance(attn, PackedAttention) and isinstance(mlp, GeluMlp) and attn.fuses() and mlp.fuses()):
-            return False
-        if not (is_plain(attn, type(attn)) and is_plain(mlp, type(mlp)) and are_readable(attn.qkv, attn.proj)):
-            return False
-        widths = (x.shape[2], len(mlp.fc1.weight))
-        return takes_triton(_NORM, x, x.shape[2], self.parameters()) and takes_gemm("gelu_mlp", x, widths, ())
+    def parameters_read(self) -> list[Tensor | None] | None:
+        """The parameters of qkv, proj, fc1 and fc2, where attention and MLP read nothing else; else None."""
+        attn, mlp = self._modules["attn"], self._modules["mlp"]
+        if not (isinstance(attn, PackedAttention) and isinstance(mlp, GeluMlp)):
+            return None
+        if not (is_plain(attn, type(attn)) and is_plain(mlp, type(mlp))):
+            return None
+        of_attention, of_mlp = attn.parameters_read(), mlp.parameters_read()
+        return None if of_attention is None or of_mlp is None else of_attention + of_mlp
 
-    def _wants_gradient(self, x: Tensor, modulation: Tensor) -> bool:
+    def _takes_nodes(self, x: Tensor, parameters: Sequence[Tensor | None]) -> bool:
+        """Whether the kernels run, of both halves of the block."""
+        widths = (x.shape[2], len(cast(Tensor, parameters[4])))
+        return takes_triton(_NORM, x, x.shape[2], parameters) and takes_gemm("gelu_mlp", x, widths, ())
+
+    def _wants_gradient(self, x: Tensor, modulation: Tensor, parameters: Sequence[Tensor | None]) -> bool:
         """Whether anything wants a gradient, in dtypes that the nodes take."""
-        linears = (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2)
-        parameters = [tensor for layer in linears for tensor in (layer.weight, layer.bias) if tensor is not None]
-        wants = any(tensor.requires_grad for tensor in (x, modulation, *parameters))
-        return wants and modulation.dtype == working_dtype(self.attn.qkv.weight)
-
-    def _chunks(self, modulation: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
-        if self.modulations == 6:
-            return modulation.chunk(6, dim=-1)  # type: ignore[return-value]
-        shift1, scale1, shift2, scale2 = modulation.chunk(4, dim=-1)
-        return shift1, scale1, None, shift2, scale2, None
+        wants = any(tensor is not None and tensor.requires_grad for tensor in (x, modulation, *parameters))
+        return wants and modulation.dtype == working_dtype(cast(Tensor, parameters[0]))
 
 
 class FusedAdaLNBlock(AdaLNForward, reference.AdaLNBlock):
@@ -296,10 +305,10 @@ class FusedFinalLayer(reference.FinalLayer):
         bias: Tensor | None,
         c: Tensor | None,
         activated: bool,
-        modulation: Tensor | None,
+        modulation: Modulation | None,
     ) -> Tensor:
-        modulation, _ = modulation_of(cast(nn.Sequential, self.adaLN_modulation), c, activated, modulation, False)
-        shift, scale = modulation.chunk(2, dim=-1)
+        layers = cast(nn.Sequential, self.adaLN_modulation)
+        (shift, scale), _ = modulation_of(layers, c, activated, modulation, 2, False)
         _, h = add_and_norm(x, Pending(branch, gate, bias), shift, scale, self.norm_final.eps)
         return cast(Tensor, self.linear(h))
 

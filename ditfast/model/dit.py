@@ -9,6 +9,7 @@ per block keep working.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import NoReturn, cast
 
 import torch
@@ -17,15 +18,16 @@ from torch import Tensor, nn
 
 from ..config import DiTConfig
 from ..ops.backend import autocast_dtype
-from ..plain import is_plain, is_plain_modulation
+from ..ops.modulations import modulations_together
+from ..plain import is_plain, is_plain_modulation, parameters_of
 from ..reference import dit as reference
 from ..reference.ops import unpatchify
 from .blocks import (
     FUSED,
     FusedLabelEmbedder,
     FusedTimestepEmbedder,
+    Modulation,
     Pending,
-    all_modulations,
     records_gradients,
 )
 
@@ -77,7 +79,8 @@ class DiT(reference.DiT):
         with torch.no_grad():
             activated = self._activates()
             c = self._conditioning(t, y, activated)
-            launched = all_modulations(self._modulation_linears(), c) if activated else None
+            parameters = parameters_of(*self._modulation_linears()) if activated else None
+            launched = None if parameters is None else modulations_together(c, parameters)
             if launched is not None:
                 return launched
             parts = [layers[-1](c) if activated else layers(c) for layers in self._modulation_layers()]
@@ -103,7 +106,7 @@ class DiT(reference.DiT):
             raise ValueError(f"x must have shape (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
         if modulation.shape != (len(x), sum(rows)):
             raise ValueError(f"modulation must have shape ({len(x)}, {sum(rows)}), got {tuple(modulation.shape)}")
-        return self._denoised(self._tokens(x), None, modulation.split_with_sizes(rows, dim=1), True)
+        return self._denoised(self._tokens(x), None, self._split(modulation, rows), True)
 
     def _check_modulated(self) -> None:
         if not self.fused:
@@ -113,32 +116,39 @@ class DiT(reference.DiT):
         """Whether all adaLN Linears read the same SiLU(c): their Sequentials are as they were built."""
         return all(map(is_plain_modulation, self._modulation_layers()))
 
+    def _layers(self) -> list[nn.Module]:
+        """The blocks and the final layer."""
+        modules = self._modules  # not attributes, of which a module looks up each in three places
+        return [*modules["blocks"]._modules.values(), modules["final_layer"]]  # type: ignore[list-item, union-attr]
+
     def _modulation_layers(self) -> list[nn.Sequential]:
         """adaLN_modulation of each block and of the final layer."""
-        return [cast(nn.Sequential, layer.adaLN_modulation) for layer in (*self.blocks, self.final_layer)]
+        return [cast(nn.Sequential, layer._modules["adaLN_modulation"]) for layer in self._layers()]
 
     def _modulation_linears(self) -> list[nn.Linear]:
-        return [cast(nn.Linear, layers[-1]) for layers in self._modulation_layers()]
+        return [cast(nn.Linear, [*layers._modules.values()][-1]) for layers in self._modulation_layers()]
 
     def _denoised(
-        self, x: Tensor, c: Tensor | None, modulations: Sequence[Tensor | None], activated: bool
+        self, x: Tensor, c: Tensor | None, modulations: Sequence[Modulation | None], activated: bool
     ) -> Tensor:
         """Tokens x (B, T, D) through the blocks and the final layer, to (B, C_out, height, width)."""
         pending = Pending()
         *of_blocks, of_final_layer = modulations
         # layers whose branches only the next layer sees: no hooks, wrappers, sharding or forward of their own
-        private = [records_gradients() and is_plain(layer, kind) for layer, kind in self._fused_layers()]
-        hands_over = [current and following for current, following in zip(private[:-1], private[1:], strict=True)]
-        for block, modulation, hands in zip(self.blocks, of_blocks, hands_over, strict=True):
-            x, *rest, c = block(x, *pending, c, activated, modulation, *([True] if hands else []))
-            pending = Pending(*rest)
-        x = self.final_layer(x, *pending, c, activated, of_final_layer)
+        private = self._are_plain() if records_gradients() else [False] * len(modulations)
+        *blocks, final_layer = self._layers()
+        for block, modulation, current, following in zip(blocks, of_blocks, private[:-1], private[1:], strict=True):
+            hands = (True,) if current and following else ()
+            x, branch, gate, bias, c = block(x, *pending, c, activated, modulation, *hands)
+            pending = Pending(branch, gate, bias)
+        x = final_layer(x, *pending, c, activated, of_final_layer)
         return unpatchify(x, self.config.patch_size, self.config.grid_size)
 
-    def _fused_layers(self) -> list[tuple[nn.Module, type[nn.Module]]]:
-        """The blocks and the final layer, each with the class it was given."""
+    def _are_plain(self) -> list[bool]:
+        """Whether each block, and the final layer, is of the class that it was given, without hooks or wrappers."""
         kind = FUSED[reference.AdaLNZeroBlock if self.config.conditioning == "adaln_zero" else reference.AdaLNBlock]
-        return [*((block, kind) for block in self.blocks), (self.final_layer, FUSED[reference.FinalLayer])]
+        *blocks, final_layer = self._layers()
+        return [*(is_plain(block, kind) for block in blocks), is_plain(final_layer, FUSED[reference.FinalLayer])]
 
     def _conditioning(self, t: Tensor, y: Tensor, activated: bool) -> Tensor:
         """c, through its SiLU where ``activated``."""
@@ -166,7 +176,7 @@ class DiT(reference.DiT):
         forward = "fused forward" if self.fused else "no fused forward for this design: runs the reference's code"
         return f"{self.config.name}, {self.config.conditioning}: {forward}"
 
-    def _modulations(self, c: Tensor, activated: bool) -> tuple[Tensor | None, Sequence[Tensor | None]]:
+    def _modulations(self, c: Tensor, activated: bool) -> tuple[Tensor | None, Sequence[Modulation | None]]:
         """(c where the layers have a use for it, the modulation of each block and of the final layer).
 
         None where the layer computes its own from c. Training takes one launch too, and each layer's gradient goes back
@@ -175,15 +185,26 @@ class DiT(reference.DiT):
         separate = c, (None,) * (len(self.blocks) + 1)
         linears = self._modulation_linears() if activated else []
         # hooks and wrappers of a layer may write or gather its weights before it is called
-        if not activated or not all(is_plain(*each) for each in self._fused_layers()):
+        if not activated or not all(self._are_plain()):
             return separate
-        # not linear.parameters(): a replica of DataParallel has plain tensors
-        tensors = [c, *(getattr(linear, name, None) for linear in linears for name in ("weight", "bias"))]
-        trains = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+        parameters = parameters_of(*linears)
+        if parameters is None:
+            return separate
+        tensors = (c, *parameters)
+        trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
         if trains and autocast_dtype(c.device.type) is not None:
             return separate
-        launched = all_modulations(linears, c)
+        launched = modulations_together(c, parameters)
         if launched is None:
             return separate
-        widths = [linear.out_features for linear in linears]
-        return c if trains else None, launched.split_with_sizes(widths, dim=1)
+        widths = [len(weight) for weight in parameters[::2]]  # type: ignore[arg-type]
+        return (c, launched.split_with_sizes(widths, dim=1)) if trains else (None, self._split(launched, widths))
+
+    def _split(self, modulation: Tensor, widths: Sequence[int]) -> Sequence[Modulation]:
+        """The modulation of each layer, in parts as wide as the model where it is made of such."""
+        width = self.config.hidden_size
+        if any(each % width for each in widths):
+            return modulation.split_with_sizes(widths, dim=1)
+        parts = modulation.unflatten(1, (-1, width)).unbind(1)  # one call: a view costs what a launch does
+        ends = accumulate((each // width for each in widths), initial=0)
+        return [parts[first:end] for first, end in pairwise(ends)]

@@ -12,16 +12,20 @@ the modulation of the norm that follows. See :mod:`ditfast.ops.adaln`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.launch import keep, kept, uses_tf32
+from ..reference import ops as formulas
 from .adaln import adaln_forward, norm_backward, norm_saved
-from .attention import attention_backward, attention_forward
-from .backend import Kernel, apply
-from .gemm import linear_gelu, linear_gelu_backward, sum_partials
-from .linear import Gradients, weight_gradient
+from .attention import attention_backend, attention_backward, attention_forward
+from .attention_implementations import run_library
+from .backend import Kernel, apply, current_backend, direct_layouts, takes_triton
+from .gemm import linear_gelu, linear_gelu_backward, linear_gelu_plan, sum_partials
+from .linear import Gradients, takes_gemm, weight_gradient
 
 _NORM_INPUTS = 7  # of each node: (x, branch, gate, bias, shift, scale, eps)
 
@@ -204,3 +208,108 @@ def norm_mlp(*inputs: Any) -> tuple[Tensor, Tensor]:
     """
     r, y, *_ = apply("_NormMlp", *inputs)
     return r, y
+
+
+class _Inference:
+    """What a block without gradients launches beside its Linears, kept by the layouts of all that these follow from."""
+
+    __slots__ = ("activate", "attend", "norm1", "norm2")
+
+    norm1: Callable[..., Any]  # as AdaLNForward
+    attend: Callable[[Tensor], Tensor]
+    norm2: Callable[..., Any]
+    activate: Callable[..., Tensor]
+
+
+def infer_block(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    modulation: Sequence[Tensor],
+    parameters: Sequence[Tensor | None],
+    num_heads: int,
+    softmax_scale: float | None,
+    eps1: float,
+    eps2: float,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """An adaLN-Zero block without gradients: (x, branch, gate) for the next one. None where it must be computed by its
+    operators: something looks at them, autocast is on, no kernel runs, or dtypes differ.
+
+    Args:
+        x, branch, gate: the residual stream (B, T, D) and the pending branch with its gate, or None.
+        modulation: shift, scale and gate of attention, then of the MLP, (B, D) each, views of one tensor.
+        parameters: weight and bias of qkv, proj, fc1 and fc2.
+        softmax_scale: of the logits; None for head_dim ** -0.5.
+    """
+    shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+    layouts = direct_layouts(x, branch, gate, shift1)
+    if layouts is None or torch._C._is_any_autocast_enabled():
+        return None
+    w_qkv, b_qkv, w_proj, b_proj, w1, b1, w2, b2 = cast("list[Tensor]", parameters)
+    widths = w_qkv.shape, w_proj.shape, w1.shape
+    heads = num_heads, softmax_scale
+    key = "block", layouts, widths, heads, eps1, eps2, b1 is None, current_backend(), uses_tf32(shift1.dtype)
+    plan: _Inference | None = kept(key)
+    if plan is None:
+        plan = _plan_block(x, branch, gate, modulation, parameters, num_heads, softmax_scale, eps1, eps2)
+        if plan is None:
+            return None
+        keep(key, plan)
+    r, h, _, _ = plan.norm1(x, branch, gate, shift1, scale1)
+    out = plan.attend(F.linear(h, w_qkv, b_qkv))
+    r, h, _, _ = plan.norm2(x if branch is None else r, F.linear(out, w_proj, b_proj), gate1, shift2, scale2)
+    act = plan.activate(h.view(-1, h.shape[2]), w1, b1)
+    return r, F.linear(act, w2, b2).view(h.shape), gate2
+
+
+def _plan_block(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    modulation: Sequence[Tensor],
+    parameters: Sequence[Tensor | None],
+    num_heads: int,
+    softmax_scale: float | None,
+    eps1: float,
+    eps2: float,
+) -> _Inference | None:
+    """The plan of such tensors; None where it must be computed by its operators."""
+    w_qkv, _, w_proj, _, w1, b1, _, _ = cast("list[Tensor]", parameters)
+    shift1, scale1, gate1, shift2, scale2, _ = modulation
+    batch, tokens, width = x.shape
+    inner, head_dim = w_qkv.shape[0] // 3, w_qkv.shape[0] // (3 * num_heads)
+    fits = (
+        x.numel() > 0
+        and shift1.shape == (batch, width)
+        and w_qkv.shape == (3 * num_heads * head_dim, width)
+        and (w_proj.shape, w1.shape[1]) == ((width, inner), width)
+        and x.dtype in (shift1.dtype, torch.float32)
+        and all(tensor.dtype == shift1.dtype for tensor in (branch, gate, *parameters) if tensor is not None)
+        and (branch is None or (gate is not None and branch.shape == x.shape and gate.shape == (batch, width)))
+    )
+    if not fits or not takes_triton("gated_residual_layer_norm_modulate", x, width):
+        return None
+    from ..kernels.adaln import AdaLNForward
+    from ..kernels.attention import AttentionForward
+
+    # of whose layouts alone the plans are made
+    h, qkv = shift1.new_empty(x.shape), shift1.new_empty((batch, tokens, len(w_qkv)))
+    plan = _Inference()
+    plan.norm1 = AdaLNForward((x, branch, gate, shift1, scale1), eps1, save=False)
+    stream = x if branch is None else x.new_empty(x.shape)
+    plan.norm2 = AdaLNForward((stream, h, gate1, shift2, scale2), eps2, save=False)
+    backend = attention_backend(qkv, tokens, head_dim, training=False)
+    if backend == "triton":
+        scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+        attention = AttentionForward((qkv, None), num_heads, scale, save=False)
+        plan.attend = lambda qkv: attention(qkv, None)[0]
+    else:
+        plan.attend = lambda qkv: run_library(backend, qkv, num_heads, softmax_scale, None)
+    demanded = current_backend() == "triton"
+    rows = h.view(-1, width)
+    if takes_gemm("gelu_mlp", h, (*w1.shape, width), ()):
+        activate = linear_gelu_plan((rows, w1, b1), False, demanded)
+        plan.activate = lambda *tensors: activate(*tensors)[0]
+    else:
+        plan.activate = formulas.linear_gelu
+    return plan

@@ -10,10 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..kernels.launch import Layouts, planned, uses_tf32
+from ..kernels.launch import Layouts, keep, kept, planned, uses_tf32
 from ..reference import ops as formulas
 from . import check
-from .backend import Kernel, apply, autocast_dtype, current_backend, library, register, run, wants_gradient
+from .backend import (
+    Kernel,
+    apply,
+    autocast_dtype,
+    current_backend,
+    direct_layouts,
+    library,
+    register,
+    run,
+    wants_gradient,
+)
 from .linear import Gradients, autocast, takes_gemm, weight_gradient, working_dtype
 
 if TYPE_CHECKING:
@@ -93,6 +103,28 @@ def modulations_of(c: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor
     with torch.no_grad():
         arguments = list(weights), present, working_dtype(c), demanded
         return cast(Tensor, run("modulations", (c, *weights, *present), c, *arguments))
+
+
+def modulations_together(c: Tensor, parameters: Sequence[Tensor | None]) -> Tensor | None:
+    """:func:`modulations` without gradients, or None where each Linear is computed on its own.
+
+    Args:
+        parameters: weight and bias of each Linear, in turn.
+    """
+    layouts = None if torch._C._is_any_autocast_enabled() else direct_layouts(c, *parameters)
+    key = None if layouts is None else ("modulations", layouts, current_backend(), uses_tf32(c.dtype))
+    weights, biases = cast("Sequence[Tensor]", parameters[::2]), parameters[1::2]
+    plan = kept(key)
+    if plan is None:
+        if not takes_modulations(c, weights, biases):
+            return None
+        if key is None:
+            return modulations_of(c, weights, biases)
+        present = [bias for bias in biases if bias is not None]
+        demanded = current_backend() == "triton"
+        plan = keep(key, modulations_plan((c, *weights, *present), len(weights), c.dtype, demanded))
+    with torch.no_grad():
+        return cast(Tensor, plan(c, weights, () if biases[0] is None else biases))
 
 
 def split(packed: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
