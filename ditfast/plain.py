@@ -6,7 +6,8 @@ would do nothing else: no subclass (LoRA, sharding), no forward of its own (offl
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +25,30 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def has_global_hooks() -> bool:
+    """Whether hooks are called around every module. Not seen while compiling."""
+    return _has_any_global_hook() and not torch.compiler.is_compiling()
+
+
+def is_unchanged(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """:func:`is_plain` for whoever has asked for global hooks: a model asks this a few hundred times in each call."""
+    own = module.__dict__
+    return not (
+        type(module) is not kind
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     """Whether a module is exactly of this class, with its class's forward and without hooks, its own or global.
 
     Global hooks are not seen while compiling.
     """
-    if type(module) is not kind or "forward" in module.__dict__ or has_hooks(module):
-        return False
-    return torch.compiler.is_compiling() or not _has_any_global_hook()
+    return is_unchanged(module, kind) and not has_global_hooks()
 
 
 def is_as_built(model: nn.Module) -> bool:
@@ -52,29 +69,44 @@ def are_readable(*linears: nn.Module) -> bool:
 
 def parameters_of(*linears: nn.Module) -> list[Tensor | None] | None:
     """Weight and bias of each Linear, or None where one is not readable."""
-    compiling = torch.compiler.is_compiling()
-    if not compiling and _has_any_global_hook():
+    if has_global_hooks():
         return None
+    strided = torch.strided
     tensors: list[Tensor | None] = []
     for linear in linears:
-        if type(linear) is not nn.Linear or "forward" in linear.__dict__ or has_hooks(linear):
+        if not is_unchanged(linear, nn.Linear):
             return None
-        own = linear.__dict__["_parameters"]
-        for name in ("weight", "bias"):
-            # a replica of DataParallel has plain tensors in the place of parameters
-            tensor = own[name] if not compiling and name in own else getattr(linear, name)
-            if tensor is not None and not (type(tensor) in _READABLE and tensor.layout is torch.strided):
-                return None
-            tensors.append(tensor)
+        weight, bias = _weight_and_bias(linear)
+        if type(weight) not in _READABLE or weight.layout is not strided:
+            return None
+        if bias is not None and (type(bias) not in _READABLE or bias.layout is not strided):
+            return None
+        tensors += (weight, bias)
     return tensors
+
+
+def _weight_and_bias(linear: Any) -> tuple[Any, Any]:
+    own = linear.__dict__["_parameters"]
+    if "weight" in own and not torch.compiler.is_compiling():
+        return own["weight"], own["bias"]  # as attributes they take ten times as long
+    return linear.weight, linear.bias  # a replica of DataParallel has plain tensors in the place of parameters
 
 
 def is_plain_modulation(modulation: nn.Module | None) -> bool:
     """Whether an adaLN_modulation is what it was built as, so that its Linear may be read apart from its SiLU."""
-    if modulation is None or not is_plain(modulation, nn.Sequential):
+    return modulation is not None and not has_global_hooks() and _is_unchanged_modulation(modulation)
+
+
+def are_plain_modulations(modulations: Iterable[nn.Module]) -> bool:
+    """:func:`is_plain_modulation` of all."""
+    return not has_global_hooks() and all(map(_is_unchanged_modulation, modulations))
+
+
+def _is_unchanged_modulation(modulation: nn.Module) -> bool:
+    if not is_unchanged(modulation, nn.Sequential):
         return False
-    silu, *others = modulation._modules.values()
-    return len(others) == 1 and is_plain(cast(nn.Module, silu), nn.SiLU) and not cast(nn.SiLU, silu).inplace
+    silu: Any = next(iter(modulation._modules.values()), None)
+    return len(modulation._modules) == 2 and is_unchanged(silu, nn.SiLU) and not silu.inplace  # which writes c
 
 
 def norm_reason(name: str, norm: Any) -> str | None:
@@ -114,12 +146,8 @@ def other_children(module: nn.Module, *roles: str) -> dict[str, nn.Module]:
 
 def others_are_identities(module: nn.Module, *roles: str) -> bool:
     """Whether all children besides those in ``roles`` may be left out at present."""
-    for name, child in module._modules.items():
-        if name in roles or child is None:
-            continue
-        if not (is_identity(child, child.training) and is_plain(child, type(child))):
-            return False
-    return True
+    children = [child for name, child in module._modules.items() if name not in roles and child is not None]
+    return not (children and has_global_hooks()) and all(is_identity(child, child.training) for child in children)
 
 
 def unknown_part(module: nn.Module, *roles: str) -> str | None:

@@ -258,15 +258,22 @@ def _adaln_bwd_kernel(
 
 class AdaLNForward:
     """One launch: (r, out, mean, rstd), None where there is none: r without a branch, the others without shift and
-    scale, mean and rstd unless ``save``."""
+    scale, mean and rstd unless ``save``. out is a matrix (B * T, D) where ``flat``."""
 
     def __init__(
-        self, tensors: Sequence[Any], eps: float, save: bool = True, config: RowConfig | None = None
+        self,
+        tensors: Sequence[Any],
+        eps: float,
+        save: bool = True,
+        config: RowConfig | None = None,
+        flat: bool = False,
     ) -> None:
         """tensors: (x, branch, gate, shift, scale), None in pairs."""
         x, branch, gate, shift, scale = map(_rows, tensors)
         batch, tokens, width = x.shape
         self._dtype = None if shift is None else shift.dtype
+        self._empty_like = torch.empty_like if x.is_contiguous() else empty_like
+        self._out = (batch * tokens, width) if flat else None
         self._saves = save and shift is not None
         self._copies = any(map(operator.is_not, (x, branch, gate, shift, scale), tensors))
         config = config or row_config("adaln_fwd", width, tokens, batch, x)
@@ -286,8 +293,11 @@ class AdaLNForward:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         if self._copies:
             x, branch, gate, shift, scale = map(_rows, (x, branch, gate, shift, scale))
-        r = None if branch is None else empty_like(x)
-        out = None if self._dtype is None else empty_like(x, self._dtype)
+        r = None if branch is None else self._empty_like(x)
+        if self._out is not None:
+            out = x.new_empty(self._out, dtype=self._dtype)
+        else:
+            out = None if self._dtype is None else empty_like(x, self._dtype)
         mean, rstd = None, None
         if self._saves:
             mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))

@@ -167,7 +167,8 @@ def _attention_fwd_kernel(
 
 
 class AttentionForward:
-    """One launch, as ``config`` says or :func:`launch_config`: (out, stats), stats None unless ``save``."""
+    """One launch, as ``config`` says or :func:`launch_config`: (out, stats), stats None unless ``save``. out is a
+    matrix (B * T, H * D) where ``flat``, and qkv may be one too."""
 
     def __init__(
         self,
@@ -176,13 +177,15 @@ class AttentionForward:
         scale: float,
         save: bool = True,
         config: AttentionConfig | None = None,
+        flat: bool = False,
     ) -> None:
         """tensors: (qkv, bias), qkv (B, T, 3 * H * D), bias None or of four axes."""
         qkv, bias = last_contiguous(tensors[0]), tensors[1]
         self._copies = qkv is not tensors[0]
         heads = split_heads(qkv, num_heads)
         batch, tokens, _, _, head_dim = heads.shape
-        self._out, self._stats = (batch, tokens, num_heads * head_dim), (batch, num_heads, 2, tokens) if save else None
+        self._out = (batch * tokens, num_heads * head_dim) if flat else (batch, tokens, num_heads * head_dim)
+        self._stats = (batch, num_heads, 2, tokens) if save else None
         config = config or launch_config("attention_fwd", heads, bias is not None)
         grid, arguments = fwd_launch(heads, bias, None, None, scale, config)
         self._launch = Launch.named(qkv, _attention_fwd_kernel, grid, arguments)

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import or_
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -174,36 +175,31 @@ class Launch:
 
     def __call__(self, *tensors: Any) -> None:
         """tensors: or None, tuples of tensors, or Triton's TensorDescriptors."""
-        addresses: list[Any] = []
         low_bits = 0
+        addresses: list[Any] = []
         for x in tensors:
             if x is None:
                 addresses.append(None)
             elif isinstance(x, Tensor):
-                address = x.data_ptr()
-                low_bits |= address
-                addresses.append(address)
+                addresses.append(x.data_ptr())
+                low_bits |= addresses[-1]
             elif type(x) is tuple:
-                each = tuple([part.data_ptr() for part in x])
-                for address in each:
-                    low_bits |= address
-                addresses.append(each)
+                addresses.append(tuple([part.data_ptr() for part in x]))
+                low_bits = reduce(or_, addresses[-1], low_bits)
             else:
                 addresses.append(x)  # whose address must be aligned
         compiled = self._compiled
         if compiled is None or low_bits & 15 or _is_watched(self.kernel, compiled[0]):
             self._by_jit(tensors, aligned=not low_bits & 15)
             return
-        _, run, grid, function, metadata = compiled
+        _, run = compiled
         if rehearsed is not None:
-            run(*grid, 0, function, metadata, None, None, None, *addresses, *self.rest)
+            run(0, *addresses, *self.rest)
         elif torch._C._cuda_getDevice() == self.index:
-            stream = torch._C._cuda_getCurrentRawStream(self.index)
-            run(*grid, stream, function, metadata, None, None, None, *addresses, *self.rest)
+            run(torch._C._cuda_getCurrentRawStream(self.index), *addresses, *self.rest)
         else:
             with torch.cuda.device(self.index):
-                stream = torch._C._cuda_getCurrentRawStream(self.index)
-                run(*grid, stream, function, metadata, None, None, None, *addresses, *self.rest)
+                run(torch._C._cuda_getCurrentRawStream(self.index), *addresses, *self.rest)
 
     def _by_jit(self, tensors: tuple[Any, ...], aligned: bool) -> None:
         from triton import knobs
@@ -213,8 +209,26 @@ class Launch:
             compiled = self.kernel[self.grid](*tensors, *self.rest, **self.options)
         # Triton's interpreter returns nothing
         if aligned and compiled is not None:
-            grid = (*self.grid, 1, 1)[:3]
-            self._compiled = knobs.runtime, compiled.run, grid, compiled.function, compiled.packed_metadata
+            self._compiled = knobs.runtime, _runner(compiled, (*self.grid, 1, 1)[:3])
+
+
+def _runner(compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+    """(stream, *arguments) -> a launch of Triton's compiled kernel, as its JIT makes it but for hooks."""
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+
+    def launch(stream: int, *arguments: Any) -> None:
+        run(*grid, stream, function, metadata, None, None, None, *arguments)
+
+    if run.global_scratch_size or run.profile_scratch_size:
+        return launch
+    # what run does without memory of its own, a microsecond sooner
+    flags = run.launch_cooperative_grid, run.launch_pdl
+    if hasattr(run, "kernel_signature"):  # triton 3.7
+        raw, annotations, signature = run.launch, run.arg_annotations, run.kernel_signature
+        rest = *flags, metadata, None, None, None, None, None, annotations, signature
+        return lambda stream, *arguments: raw(*grid, stream, function, *rest, arguments)
+    rest = *flags, None, None, metadata, None, None, None
+    return lambda stream, *arguments: run.launch(*grid, stream, function, *rest, *arguments)
 
 
 def _is_watched(kernel: Any, knobs: Any) -> bool:

@@ -20,7 +20,7 @@ from ..ops.backend import takes_triton
 from ..ops.block import infer_block, norm_attention, norm_linear, norm_mlp
 from ..ops.linear import autocast, takes_gemm, working_dtype
 from ..ops.modulations import attached
-from ..plain import are_readable, is_plain, parameters_of
+from ..plain import are_readable, has_global_hooks, is_plain, is_unchanged, parameters_of
 from ..reference import dit as reference
 from ..reference.transforms import in_trace
 
@@ -46,7 +46,7 @@ def modulation_of(
         readable: whether the Linear may share a node with what reads c next.
     """
     if ahead is not None and c is None:
-        return ahead.chunk(parts, dim=1) if isinstance(ahead, Tensor) else ahead, None
+        return ahead if isinstance(ahead, tuple) else ahead.chunk(parts, dim=1), None
     c = cast(Tensor, c)
     if not activated:
         return layers(c).chunk(parts, dim=1), c
@@ -187,7 +187,8 @@ class FusedAttention(PackedAttention, reference.Attention):
 
     def fuses(self) -> bool:
         # normalised queries and keys are no longer packed
-        return is_plain(self._modules["q_norm"], nn.Identity) and is_plain(self._modules["k_norm"], nn.Identity)
+        norms = cast(nn.Module, self._modules["q_norm"]), cast(nn.Module, self._modules["k_norm"])
+        return not has_global_hooks() and all(is_unchanged(norm, nn.Identity) for norm in norms)
 
     def extra_repr(self) -> str:
         return "" if self.fuses() else "qk_norm: runs the reference's code"
@@ -231,19 +232,26 @@ class AdaLNForward(nn.Module):
             modulation: (B, 4D) or (B, 6D) where it was computed ahead; c is given too where it needs its gradient.
             hands_over: whether only the next norm sees the branch, which may then compute its bias's gradient.
         """
+        if c is None and isinstance(modulation, tuple):
+            done = self._inferred(x, branch, gate, bias, modulation)
+            if done is not None:
+                return *done, None, None
         trains = records_gradients()
-        parameters = self.parameters_read() if trains or not torch.compiler.is_compiling() else None
+        modules = self._modules
+        parameters = self.parameters_read() if trains else None
         readable = trains and parameters is not None and self._takes_nodes(x, parameters)
-        parts, c = modulation_of(self.adaLN_modulation, c, activated, modulation, self.modulations, readable)
-        norms, attn = self._modules, self.attn
-        eps1, eps2 = norms["norm1"].eps, norms["norm2"].eps
-        if parameters is not None and not trains and bias is None and self.modulations == 6:
-            heads = attn.num_heads, attn.softmax_scale()
-            done = infer_block(x, branch, gate, parts, parameters, *heads, eps1, eps2)
+        layers = cast(nn.Sequential, modules["adaLN_modulation"])
+        parts, c = modulation_of(layers, c, activated, modulation, self.modulations, readable)
+        if not isinstance(modulation, tuple):
+            done = self._inferred(x, branch, gate, bias, parts)
             if done is not None:
                 return *done, None, c
+        attn: Any = modules["attn"]
+        eps1, eps2 = (cast(nn.LayerNorm, modules[name]).eps for name in ("norm1", "norm2"))
         pending = Pending(branch, gate, bias)
-        shift1, scale1, gate1, shift2, scale2, gate2 = parts if len(parts) == 6 else (*parts[:2], None, *parts[2:], None)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            parts if len(parts) == 6 else (*parts[:2], None, *parts[2:], None)
+        )
         norm1, norm2 = (shift1, scale1, eps1), (shift2, scale2, eps2)
         if not (readable and self._wants_gradient(x, shift1, parameters)):
             x, h = add_and_norm(x, pending, *norm1)
@@ -267,12 +275,26 @@ class AdaLNForward(nn.Module):
         x, branch = _norm_and(norm_mlp, x, pending, *norm2, *mlp, ops.current_backend() == "triton")
         return x, branch, gate2, handed_bias, c
 
+    def _inferred(
+        self, x: Tensor, branch: Tensor | None, gate: Tensor | None, bias: Tensor | None, parts: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """(x, branch, gate) for the next block without gradients; None where another way must be taken."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or bias is not None or len(parts) != 6:
+            return None
+        parameters = self.parameters_read()
+        if parameters is None:
+            return None
+        modules: Any = self._modules
+        attn = modules["attn"]
+        heads, epsilons = (attn.num_heads, attn.softmax_scale()), (modules["norm1"].eps, modules["norm2"].eps)
+        return infer_block(x, branch, gate, parts, parameters, *heads, *epsilons)
+
     def parameters_read(self) -> list[Tensor | None] | None:
         """The parameters of qkv, proj, fc1 and fc2, where attention and MLP read nothing else; else None."""
         attn, mlp = self._modules["attn"], self._modules["mlp"]
         if not (isinstance(attn, PackedAttention) and isinstance(mlp, GeluMlp)):
             return None
-        if not (is_plain(attn, type(attn)) and is_plain(mlp, type(mlp))):
+        if not (is_unchanged(attn, type(attn)) and is_unchanged(mlp, type(mlp))):
             return None
         of_attention, of_mlp = attn.parameters_read(), mlp.parameters_read()
         return None if of_attention is None or of_mlp is None else of_attention + of_mlp

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..config import DiTConfig
 from ..ops.backend import autocast_dtype
 from ..ops.modulations import modulations_together
-from ..plain import is_plain, is_plain_modulation, parameters_of
+from ..plain import are_plain_modulations, has_global_hooks, is_unchanged, parameters_of
 from ..reference import dit as reference
 from ..reference.ops import unpatchify
 from .blocks import (
@@ -114,7 +114,7 @@ class DiT(reference.DiT):
 
     def _activates(self) -> bool:
         """Whether all adaLN Linears read the same SiLU(c): their Sequentials are as they were built."""
-        return all(map(is_plain_modulation, self._modulation_layers()))
+        return are_plain_modulations(self._modulation_layers())
 
     def _layers(self) -> list[nn.Module]:
         """The blocks and the final layer."""
@@ -123,10 +123,10 @@ class DiT(reference.DiT):
 
     def _modulation_layers(self) -> list[nn.Sequential]:
         """adaLN_modulation of each block and of the final layer."""
-        return [cast(nn.Sequential, layer._modules["adaLN_modulation"]) for layer in self._layers()]
+        return [layer._modules["adaLN_modulation"] for layer in self._layers()]  # type: ignore[misc]
 
     def _modulation_linears(self) -> list[nn.Linear]:
-        return [cast(nn.Linear, [*layers._modules.values()][-1]) for layers in self._modulation_layers()]
+        return [next(reversed(layers._modules.values())) for layers in self._modulation_layers()]  # type: ignore[misc]
 
     def _denoised(
         self, x: Tensor, c: Tensor | None, modulations: Sequence[Modulation | None], activated: bool
@@ -148,7 +148,9 @@ class DiT(reference.DiT):
         """Whether each block, and the final layer, is of the class that it was given, without hooks or wrappers."""
         kind = FUSED[reference.AdaLNZeroBlock if self.config.conditioning == "adaln_zero" else reference.AdaLNBlock]
         *blocks, final_layer = self._layers()
-        return [*(is_plain(block, kind) for block in blocks), is_plain(final_layer, FUSED[reference.FinalLayer])]
+        if has_global_hooks():
+            return [False] * (len(blocks) + 1)
+        return [*(is_unchanged(x, kind) for x in blocks), is_unchanged(final_layer, FUSED[reference.FinalLayer])]
 
     def _conditioning(self, t: Tensor, y: Tensor, activated: bool) -> Tensor:
         """c, through its SiLU where ``activated``."""

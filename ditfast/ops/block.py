@@ -258,8 +258,7 @@ def infer_block(
     r, h, _, _ = plan.norm1(x, branch, gate, shift1, scale1)
     out = plan.attend(F.linear(h, w_qkv, b_qkv))
     r, h, _, _ = plan.norm2(x if branch is None else r, F.linear(out, w_proj, b_proj), gate1, shift2, scale2)
-    act = plan.activate(h.view(-1, h.shape[2]), w1, b1)
-    return r, F.linear(act, w2, b2).view(h.shape), gate2
+    return r, F.linear(plan.activate(h, w1, b1), w2, b2).view(r.shape), gate2
 
 
 def _plan_block(
@@ -295,16 +294,17 @@ def _plan_block(
     # of whose layouts alone the plans are made
     h, qkv = shift1.new_empty(x.shape), shift1.new_empty((batch, tokens, len(w_qkv)))
     plan = _Inference()
-    plan.norm1 = AdaLNForward((x, branch, gate, shift1, scale1), eps1, save=False)
+    plan.norm1 = AdaLNForward((x, branch, gate, shift1, scale1), eps1, save=False, flat=True)
     stream = x if branch is None else x.new_empty(x.shape)
-    plan.norm2 = AdaLNForward((stream, h, gate1, shift2, scale2), eps2, save=False)
+    plan.norm2 = AdaLNForward((stream, h, gate1, shift2, scale2), eps2, save=False, flat=True)
     backend = attention_backend(qkv, tokens, head_dim, training=False)
     if backend == "triton":
         scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-        attention = AttentionForward((qkv, None), num_heads, scale, save=False)
+        attention = AttentionForward((qkv, None), num_heads, scale, save=False, flat=True)
         plan.attend = lambda qkv: attention(qkv, None)[0]
     else:
-        plan.attend = lambda qkv: run_library(backend, qkv, num_heads, softmax_scale, None)
+        shape = qkv.shape
+        plan.attend = lambda qkv: run_library(backend, qkv.view(shape), num_heads, softmax_scale, None).flatten(0, 1)
     demanded = current_backend() == "triton"
     rows = h.view(-1, width)
     if takes_gemm("gelu_mlp", h, (*w1.shape, width), ()):
