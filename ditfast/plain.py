@@ -122,16 +122,19 @@ def norm_reason(name: str, norm: Any) -> str | None:
 
 def is_plain_norm(norm: nn.Module) -> bool:
     """Whether the modulated norm may replace it at present."""
-    return is_plain(norm, nn.LayerNorm) and norm_reason("norm", norm) is None
+    if not is_plain(norm, nn.LayerNorm):
+        return False
+    return not norm.elementwise_affine and len(norm.normalized_shape) == 1  # type: ignore[arg-type]
 
 
 def is_identity(module: nn.Module, training: bool = False) -> bool:
     """Whether a module without hooks passes its input on unchanged: an identity, a dropout (when not training)."""
-    if has_hooks(module) or "forward" in module.__dict__:
+    kind = type(module)
+    if not is_unchanged(module, kind):
         return False
-    if type(module) is nn.Identity:
+    if kind is nn.Identity:
         return True
-    if type(module) is nn.Dropout:
+    if kind is nn.Dropout:
         return not training or module.p == 0
     probability = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "drop_prob", None)
     if isinstance(probability, (int, float)) and not list(module.parameters()) and not list(module.children()):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from ditfast import ops
-from ditfast.model import blocks
+from ditfast.model import blocks, dit
 from ditfast.training import diffusion_loss
 
 from ...testing.units import Direction
@@ -39,7 +39,8 @@ _OPERATORS = {
         *("timestep_embedding", "conditioning", "layer_norm_modulate", "gated_residual"),
         *("gated_residual_layer_norm_modulate", "self_attention", "gelu_mlp"),
     ),
-    blocks: ("adaln", "attached", "modulations_of", "norm_linear", "norm_attention", "norm_mlp"),
+    blocks: ("adaln", "attached", "infer_block", "norm_linear", "norm_attention", "norm_mlp"),
+    dit: ("modulations_together",),
 }
 _CPU = torch.device("cpu")
 _SEED = 0

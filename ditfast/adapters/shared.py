@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model.blocks import split_modulation
 from ..ops.backend import autocast_dtype
 from ..ops.modulations import modulations_together
 from ..plain import is_plain, is_plain_modulation, parameters_of
@@ -23,19 +24,27 @@ _call: ContextVar[tuple[list[Any], list[Any]] | None] = ContextVar("ditfast_call
 
 
 class SharesModulations(nn.Module):
-    """Mixin of a layer that takes its modulation (B, N) from its model's launch; None: it runs its own Linear."""
+    """Mixin of a layer that takes its modulation from its model's launch.
 
-    def shared_modulation(self, c: Tensor) -> Tensor | None:
+    Attributes:
+        modulations: the parts of its modulation, each as wide as the model.
+    """
+
+    modulations: int
+
+    def shared_modulation(self, c: Tensor) -> tuple[Tensor, ...] | None:
+        """Its parts (B, D), or None: it runs its own Linear."""
         if torch.compiler.is_compiling() or in_trace() or torch.is_grad_enabled() or c.is_inference():
             return None
         layers, shared = _call.get() or ([], [])
-        state = c._version, autocast_dtype(c.device.type)
+        state = c._version, torch._C._is_any_autocast_enabled() and autocast_dtype(c.device.type)
         if not shared and any(self is layer for layer in layers):
             plain = [x.adaLN_modulation for x in layers if is_plain(x, type(x))]
             linears = [modulation[1] for modulation in plain if is_plain_modulation(modulation)]
             parameters = parameters_of(*linears) if len(linears) == len(layers) else None
             packed = None if parameters is None else modulations_together(nn.functional.silu(c), parameters)
-            parts = packed.split([x.out_features for x in linears], dim=1) if packed is not None else ()
+            widths = [x.out_features for x in linears]
+            parts = split_modulation(packed, widths, [x.modulations for x in layers]) if packed is not None else ()
             shared += [c, state, dict(zip(map(id, layers), parts, strict=False))]
         return shared[2].get(id(self)) if shared and shared[0] is c and shared[1] == state else None
 

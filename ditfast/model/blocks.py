@@ -7,6 +7,7 @@ instead of adding it. In training each half of a block is one autograd node (:mo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.adaln import adaln
-from ..ops.attention import attention_backend
-from ..ops.backend import takes_triton
+from ..ops.attention import chosen_backend
+from ..ops.backend import takes_triton, wants_gradient
 from ..ops.block import infer_block, norm_attention, norm_linear, norm_mlp
 from ..ops.linear import autocast, takes_gemm, working_dtype
 from ..ops.modulations import attached
@@ -56,6 +57,16 @@ def modulation_of(
         modulation, c = attached(c, weight, bias, cast("Tensor | None", ahead))
         return modulation.chunk(parts, dim=1), c
     return linear(c).chunk(parts, dim=1), c
+
+
+def split_modulation(modulation: Tensor, widths: Sequence[int], parts: Sequence[int]) -> list[tuple[Tensor, ...]]:
+    """The modulations (B, sum of widths) of layers side by side, each in so many parts."""
+    counts = {width // count for width, count in zip(widths, parts, strict=True)}
+    if len(counts) > 1:
+        each = modulation.split_with_sizes(widths, dim=1)
+        return [x.chunk(count, dim=1) for x, count in zip(each, parts, strict=True)]
+    vectors = modulation.unflatten(1, (-1, counts.pop())).unbind(1)  # one call: a view costs what a launch does
+    return [vectors[first:end] for first, end in pairwise(accumulate(parts, initial=0))]
 
 
 class Pending(NamedTuple):
@@ -232,8 +243,8 @@ class AdaLNForward(nn.Module):
             modulation: (B, 4D) or (B, 6D) where it was computed ahead; c is given too where it needs its gradient.
             hands_over: whether only the next norm sees the branch, which may then compute its bias's gradient.
         """
-        if c is None and isinstance(modulation, tuple):
-            done = self._inferred(x, branch, gate, bias, modulation)
+        if c is None and isinstance(modulation, tuple) and bias is None:
+            done = self.inferred(x, branch, gate, modulation)
             if done is not None:
                 return *done, None, None
         trains = records_gradients()
@@ -242,8 +253,8 @@ class AdaLNForward(nn.Module):
         readable = trains and parameters is not None and self._takes_nodes(x, parameters)
         layers = cast(nn.Sequential, modules["adaLN_modulation"])
         parts, c = modulation_of(layers, c, activated, modulation, self.modulations, readable)
-        if not isinstance(modulation, tuple):
-            done = self._inferred(x, branch, gate, bias, parts)
+        if bias is None and not isinstance(modulation, tuple):
+            done = self.inferred(x, branch, gate, parts)
             if done is not None:
                 return *done, None, c
         attn: Any = modules["attn"]
@@ -260,8 +271,8 @@ class AdaLNForward(nn.Module):
         qkv_weight, qkv_bias, proj_weight, proj_bias, *mlp = parameters
         qkv = autocast(qkv_weight, qkv_bias)
         num_heads, scale = attn.num_heads, attn.softmax_scale()
-        head_dim = len(qkv_weight) // (3 * num_heads)
-        if attention_backend(shift1, x.shape[1], head_dim, training=True) == "triton":
+        head_dim = qkv_weight.shape[0] // (3 * num_heads)
+        if chosen_backend(shift1, x.shape[1], head_dim, None, training=True) == "triton":
             scale = head_dim**-0.5 if scale is None else scale
             x, out = _norm_and(norm_attention, x, pending, *norm1, *qkv, num_heads, scale)
         else:
@@ -275,11 +286,16 @@ class AdaLNForward(nn.Module):
         x, branch = _norm_and(norm_mlp, x, pending, *norm2, *mlp, ops.current_backend() == "triton")
         return x, branch, gate2, handed_bias, c
 
-    def _inferred(
-        self, x: Tensor, branch: Tensor | None, gate: Tensor | None, bias: Tensor | None, parts: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """(x, branch, gate) for the next block without gradients; None where another way must be taken."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or bias is not None or len(parts) != 6:
+    def inferred(
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        gate: Tensor | None,
+        parts: Sequence[Tensor],
+        hands_over: bool = True,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+        """:func:`ditfast.ops.block.infer_block`, or None where gradients are recorded or modules must be called."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or len(parts) != 6:
             return None
         parameters = self.parameters_read()
         if parameters is None:
@@ -287,7 +303,7 @@ class AdaLNForward(nn.Module):
         modules: Any = self._modules
         attn = modules["attn"]
         heads, epsilons = (attn.num_heads, attn.softmax_scale()), (modules["norm1"].eps, modules["norm2"].eps)
-        return infer_block(x, branch, gate, parts, parameters, *heads, *epsilons)
+        return infer_block(x, branch, gate, parts, parameters, *heads, *epsilons, hands_over)
 
     def parameters_read(self) -> list[Tensor | None] | None:
         """The parameters of qkv, proj, fc1 and fc2, where attention and MLP read nothing else; else None."""
@@ -301,12 +317,14 @@ class AdaLNForward(nn.Module):
 
     def _takes_nodes(self, x: Tensor, parameters: Sequence[Tensor | None]) -> bool:
         """Whether the kernels run, of both halves of the block."""
-        widths = (x.shape[2], len(cast(Tensor, parameters[4])))
-        return takes_triton(_NORM, x, x.shape[2], parameters) and takes_gemm("gelu_mlp", x, widths, ())
+        width, hidden = x.shape[2], cast(Tensor, parameters[4]).shape[0]
+        if not takes_triton(_NORM, x, width, parameters):
+            return False
+        return not (width % 8 or hidden % 8) or takes_gemm("gelu_mlp", x, (width, hidden), ())
 
     def _wants_gradient(self, x: Tensor, modulation: Tensor, parameters: Sequence[Tensor | None]) -> bool:
         """Whether anything wants a gradient, in dtypes that the nodes take."""
-        wants = any(tensor is not None and tensor.requires_grad for tensor in (x, modulation, *parameters))
+        wants = x.requires_grad or modulation.requires_grad or wants_gradient(*parameters)
         return wants and modulation.dtype == working_dtype(cast(Tensor, parameters[0]))
 
 

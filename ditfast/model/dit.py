@@ -9,7 +9,6 @@ per block keep working.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
 from typing import NoReturn, cast
 
 import torch
@@ -29,6 +28,7 @@ from .blocks import (
     Modulation,
     Pending,
     records_gradients,
+    split_modulation,
 )
 
 
@@ -106,7 +106,7 @@ class DiT(reference.DiT):
             raise ValueError(f"x must have shape (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
         if modulation.shape != (len(x), sum(rows)):
             raise ValueError(f"modulation must have shape ({len(x)}, {sum(rows)}), got {tuple(modulation.shape)}")
-        return self._denoised(self._tokens(x), None, self._split(modulation, rows), True)
+        return self._denoised(self._tokens(x), None, split_modulation(modulation, rows, self._parts()), True)
 
     def _check_modulated(self) -> None:
         if not self.fused:
@@ -143,6 +143,10 @@ class DiT(reference.DiT):
             pending = Pending(branch, gate, bias)
         x = final_layer(x, *pending, c, activated, of_final_layer)
         return unpatchify(x, self.config.patch_size, self.config.grid_size)
+
+    def _parts(self) -> list[int]:
+        """Of how many vectors the modulation of each block consists, and that of the final layer."""
+        return [6 if self.config.conditioning == "adaln_zero" else 4] * len(self.blocks) + [2]
 
     def _are_plain(self) -> list[bool]:
         """Whether each block, and the final layer, is of the class that it was given, without hooks or wrappers."""
@@ -200,13 +204,6 @@ class DiT(reference.DiT):
         if launched is None:
             return separate
         widths = [len(weight) for weight in parameters[::2]]  # type: ignore[arg-type]
-        return (c, launched.split_with_sizes(widths, dim=1)) if trains else (None, self._split(launched, widths))
-
-    def _split(self, modulation: Tensor, widths: Sequence[int]) -> Sequence[Modulation]:
-        """The modulation of each layer, in parts as wide as the model where it is made of such."""
-        width = self.config.hidden_size
-        if any(each % width for each in widths):
-            return modulation.split_with_sizes(widths, dim=1)
-        parts = modulation.unflatten(1, (-1, width)).unbind(1)  # one call: a view costs what a launch does
-        ends = accumulate((each // width for each in widths), initial=0)
-        return [parts[first:end] for first, end in pairwise(ends)]
+        if trains:
+            return c, launched.split_with_sizes(widths, dim=1)
+        return None, split_modulation(launched, widths, self._parts())

@@ -134,12 +134,18 @@ def attention_backend(
     """
     if not takes_triton("self_attention", like, 1, (bias,)):
         return "sdpa"
+    return chosen_backend(like, tokens, head_dim, bias, wants_gradient(like, bias) if training is None else training)
+
+
+def chosen_backend(
+    like: Tensor, tokens: int, head_dim: int, bias: Tensor | None, training: bool
+) -> AttentionBackend:
+    """:func:`attention_backend` for tensors on which kernels run."""
     reason = _unfit(head_dim, bias)
     if current_backend() == "triton":
         if reason is not None:
             raise RuntimeError(f"ditfast.ops.self_attention cannot run its Triton kernel: {reason}")
         return "triton"
-    training = wants_gradient(like, bias) if training is None else training
     case = Case(tokens, head_dim, like.dtype, bias is not None, training)
     chosen = choose(case, gpu_index(like) if gpu_exists() else None)
     return "sdpa" if chosen == "triton" and reason is not None else chosen

@@ -13,7 +13,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
-from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd.function import Function
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -357,12 +356,17 @@ def apply(name: str, *inputs: Any) -> Any:
     return _apply(name, *inputs)
 
 
+def _alive(x: Any) -> Any:
+    """A transform's tensor that has outlived it is what it wraps."""
+    return functorch.unwrap_if_dead(x) if isinstance(x, Tensor) else x
+
+
 def _apply(name: str, *inputs: Any) -> Any:
     kernel = _KERNELS[name]
     if functorch.maybe_current_level() is not None:
         return kernel.apply(*inputs)  # type: ignore[no-untyped-call]
     # what that does without a transform, but for a look at the forward's signature, which takes 20 microseconds
-    return super(Function, kernel).apply(*unwrap_dead_wrappers(inputs))
+    return super(Function, kernel).apply(*map(_alive, inputs))
 
 
 def _allow_in_graph() -> None:

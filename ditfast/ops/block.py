@@ -213,12 +213,13 @@ def norm_mlp(*inputs: Any) -> tuple[Tensor, Tensor]:
 class _Inference:
     """What a block without gradients launches beside its Linears, kept by the layouts of all that these follow from."""
 
-    __slots__ = ("activate", "attend", "norm1", "norm2")
+    __slots__ = ("activate", "add", "attend", "norm1", "norm2")
 
     norm1: Callable[..., Any]  # as AdaLNForward
     attend: Callable[[Tensor], Tensor]
     norm2: Callable[..., Any]
     activate: Callable[..., Tensor]
+    add: Callable[..., Any]  # the MLP's branch, where it is not left to the next norm
 
 
 def infer_block(
@@ -231,9 +232,11 @@ def infer_block(
     softmax_scale: float | None,
     eps1: float,
     eps2: float,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """An adaLN-Zero block without gradients: (x, branch, gate) for the next one. None where it must be computed by its
-    operators: something looks at them, autocast is on, no kernel runs, or dtypes differ.
+    hands_over: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """An adaLN-Zero block without gradients: (x, branch, gate) for the next one, or (its output, None, None) unless it
+    ``hands_over``. None where it must be computed by its operators: something looks at them, autocast is on, no kernel
+    runs, or dtypes differ.
 
     Args:
         x, branch, gate: the residual stream (B, T, D) and the pending branch with its gate, or None.
@@ -258,7 +261,10 @@ def infer_block(
     r, h, _, _ = plan.norm1(x, branch, gate, shift1, scale1)
     out = plan.attend(F.linear(h, w_qkv, b_qkv))
     r, h, _, _ = plan.norm2(x if branch is None else r, F.linear(out, w_proj, b_proj), gate1, shift2, scale2)
-    return r, F.linear(plan.activate(h, w1, b1), w2, b2).view(r.shape), gate2
+    branch = F.linear(plan.activate(h, w1, b1), w2, b2)
+    if hands_over:
+        return r, branch.view(r.shape), gate2
+    return plan.add(r, branch, gate2, None, None)[0], None, None
 
 
 def _plan_block(
@@ -274,7 +280,7 @@ def _plan_block(
 ) -> _Inference | None:
     """The plan of such tensors; None where it must be computed by its operators."""
     w_qkv, _, w_proj, _, w1, b1, _, _ = cast("list[Tensor]", parameters)
-    shift1, scale1, gate1, shift2, scale2, _ = modulation
+    shift1, scale1, gate1, shift2, scale2, gate2 = modulation
     batch, tokens, width = x.shape
     inner, head_dim = w_qkv.shape[0] // 3, w_qkv.shape[0] // (3 * num_heads)
     fits = (
@@ -297,6 +303,7 @@ def _plan_block(
     plan.norm1 = AdaLNForward((x, branch, gate, shift1, scale1), eps1, save=False, flat=True)
     stream = x if branch is None else x.new_empty(x.shape)
     plan.norm2 = AdaLNForward((stream, h, gate1, shift2, scale2), eps2, save=False, flat=True)
+    plan.add = AdaLNForward((x.new_empty(x.shape), h, gate2, None, None), 0.0)
     backend = attention_backend(qkv, tokens, head_dim, training=False)
     if backend == "triton":
         scale = head_dim**-0.5 if softmax_scale is None else softmax_scale

@@ -149,12 +149,16 @@ def takes_gemm(operator: str, x: Tensor, widths: Sequence[int], others: Iterable
 
 def working_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which torch's own Linear computes for an operand like x: autocast's dtype where it is on."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return x.dtype
     dtype = autocast_dtype(x.device.type)
     return x.dtype if dtype is None or x.dtype == torch.float64 else dtype
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors (some may be None) in the dtype in which torch's own Linear would take them."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return tensors
     dtype = working_dtype(next(x for x in tensors if x is not None))
     return tuple(x if x is None else x.to(dtype) for x in tensors)
 
