@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..model.blocks import AdaLNForward, Pending, add_and_norm, promoted
+from ..ops.block import infer_block
 from ..plain import is_plain_norm, norm_reason, others_are_identities, unknown_part
 from .adapter import Adapter, tokens
 from .shared import SharesModulations
@@ -25,7 +26,7 @@ _FINAL = ("norm_final", "linear", "adaLN_modulation")
 class FastBlock(SharesModulations, AdaLNForward):
     """The adaLN-Zero block; with further arguments, a live drop path or changed norms the module's own forward."""
 
-    modulations = 6
+    modulations, first_norm = 6, "norm1"
     _ditfast_takes: tuple[str, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -33,13 +34,17 @@ class FastBlock(SharesModulations, AdaLNForward):
         if arguments is None or not self._applies():
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
         x, c = arguments
-        shared = self.shared_modulation(c)
-        if not torch.is_grad_enabled():
-            shared = self._modules["adaLN_modulation"](c).chunk(6, dim=1) if shared is None else shared  # type: ignore[misc]
-            done = self.inferred(x, None, None, shared, hands_over=False)
+        shared = self.shared(x, c)
+        modulation = None if shared is None else shared.parts
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            modulation = self.adaLN_modulation(c).chunk(6, dim=1) if modulation is None else modulation
+            settings = self.settings()
+            neighbours = (None, None) if shared is None else shared[1:]
+            done = None if settings is None else infer_block(x, modulation, settings, *neighbours)
             if done is not None:
+                self.leave(*done)
                 return done[0]
-        x, branch, gate, _, _ = self.fused(x, None, None, None, c if shared is None else None, False, shared)
+        x, branch, gate, _, _ = self.fused(x, None, None, None, c if modulation is None else None, False, modulation)
         assert branch is not None and gate is not None
         return ops.gated_residual(*promoted(x, branch, gate))
 
@@ -68,7 +73,7 @@ class OfficialBlock(Adapter):
 class FastFinalLayer(SharesModulations):
     """linear(LN(x) * (1 + scale) + shift)."""
 
-    modulations = 2
+    modulations, first_norm = 2, "norm_final"
     norm_final: nn.LayerNorm
     linear: nn.Module
     adaLN_modulation: nn.Sequential
@@ -79,9 +84,12 @@ class FastFinalLayer(SharesModulations):
         if arguments is None or not (is_plain_norm(self.norm_final) and others_are_identities(self, *_FINAL)):
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
         x, c = arguments
-        shared = self.shared_modulation(c)
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1) if shared is None else shared
-        _, h = add_and_norm(x, Pending(), shift, scale, self.norm_final.eps)
+        shared = self.shared(x, c)
+        if shared is not None and shared.ahead is not None:
+            h = shared.ahead.norm.view(x.shape)
+        else:
+            shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1) if shared is None else shared.parts
+            _, h = add_and_norm(x, Pending(), shift, scale, self.norm_final.eps)
         out: Tensor = self.linear(h)
         return out
 

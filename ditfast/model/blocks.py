@@ -18,7 +18,7 @@ from .. import ops
 from ..ops.adaln import adaln
 from ..ops.attention import chosen_backend
 from ..ops.backend import takes_triton, wants_gradient
-from ..ops.block import infer_block, norm_attention, norm_linear, norm_mlp
+from ..ops.block import BlockSettings, norm_attention, norm_linear, norm_mlp
 from ..ops.linear import autocast, takes_gemm, working_dtype
 from ..ops.modulations import attached
 from ..plain import are_readable, has_global_hooks, is_plain, is_unchanged, parameters_of
@@ -243,20 +243,12 @@ class AdaLNForward(nn.Module):
             modulation: (B, 4D) or (B, 6D) where it was computed ahead; c is given too where it needs its gradient.
             hands_over: whether only the next norm sees the branch, which may then compute its bias's gradient.
         """
-        if c is None and isinstance(modulation, tuple) and bias is None:
-            done = self.inferred(x, branch, gate, modulation)
-            if done is not None:
-                return *done, None, None
         trains = records_gradients()
         modules = self._modules
         parameters = self.parameters_read() if trains else None
         readable = trains and parameters is not None and self._takes_nodes(x, parameters)
         layers = cast(nn.Sequential, modules["adaLN_modulation"])
         parts, c = modulation_of(layers, c, activated, modulation, self.modulations, readable)
-        if bias is None and not isinstance(modulation, tuple):
-            done = self.inferred(x, branch, gate, parts)
-            if done is not None:
-                return *done, None, c
         attn: Any = modules["attn"]
         eps1, eps2 = (cast(nn.LayerNorm, modules[name]).eps for name in ("norm1", "norm2"))
         pending = Pending(branch, gate, bias)
@@ -286,24 +278,15 @@ class AdaLNForward(nn.Module):
         x, branch = _norm_and(norm_mlp, x, pending, *norm2, *mlp, ops.current_backend() == "triton")
         return x, branch, gate2, handed_bias, c
 
-    def inferred(
-        self,
-        x: Tensor,
-        branch: Tensor | None,
-        gate: Tensor | None,
-        parts: Sequence[Tensor],
-        hands_over: bool = True,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
-        """:func:`ditfast.ops.block.infer_block`, or None where gradients are recorded or modules must be called."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or len(parts) != 6:
-            return None
+    def settings(self) -> BlockSettings | None:
+        """What it computes with, where it does nothing else."""
         parameters = self.parameters_read()
         if parameters is None:
             return None
         modules: Any = self._modules
         attn = modules["attn"]
-        heads, epsilons = (attn.num_heads, attn.softmax_scale()), (modules["norm1"].eps, modules["norm2"].eps)
-        return infer_block(x, branch, gate, parts, parameters, *heads, *epsilons, hands_over)
+        epsilons = modules["norm1"].eps, modules["norm2"].eps
+        return BlockSettings(parameters, attn.num_heads, attn.softmax_scale(), *epsilons)
 
     def parameters_read(self) -> list[Tensor | None] | None:
         """The parameters of qkv, proj, fc1 and fc2, where attention and MLP read nothing else; else None."""

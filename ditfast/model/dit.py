@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from ..config import DiTConfig
 from ..ops.backend import autocast_dtype
+from ..ops.block import infer_blocks
 from ..ops.modulations import modulations_together
 from ..plain import are_plain_modulations, has_global_hooks, is_unchanged, parameters_of
 from ..reference import dit as reference
 from ..reference.ops import unpatchify
 from .blocks import (
     FUSED,
+    AdaLNForward,
     FusedLabelEmbedder,
     FusedTimestepEmbedder,
     Modulation,
@@ -132,17 +134,35 @@ class DiT(reference.DiT):
         self, x: Tensor, c: Tensor | None, modulations: Sequence[Modulation | None], activated: bool
     ) -> Tensor:
         """Tokens x (B, T, D) through the blocks and the final layer, to (B, C_out, height, width)."""
-        pending = Pending()
         *of_blocks, of_final_layer = modulations
+        *blocks, final_layer = self._layers()
+        inferred = self._inferred(x, blocks, of_blocks) if c is None and not torch.is_grad_enabled() else None
+        if inferred is not None:
+            x = final_layer(*inferred, None, None, activated, of_final_layer)
+            return unpatchify(x, self.config.patch_size, self.config.grid_size)
+        pending = Pending()
         # layers whose branches only the next layer sees: no hooks, wrappers, sharding or forward of their own
         private = self._are_plain() if records_gradients() else [False] * len(modulations)
-        *blocks, final_layer = self._layers()
         for block, modulation, current, following in zip(blocks, of_blocks, private[:-1], private[1:], strict=True):
             hands = (True,) if current and following else ()
             x, branch, gate, bias, c = block(x, *pending, c, activated, modulation, *hands)
             pending = Pending(branch, gate, bias)
         x = final_layer(x, *pending, c, activated, of_final_layer)
         return unpatchify(x, self.config.patch_size, self.config.grid_size)
+
+    def _inferred(
+        self, x: Tensor, blocks: Sequence[nn.Module], modulations: Sequence[Modulation | None]
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """(x, branch, gate) after the blocks, not called one by one: None where somebody has a use for that."""
+        if torch.compiler.is_compiling() or self.config.conditioning != "adaln_zero" or not all(self._are_plain()):
+            return None
+        settings = []
+        for block in blocks:
+            each = None if "_compiled_call_impl" in block.__dict__ else cast(AdaLNForward, block).settings()
+            if each is None:
+                return None
+            settings.append(each)
+        return infer_blocks(x, settings, cast("Sequence[tuple[Tensor, ...]]", modulations))
 
     def _parts(self) -> list[int]:
         """Of how many vectors the modulation of each block consists, and that of the final layer."""

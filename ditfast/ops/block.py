@@ -11,8 +11,8 @@ the modulation of the norm that follows. See :mod:`ditfast.ops.adaln`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -210,61 +210,129 @@ def norm_mlp(*inputs: Any) -> tuple[Tensor, Tensor]:
     return r, y
 
 
+class BlockSettings(NamedTuple):
+    """What an adaLN-Zero block computes with besides its inputs.
+
+    Attributes:
+        parameters: weight and bias of qkv, proj, fc1 and fc2, which may be read.
+        num_heads, softmax_scale: of attention; no scale for head_dim ** -0.5.
+        eps1, eps2: of its norms.
+    """
+
+    parameters: Sequence[Tensor | None]
+    num_heads: int
+    softmax_scale: float | None
+    eps1: float
+    eps2: float
+
+    def layout(self) -> Hashable:
+        """What a plan depends on."""
+        w_qkv, _, w_proj, _, w1, b1, _, _ = cast("list[Tensor]", self.parameters)
+        return w_qkv.shape, w_proj.shape, w1.shape, b1 is None, *self[1:]
+
+
 class _Inference:
     """What a block without gradients launches beside its Linears, kept by the layouts of all that these follow from."""
 
-    __slots__ = ("activate", "add", "attend", "norm1", "norm2")
+    __slots__ = ("activate", "add", "attend", "next_eps", "norm1", "norm2", "settings")
 
+    settings: Hashable
+    next_eps: float | None
     norm1: Callable[..., Any]  # as AdaLNForward
     attend: Callable[[Tensor], Tensor]
     norm2: Callable[..., Any]
     activate: Callable[..., Tensor]
-    add: Callable[..., Any]  # the MLP's branch, where it is not left to the next norm
+    add: Callable[..., Any]  # the MLP's branch, with the norm that follows where that is known
+
+    def halves(
+        self, x: Tensor, h: Tensor, modulation: Sequence[Tensor], parameters: Sequence[Tensor | None]
+    ) -> tuple[Tensor, Tensor]:
+        """(the stream, the MLP's branch (B * T, D)) from the stream and its modulated norm."""
+        _, _, gate1, shift2, scale2, _ = modulation
+        w_qkv, b_qkv, w_proj, b_proj, w1, b1, w2, b2 = cast("list[Tensor]", parameters)
+        out = self.attend(F.linear(h, w_qkv, b_qkv))
+        r, h, _, _ = self.norm2(x, F.linear(out, w_proj, b_proj), gate1, shift2, scale2)
+        return r, F.linear(self.activate(h, w1, b1), w2, b2)
+
+
+class Ahead(NamedTuple):
+    """What the launch that closes a block has computed for the next one: its norm (B * T, D), and the plan for such
+    blocks where its input is laid out as the block's."""
+
+    norm: Tensor
+    plan: _Inference | None
+
+
+def infer_blocks(
+    x: Tensor, blocks: Sequence[BlockSettings], modulations: Sequence[Sequence[Tensor]]
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """adaLN-Zero blocks without gradients: (x, branch, gate), the last branch left to the norm that follows. None where
+    they must be computed by their operators: something looks at them, autocast is on, no kernel runs, or dtypes differ.
+
+    Args:
+        x: the residual stream (B, T, D).
+        modulations: of each, shift, scale and gate of attention, then of the MLP, (B, D) each, views of one tensor.
+    """
+    branch: Tensor | None = None
+    gate: Tensor | None = None
+    plan: _Inference | None = None
+    for index, (settings, modulation) in enumerate(zip(blocks, modulations, strict=True)):
+        # from the second on tensors lie as the block before has made them
+        if index < 2 or plan is None or plan.settings != settings.layout():
+            plan = _block_plan(x, branch, gate, modulation, settings, None)
+            if plan is None:
+                return None
+        r, h, _, _ = plan.norm1(x, branch, gate, modulation[0], modulation[1])
+        x, branch = plan.halves(x if branch is None else r, h, modulation, settings.parameters)
+        branch, gate = branch.view(x.shape), modulation[5]
+    return x, cast(Tensor, branch), cast(Tensor, gate)
 
 
 def infer_block(
     x: Tensor,
+    modulation: Sequence[Tensor],
+    settings: BlockSettings,
+    ahead: Ahead | None = None,
+    following: tuple[Tensor, Tensor, float] | None = None,
+) -> tuple[Tensor, Ahead | None] | None:
+    """One of :func:`infer_blocks` on its own: (x, what is known for the next one).
+
+    Args:
+        ahead: what the launch that made x has computed with it, where nobody has written x since.
+        following: shift, scale and eps of the norm that x will go through next.
+    """
+    plan = None if ahead is None else ahead.plan
+    eps = None if following is None else following[2]
+    if plan is None or plan.next_eps != eps or plan.settings != settings.layout():
+        plan = _block_plan(x, None, None, modulation, settings, eps)
+        if plan is None:
+            return None
+    h = ahead.norm if ahead is not None else plan.norm1(x, None, None, modulation[0], modulation[1])[1]
+    r, branch = plan.halves(x, h, modulation, settings.parameters)
+    shift, scale = (None, None) if following is None else following[:2]
+    out, h, _, _ = plan.add(r, branch, modulation[5], shift, scale)
+    return out, None if following is None else Ahead(h, plan if x.is_contiguous() else None)
+
+
+def _block_plan(
+    x: Tensor,
     branch: Tensor | None,
     gate: Tensor | None,
     modulation: Sequence[Tensor],
-    parameters: Sequence[Tensor | None],
-    num_heads: int,
-    softmax_scale: float | None,
-    eps1: float,
-    eps2: float,
-    hands_over: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
-    """An adaLN-Zero block without gradients: (x, branch, gate) for the next one, or (its output, None, None) unless it
-    ``hands_over``. None where it must be computed by its operators: something looks at them, autocast is on, no kernel
-    runs, or dtypes differ.
-
-    Args:
-        x, branch, gate: the residual stream (B, T, D) and the pending branch with its gate, or None.
-        modulation: shift, scale and gate of attention, then of the MLP, (B, D) each, views of one tensor.
-        parameters: weight and bias of qkv, proj, fc1 and fc2.
-        softmax_scale: of the logits; None for head_dim ** -0.5.
-    """
-    shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-    layouts = direct_layouts(x, branch, gate, shift1)
+    settings: BlockSettings,
+    next_eps: float | None,
+) -> _Inference | None:
+    layouts = direct_layouts(x, branch, gate, modulation[0])
     if layouts is None or torch._C._is_any_autocast_enabled():
         return None
-    w_qkv, b_qkv, w_proj, b_proj, w1, b1, w2, b2 = cast("list[Tensor]", parameters)
-    widths = w_qkv.shape, w_proj.shape, w1.shape
-    heads = num_heads, softmax_scale
-    key = "block", layouts, widths, heads, eps1, eps2, b1 is None, current_backend(), uses_tf32(shift1.dtype)
+    tf32 = uses_tf32(modulation[0].dtype)
+    key = "block", layouts, settings.layout(), next_eps, current_backend(), tf32
     plan: _Inference | None = kept(key)
     if plan is None:
-        plan = _plan_block(x, branch, gate, modulation, parameters, num_heads, softmax_scale, eps1, eps2)
-        if plan is None:
-            return None
-        keep(key, plan)
-    r, h, _, _ = plan.norm1(x, branch, gate, shift1, scale1)
-    out = plan.attend(F.linear(h, w_qkv, b_qkv))
-    r, h, _, _ = plan.norm2(x if branch is None else r, F.linear(out, w_proj, b_proj), gate1, shift2, scale2)
-    branch = F.linear(plan.activate(h, w1, b1), w2, b2)
-    if hands_over:
-        return r, branch.view(r.shape), gate2
-    return plan.add(r, branch, gate2, None, None)[0], None, None
+        plan = _plan_block(x, branch, gate, modulation, settings, next_eps)
+        if plan is not None:
+            keep(key, plan)
+    return plan
 
 
 def _plan_block(
@@ -272,24 +340,22 @@ def _plan_block(
     branch: Tensor | None,
     gate: Tensor | None,
     modulation: Sequence[Tensor],
-    parameters: Sequence[Tensor | None],
-    num_heads: int,
-    softmax_scale: float | None,
-    eps1: float,
-    eps2: float,
+    settings: BlockSettings,
+    next_eps: float | None,
 ) -> _Inference | None:
-    """The plan of such tensors; None where it must be computed by its operators."""
-    w_qkv, _, w_proj, _, w1, b1, _, _ = cast("list[Tensor]", parameters)
+    w_qkv, _, w_proj, _, w1, b1, _, _ = cast("list[Tensor]", settings.parameters)
+    num_heads = settings.num_heads
     shift1, scale1, gate1, shift2, scale2, gate2 = modulation
     batch, tokens, width = x.shape
     inner, head_dim = w_qkv.shape[0] // 3, w_qkv.shape[0] // (3 * num_heads)
+    tensors = [tensor for tensor in (branch, gate, *settings.parameters) if tensor is not None]
     fits = (
         x.numel() > 0
         and shift1.shape == (batch, width)
         and w_qkv.shape == (3 * num_heads * head_dim, width)
         and (w_proj.shape, w1.shape[1]) == ((width, inner), width)
         and x.dtype in (shift1.dtype, torch.float32)
-        and all(tensor.dtype == shift1.dtype for tensor in (branch, gate, *parameters) if tensor is not None)
+        and all(tensor.dtype == shift1.dtype and tensor.device == x.device for tensor in (shift1, *tensors))
         and (branch is None or (gate is not None and branch.shape == x.shape and gate.shape == (batch, width)))
     )
     if not fits or not takes_triton("gated_residual_layer_norm_modulate", x, width):
@@ -298,24 +364,25 @@ def _plan_block(
     from ..kernels.attention import AttentionForward
 
     # of whose layouts alone the plans are made
-    h, qkv = shift1.new_empty(x.shape), shift1.new_empty((batch, tokens, len(w_qkv)))
+    h, qkv = shift1.new_empty(x.shape), shift1.new_empty((batch, tokens, w_qkv.shape[0]))
+    r = x.new_empty(x.shape)
     plan = _Inference()
-    plan.norm1 = AdaLNForward((x, branch, gate, shift1, scale1), eps1, save=False, flat=True)
-    stream = x if branch is None else x.new_empty(x.shape)
-    plan.norm2 = AdaLNForward((stream, h, gate1, shift2, scale2), eps2, save=False, flat=True)
-    plan.add = AdaLNForward((x.new_empty(x.shape), h, gate2, None, None), 0.0)
+    plan.settings, plan.next_eps = settings.layout(), next_eps
+    plan.norm1 = AdaLNForward((x, branch, gate, shift1, scale1), settings.eps1, save=False, flat=True)
+    stream = x if branch is None else r
+    plan.norm2 = AdaLNForward((stream, h, gate1, shift2, scale2), settings.eps2, save=False, flat=True)
+    norm = (None, None) if next_eps is None else (shift1, scale1)
+    plan.add = AdaLNForward((r, h, gate2, *norm), next_eps or 0.0, save=False, flat=next_eps is not None)
     backend = attention_backend(qkv, tokens, head_dim, training=False)
     if backend == "triton":
-        scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+        scale = head_dim**-0.5 if settings.softmax_scale is None else settings.softmax_scale
         attention = AttentionForward((qkv, None), num_heads, scale, save=False, flat=True)
         plan.attend = lambda qkv: attention(qkv, None)[0]
     else:
-        shape = qkv.shape
+        shape, softmax_scale = qkv.shape, settings.softmax_scale
         plan.attend = lambda qkv: run_library(backend, qkv.view(shape), num_heads, softmax_scale, None).flatten(0, 1)
-    demanded = current_backend() == "triton"
-    rows = h.view(-1, width)
     if takes_gemm("gelu_mlp", h, (*w1.shape, width), ()):
-        activate = linear_gelu_plan((rows, w1, b1), False, demanded)
+        activate = linear_gelu_plan((h.view(-1, width), w1, b1), False, current_backend() == "triton")
         plan.activate = lambda *tensors: activate(*tensors)[0]
     else:
         plan.activate = formulas.linear_gelu
