@@ -149,8 +149,13 @@ def other_children(module: nn.Module, *roles: str) -> dict[str, nn.Module]:
 
 def others_are_identities(module: nn.Module, *roles: str) -> bool:
     """Whether all children besides those in ``roles`` may be left out at present."""
-    children = [child for name, child in module._modules.items() if name not in roles and child is not None]
-    return not (children and has_global_hooks()) and all(is_identity(child, child.training) for child in children)
+    others = False
+    for name, child in module._modules.items():
+        if child is not None and name not in roles:
+            others = True
+            if not is_identity(child, child.training):
+                return False
+    return not (others and has_global_hooks())
 
 
 def unknown_part(module: nn.Module, *roles: str) -> str | None:

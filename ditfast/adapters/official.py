@@ -119,12 +119,15 @@ def _tokens_and_condition(
 
     They are the first two arguments that the module's own forward ``takes``; others that are None do not count.
     """
-    names = takes[len(args) : 2]
-    values = [*args[:2], *(kwargs.get(name) for name in names)]
-    further = [*args[2:], *(value for name, value in kwargs.items() if name not in names)]
-    if len(values) != 2 or any(value is not None for value in further):
-        return None
-    x, c = values
+    if len(args) == 2 and not kwargs:
+        x, c = args
+    else:
+        names = takes[len(args) : 2]
+        values = [*args[:2], *(kwargs.get(name) for name in names)]
+        further = [*args[2:], *(value for name, value in kwargs.items() if name not in names)]
+        if len(values) != 2 or any(value is not None for value in further):
+            return None
+        x, c = values
     if not isinstance(x, Tensor) or not isinstance(c, Tensor):
         return None
     # not len(), which torch.export takes for a constant

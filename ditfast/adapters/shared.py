@@ -45,12 +45,14 @@ class _Call:
 
     Attributes:
         layers: of the model, in order.
+        places: of the layers, by their id.
         condition, state: of the first layer that was called.
         modulations: of the layers, in order, or none.
         left: for which layer a block has left something, what it returned, its version then, and what it left.
     """
 
     layers: list[Any]
+    places: dict[int, int]
     condition: Tensor | None = None
     state: tuple[Any, ...] = ()
     modulations: list[tuple[Tensor, ...]] = field(default_factory=list)
@@ -80,7 +82,7 @@ class SharesModulations(nn.Module):
         if call is None:
             return None
         state = c._version, torch._C._is_any_autocast_enabled() and autocast_dtype(c.device.type)
-        index = next((index for index, layer in enumerate(call.layers) if layer is self), None)
+        index = call.places.get(id(self))
         if call.condition is None and index is not None:
             call.condition, call.state = c, state
             call.modulations = _modulations_of(call.layers, c)
@@ -99,8 +101,7 @@ class SharesModulations(nn.Module):
         """Leaves the next layer, if that is called with this layer's output, what was computed with it."""
         call = _call.get()
         if call is not None and ahead is not None:
-            index = next(index for index, layer in enumerate(call.layers) if layer is self)
-            call.left = call.layers[index + 1], out, out._version, ahead
+            call.left = call.layers[call.places[id(self)] + 1], out, out._version, ahead
 
 
 def _modulations_of(layers: Sequence[Any], c: Tensor) -> list[tuple[Tensor, ...]]:
@@ -125,7 +126,8 @@ class FastModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return super().forward(*args, **kwargs)
-        token = _call.set(_Call(sharing_layers(self)))
+        layers = sharing_layers(self)
+        token = _call.set(_Call(layers, {id(layer): index for index, layer in enumerate(layers)}))
         try:
             return super().forward(*args, **kwargs)
         finally:
