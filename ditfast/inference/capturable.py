@@ -29,15 +29,14 @@ def capturable(function: Callable[..., Any], inputs: tuple[Tensor, ...], device:
     Raises:
         Refused: it reads values on the host, or copies from one device to another.
     """
-    objection = _objection(function, inputs, device)
-    if objection is None:
+    if _objection(function, inputs, device) is None:
         return function
 
     def there(*args: Tensor) -> Any:
         with torch.device(device):
             return function(*args)
 
-    if _objection(there, inputs, device) is not None:
+    if objection := _objection(there, inputs, device):
         raise Refused(objection)
     return there
 

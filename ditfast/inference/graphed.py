@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import threading
 import warnings
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from .graphs import CONSTANTS, Graphs, is_plain_tensor
 
@@ -81,39 +82,40 @@ class Graphed:
         leaves, spec = tree_flatten((args, kwargs))
         if torch.is_grad_enabled():
             _refuse_gradients(args, kwargs)
-        with torch.no_grad(), self._lock:
-            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            reason = None if self._graphs.look() else self._graphs.reason
-            reason = reason or _unfit(leaves, self._graphs.device)
-            if reason is None:
-                key = spec, *(_key(leaf) for leaf in leaves)
-                call = self._call
+        with torch.no_grad():
+            with self._lock:
+                reason = None if self._graphs.look() else self._graphs.reason
+                reason = reason or _unfit(leaves, self._graphs.device)
+                if reason is None:
+                    return self._run(leaves, spec)
+            self._plainly(reason)
+            return self._call(*args, **kwargs)
 
-                def function(*tensors: Tensor) -> Any:
-                    given = iter(tensors)
-                    filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-                    args, kwargs = tree_unflatten(filled, spec)
-                    return call(*args, **kwargs)
+    def _run(self, leaves: list[Any], spec: TreeSpec) -> Any:
+        def function(*tensors: Tensor) -> Any:
+            given = iter(tensors)
+            args, kwargs = tree_unflatten([next(given) if isinstance(x, Tensor) else x for x in leaves], spec)
+            return self._call(*args, **kwargs)
 
-                result = self._graphs.run(key, function, *tensors)
-                reason = self._graphs.reason
-            else:
-                result = self._call(*args, **kwargs)
-            self._reason = reason
-        name = type(self.model).__name__
-        if reason is not None:
-            self._warn(f"ditfast.graphed runs {name} without a graph: {reason}")
+        key = spec, *(_key(leaf) for leaf in leaves)
+        result = self._graphs.run(key, function, *(leaf for leaf in leaves if isinstance(leaf, Tensor)))
+        self._plainly(self._graphs.reason)
         if self._graphs.wasted:
             self._warn(
-                f"ditfast.graphed drops graphs of {name} before they are replayed: more shapes or Python values than "
-                "limit take turns; give a larger limit, and as a tensor what changes from call to call"
+                f"ditfast.graphed drops graphs of {type(self.model).__name__} before they are replayed: more shapes or "
+                "Python values than limit take turns; give a larger limit, and as a tensor what changes in every call"
             )
         return result
+
+    def _plainly(self, reason: str | None) -> None:
+        self._reason = reason
+        if reason is not None:
+            self._warn(f"ditfast.graphed runs {type(self.model).__name__} without a graph: {reason}")
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
-            warnings.warn(message, stacklevel=3)
+            warnings.warn(message, stacklevel=_outside())
 
     def unavailable(self) -> str | None:
         """Why calls run without a graph here, or why the last one did; None where graphs are captured and replayed."""
@@ -128,6 +130,14 @@ class Graphed:
 
     def __repr__(self) -> str:
         return f"Graphed({type(self.model).__name__}, {len(self._graphs)} graphs)"
+
+
+def _outside() -> int:
+    """The level of the first caller outside of this file, for its caller's warning."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_code.co_filename == __file__:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _refuse_gradients(args: Any, kwargs: Any) -> None:

@@ -138,7 +138,7 @@ class Graphs:
         """
         shapes = tuple((value.shape, value.dtype, value.device) for value in inputs)
         # a replay on another stream could write the buffers that the last one still reads
-        stream = torch.cuda.current_stream(inputs[0].device) if inputs and inputs[0].is_cuda else None
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         full = (key, shapes, current_backend(), stream, _switches())
         if full not in self._captured:
             self.reason = self._refused.get(full)
@@ -156,7 +156,7 @@ class Graphs:
         draws, writes = _draws(self.device), _writes(self._snapshot.tensors)
         result = function(*inputs)
         changed = self._changed()
-        if _draws(self.device) != draws:
+        if not all(map(torch.equal, _draws(self.device), draws)):
             self.reason = "its forward draws random numbers, which would not be those of a plain call"
         elif changed is None and _writes(self._snapshot.tensors) != writes:
             self.reason = "its forward writes to its weights or buffers, as a capture would once more"
@@ -199,7 +199,7 @@ class Graphs:
             captured_function = capturable(function, inputs, self.device)
             while len(self._captured) >= self._limit:
                 self.wasted += self._captured.popitem(last=False)[1].replays == 0
-            captured = _capture(captured_function, inputs)
+            captured = _capture(captured_function, inputs, self.device)
             output = _replayed(captured, inputs)
         if (changed := self._changed()) is not None:
             self._restless = _restless(changed)
@@ -218,7 +218,9 @@ class Graphs:
         """How far apart two runs of a function may be: half the digits of the coarsest dtype at work."""
         tensors = (*self._model.parameters(), *tree_leaves(result))
         dtypes = {leaf.dtype for leaf in tensors if isinstance(leaf, Tensor)}
-        return math.sqrt(max((torch.finfo(x).eps for x in dtypes if x.is_floating_point), default=0.0))
+        if torch.get_float32_matmul_precision() != "highest":
+            dtypes.add(torch.bfloat16)
+        return math.sqrt(max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=0.0))
 
 
 def _restless(changed: str) -> str:
@@ -230,9 +232,8 @@ def is_plain_tensor(value: object) -> bool:
     return type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided  # type: ignore[attr-defined]
 
 
-def _capture(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> _Captured:
+def _capture(function: Callable[..., Any], inputs: tuple[Tensor, ...], device: torch.device) -> _Captured:
     """Raises Refused where torch cannot capture it; what runs out of memory says so itself."""
-    device = inputs[0].device if inputs else torch.device(_DEVICE)
     with torch.cuda.device(device):
         stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream(device))
@@ -240,8 +241,9 @@ def _capture(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> _Captu
             for _ in range(_WARM_UP):
                 function(*inputs)
         torch.cuda.current_stream(device).wait_stream(stream)
-        # tensors that the forward has never seen: what it remembers of others is in no graph
-        buffers = tuple(value.clone() for value in inputs)
+        # tensors that the forward has never seen, so that what it remembers of others is in no graph, and of other
+        # values, so that what escapes the capture and runs at once leaves other results
+        buffers = tuple(value.clone() if _is_whole(value) else torch.zeros_like(value) for value in inputs)
         first: list[Exception] = []
         try:
             # within another context: torch's own leaves its stream current where a capture fails
@@ -278,7 +280,7 @@ def _alike(actual: Any, expected: Any, bound: float) -> bool:
         return type(actual) is type(expected) and bool(actual == expected)
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return False
-    if not (expected.is_floating_point() or expected.is_complex()):
+    if _is_whole(expected):
         return torch.equal(actual, expected)
     if expected.is_complex():
         actual, expected = torch.view_as_real(actual), torch.view_as_real(expected)
@@ -289,10 +291,13 @@ def _alike(actual: Any, expected: Any, bound: float) -> bool:
     return same and bool(torch.linalg.vector_norm((actual - expected).masked_fill(~finite, 0)) <= bound * norm)
 
 
-def _draws(device: torch.device) -> list[bytes]:
+def _is_whole(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _draws(device: torch.device) -> list[Tensor]:
     """The states of torch's generators."""
-    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-    return [state.numpy().tobytes() for state in states]
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 def _writes(tensors: Iterable[Tensor]) -> list[int]:

@@ -27,9 +27,11 @@ class Recorded:
         self.function, self.buffers, self.output = function, buffers, output
 
     def replay(self):
-        for old, new in zip(tree_leaves(self.output), tree_leaves(self.function(*self.buffers)), strict=True):
+        with torch.inference_mode(False), torch.no_grad():  # as it was captured
+            new = self.function(*self.buffers)
+        for old, value in zip(tree_leaves(self.output), tree_leaves(new), strict=True):
             if isinstance(old, torch.Tensor):
-                old.copy_(new)
+                old.copy_(value)
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def captures(monkeypatch):
     """The batch sizes of the captures, as they come."""
     batches = []
 
-    def capture(function, inputs):
+    def capture(function, inputs, device):
         batches.append(len(inputs[0]) if inputs else 0)
         buffers = tuple(value.clone() for value in inputs)
         output = function(*buffers)
