@@ -14,11 +14,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _aten = torch.ops.aten
+_OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")  # torch's error, CUDA's, and its libraries'
 _COPIES = (_aten._to_copy, _aten.copy_, _aten.copy)
 
 
 class Refused(Exception):
     """Why a function is not captured."""
+
+
+def refusal(what: str, error: Exception) -> Exception:
+    """What to raise for an error in a call that went well outside of a capture: the error where memory ran out."""
+    if any(words in str(error) for words in _OUT_OF_MEMORY):
+        return error
+    return Refused(f"{what}: {str(error).partition(chr(10))[0] or type(error).__name__}")
 
 
 def capturable(function: Callable[..., Any], inputs: tuple[Tensor, ...], device: torch.device) -> Callable[..., Any]:
@@ -27,7 +35,7 @@ def capturable(function: Callable[..., Any], inputs: tuple[Tensor, ...], device:
     Calls it once or twice.
 
     Raises:
-        Refused: it reads values on the host, or copies from one device to another.
+        Refused: it reads values on the host, copies from one device to another, or fails where it is watched.
     """
     if _objection(function, inputs, device) is None:
         return function
@@ -43,8 +51,11 @@ def capturable(function: Callable[..., Any], inputs: tuple[Tensor, ...], device:
 
 def _objection(function: Callable[..., Any], inputs: tuple[Tensor, ...], device: torch.device) -> str | None:
     watched = _Watched(device)
-    with watched:
-        function(*inputs)
+    try:
+        with watched:
+            function(*inputs)
+    except Exception as error:
+        raise refusal("its forward cannot be watched", error) from error
     return watched.objection
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
@@ -12,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..ops.backend import autocast_dtype, current_backend
 from ..plain import has_hooks, is_as_built
 from ..reference.transforms import makes_plain_tensors
-from .capturable import Refused, capturable
+from .agreement import agree, is_whole, rounding
+from .capturable import Refused, capturable, refusal
 from .snapshot import Snapshot
 
 _DEVICE = "cuda"
 _WARM_UP = 2  # calls on the capture's stream before it: libraries choose and allocate in their first ones
 _TRIES = 3  # calls of a key that may change the model's state, as one that fills a cache does, before it is refused
 _MOST_REFUSED = 1024
-_OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")  # torch's own error, CUDA's, and those of its libraries
 CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
@@ -160,7 +159,7 @@ class Graphs:
             self.reason = "its forward draws random numbers, which would not be those of a plain call"
         elif changed is None and _writes(self._snapshot.tensors) != writes:
             self.reason = "its forward writes to its weights or buffers, as a capture would once more"
-        elif not _agree(inputs, copies):
+        elif not agree(inputs, copies):
             self.reason = "its forward writes to its inputs, of which a graph has its own"
         elif changed is not None:
             self._unsettled[key] = self._unsettled.get(key, 0) + 1
@@ -192,7 +191,9 @@ class Graphs:
         Raises:
             Refused: it cannot be captured, or its replay differs.
         """
-        for leaf in tree_leaves(result):
+        leaves = tree_leaves(result)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        for leaf in leaves:
             if not is_plain_tensor(leaf) and not isinstance(leaf, CONSTANTS):
                 raise Refused(f"its forward returns a {type(leaf).__name__}, in which tensors are not found")
         with torch.inference_mode(False), torch.no_grad():  # else later runs could not write its buffers
@@ -204,7 +205,7 @@ class Graphs:
         if (changed := self._changed()) is not None:
             self._restless = _restless(changed)
             raise Refused(self._restless)
-        if not _agree(output, result, self._rounding(result)):
+        if not agree(output, result, rounding((*self._model.parameters(), *tensors))):
             raise Refused("its replay gives other results than its forward")
         self._captured[key] = captured
         self._unsettled.pop(key, None)
@@ -213,14 +214,6 @@ class Graphs:
     def device(self) -> torch.device:
         """Of the model."""
         return next(chain(self._model.parameters(), self._model.buffers())).device
-
-    def _rounding(self, result: Any) -> float:
-        """How far apart two runs of a function may be: half the digits of the coarsest dtype at work."""
-        tensors = (*self._model.parameters(), *tree_leaves(result))
-        dtypes = {leaf.dtype for leaf in tensors if isinstance(leaf, Tensor)}
-        if torch.get_float32_matmul_precision() != "highest":
-            dtypes.add(torch.bfloat16)
-        return math.sqrt(max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=0.0))
 
 
 def _restless(changed: str) -> str:
@@ -243,7 +236,7 @@ def _capture(function: Callable[..., Any], inputs: tuple[Tensor, ...], device: t
         torch.cuda.current_stream(device).wait_stream(stream)
         # tensors that the forward has never seen, so that what it remembers of others is in no graph, and of other
         # values, so that what escapes the capture and runs at once leaves other results
-        buffers = tuple(value.clone() if _is_whole(value) else torch.zeros_like(value) for value in inputs)
+        buffers = tuple(value.clone() if is_whole(value) else torch.zeros_like(value) for value in inputs)
         first: list[Exception] = []
         try:
             # within another context: torch's own leaves its stream current where a capture fails
@@ -254,10 +247,7 @@ def _capture(function: Callable[..., Any], inputs: tuple[Tensor, ...], device: t
                     first.append(error)
                     raise
         except Exception as error:
-            cause = (first or [error])[0]
-            if any(words in str(cause) for words in _OUT_OF_MEMORY):
-                raise cause from None
-            raise Refused(f"torch cannot capture its forward: {str(cause).partition(chr(10))[0]}") from error
+            raise refusal("torch cannot capture its forward", (first or [error])[0]) from None
     return _Captured(graph, buffers, output)
 
 
@@ -267,32 +257,6 @@ def _replayed(captured: _Captured, inputs: tuple[Tensor, ...]) -> Any:
         buffer.copy_(value)
     captured.graph.replay()
     return captured.output
-
-
-def _agree(actual: Any, expected: Any, bound: float = 0.0) -> bool:
-    """Whether two pytrees have the same leaves, tensors within a relative distance; NaN and inf are like any value."""
-    (leaves, spec), (other_leaves, other_spec) = tree_flatten(actual), tree_flatten(expected)
-    return spec == other_spec and all(_alike(*pair, bound) for pair in zip(leaves, other_leaves, strict=True))
-
-
-def _alike(actual: Any, expected: Any, bound: float) -> bool:
-    if not isinstance(expected, Tensor) or not isinstance(actual, Tensor):
-        return type(actual) is type(expected) and bool(actual == expected)
-    if actual.shape != expected.shape or actual.dtype != expected.dtype:
-        return False
-    if _is_whole(expected):
-        return torch.equal(actual, expected)
-    if expected.is_complex():
-        actual, expected = torch.view_as_real(actual), torch.view_as_real(expected)
-    actual, expected = actual.double(), expected.double()
-    finite = expected.isfinite()
-    same = torch.equal(actual.nan_to_num().masked_fill(finite, 0), expected.nan_to_num().masked_fill(finite, 0))
-    norm = torch.linalg.vector_norm(expected.masked_fill(~finite, 0))
-    return same and bool(torch.linalg.vector_norm((actual - expected).masked_fill(~finite, 0)) <= bound * norm)
-
-
-def _is_whole(tensor: Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex())
 
 
 def _draws(device: torch.device) -> list[Tensor]:

@@ -134,7 +134,8 @@ def test_the_output_outlives_the_next_replay(captures):
     assert engine.graphs.look()
     first = run("key", lambda x: 2 * x, torch.ones(2))
     second = run("key", lambda x: 3 * x, torch.full((2,), 5.0))  # the captured function runs, not this one
-    assert first.tolist() == [2, 2] and second.tolist() == [10, 10]
+    third = run("key", lambda x: 4 * x, torch.full((2,), 6.0))
+    assert first.tolist() == [2, 2] and second.tolist() == [10, 10] and third.tolist() == [12, 12]
 
 
 def test_autocast_is_not_captured(captures):
