@@ -73,12 +73,13 @@ class _Watched(TorchDispatchMode):
             given, made = (
                 [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in ((args, kwargs), result)
             )
-            self.objection = self._stands_against(func, given, made)
+            reads = isinstance(result, (bool, int, float, complex))
+            self.objection = self._stands_against(func, given, made, reads)
         return result
 
-    def _stands_against(self, func: Any, given: list[Tensor], made: list[Tensor]) -> str | None:
+    def _stands_against(self, func: Any, given: list[Tensor], made: list[Tensor], reads: bool) -> str | None:
         here = any(tensor.device == self.device for tensor in given)
-        if here and torch.Tag.data_dependent_output in func.tags:
+        if here and reads:
             return f"its forward reads values on the host ({func})"
         if here and torch.Tag.dynamic_output_shape in func.tags:
             by_mask = any(tensor.dtype in (torch.bool, torch.uint8) for tensor in given[1:])

@@ -69,7 +69,7 @@ class Graphed:
         self._graphs = Graphs(module, limit, foreign=True)
         self._reason: str | None = None
         self._warned: set[str] = set()
-        self._lock = threading.Lock()  # another thread would write the inputs of a graph before they are read
+        self._lock = threading.RLock()  # another thread would write the inputs of a graph before they are read
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's.

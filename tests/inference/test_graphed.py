@@ -356,6 +356,7 @@ def counting(model, x):
 FORWARDS = {
     "reads values on the host (aten._local_scalar_dense": lambda model, x: x * float(x.max()),
     "reads values on the host (aten._local_scalar_dense.default)": lambda model, x: x if x.sum() > 0 else -x,
+    "reads values on the host (aten.equal": lambda model, x: x if torch.equal(x, 2 * x) else -x,
     "has a shape that depends on values (aten.nonzero": lambda model, x: x[x.nonzero()[:2, 0]],
     "has a shape that depends on values (aten.index": lambda model, x: x[x > 0].sum() + x,
     "its forward changes seen": counting,
@@ -495,6 +496,20 @@ def test_tables_made_on_the_cpu():
     ):
         with pytest.raises(Refused, match=reason):
             capturable(function, (x,), meta)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("design", ["adaln", "adaln_zero", "in_context", "cross_attention", "accelerated"])
+def test_ditfasts_forwards_can_be_captured(design, backend):
+    """On meta tensors, by formulas and along the kernels' path: nothing is read on the host, or comes from the CPU."""
+    meta = torch.device("meta")
+    model, _ = accelerated() if design == "accelerated" else models(conditioning=design)
+    x, t, y = (value.to(meta) for value in inputs())
+    calls = [model] if design == "accelerated" else [model, lambda x, t, y: model.forward_with_cfg(x, t, y, 2.0)]
+    with torch.no_grad(), ditfast.ops.use_backend(backend):
+        model.to(meta)
+        for call, batch in zip(calls, ((x, t, y), (torch.cat([x, x]), torch.cat([t, t]), y)), strict=False):
+            assert capturable(call, batch, meta) is call
 
 
 def test_why_there_is_no_graph():
