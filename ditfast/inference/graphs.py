@@ -116,7 +116,7 @@ class Graphs:
             return f"weights are of the class {', '.join(sorted(kinds))}, which does not tell where they lie"
         if any(isinstance(module, torch.jit.ScriptModule) for module in self._model.modules()):
             return "TorchScript does not tell where its weights lie"
-        if any(map(has_hooks, self._model.modules())):
+        if _has_any_global_hook() or any(map(has_hooks, self._model.modules())):
             return "the model has hooks, which a replay would not call"
         if not self._foreign and not is_as_built(self._model):
             return "layers of other codebases may go by Python values, which a replay would not read anew"
@@ -128,7 +128,7 @@ class Graphs:
             return "what a transform, another capture or fake tensors are in the middle of is no other call's"
         if autocast_dtype(_DEVICE) is not None:
             return "autocast keeps casts of the weights, which a replay would not make anew"
-        return "global hooks of modules are set, which a replay would not call" if _has_any_global_hook() else None
+        return "modules have global hooks, which a replay would not call" if _has_any_global_hook() else None
 
     def run(self, key: Hashable, function: Callable[..., Any], *inputs: Tensor) -> Any:
         """``function(*inputs)`` by the graph of ``key`` and the inputs' shapes, as new tensors; after :meth:`look`.

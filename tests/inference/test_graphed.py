@@ -537,6 +537,12 @@ def test_surroundings_and_arguments_without_a_graph(captures):
         fast([x], factor=1, name=object())
     fast([x])
     assert fast.unavailable() is None and captures == [2]
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="modules have global hooks"):
+        fast([x])
+    handle.remove()
+    fast([x])
+    assert captures == [2]
     handle = model.register_forward_hook(lambda *_: None)
     with pytest.warns(UserWarning, match="the model has hooks"):
         fast([x])
