@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .adapters.accelerate import accelerate, accelerated, restore
     from .checkpoint.files import load_checkpoint, save_checkpoint
     from .config import MODELS, DiTConfig
+    from .inference.graphed import graphed
     from .inference.pipeline import DiTPipeline
     from .model.dit import DiT
 
@@ -24,6 +25,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "accelerated",
+    "graphed",
     "load_checkpoint",
     "ops",
     "reference",
@@ -40,6 +42,7 @@ _LAZY = {
     "MODELS": "config",
     "accelerate": "adapters.accelerate",
     "accelerated": "adapters.accelerate",
+    "graphed": "inference.graphed",
     "load_checkpoint": "checkpoint.files",
     "save_checkpoint": "checkpoint.files",
     "ops": "",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..gone import refuse_gone
 from ..model.dit import DiT
 from ..plain import is_plain
-from .graphs import StepGraphs
+from .graphs import Graphs
 from .guidance import Guidance
 from .table import ScheduleTable, takes_table
 
@@ -56,7 +56,7 @@ class _Plan(NamedTuple):
     labels: Tensor  # (2N,), the null class for the second half, or (N,) without guidance
     rows: Tensor | None  # of the labels in the table
     table: ScheduleTable | None
-    graphs: StepGraphs | None
+    graphs: Graphs | None
 
 
 class Engine:
@@ -99,7 +99,7 @@ class Engine:
         self.num_classes: int | None = getattr(config, "num_classes", None)
         if guidance is not None and self.null_class is None:
             raise ValueError("guidance needs a null class, and the model's config has none: give null_class")
-        self.graphs = StepGraphs(model) if graphs else None
+        self.graphs = Graphs(model) if graphs else None
 
     @torch.no_grad()
     def __call__(
@@ -197,7 +197,8 @@ class Engine:
             return step(x, factor, *conditions)
         # the scale is an input: the rest of guidance is captured with a step, and so part of its key
         guidance_key = (self.guidance.channels, self.guidance.rescale) if guided and self.guidance is not None else None
-        return plan.graphs.run((guided, guidance_key), step, x, factor, *conditions)
+        replayed: Tensor = plan.graphs.run((guided, guidance_key), step, x, factor, *conditions)
+        return replayed
 
 
 def _stop_at_first(failed_at: Tensor, steps: int) -> None:
