@@ -141,7 +141,9 @@ def direct_layouts(x: Tensor, *others: Tensor | None) -> Layouts | None:
         return None
     if torch._C._len_torch_function_stack() or torch._C._is_tracing() or in_forward_mode():
         return None
-    if functorch.maybe_current_level() is not None or not (backend == "triton" or on_gpu(x)):
+    if functorch.maybe_current_level() is not None:
+        return None
+    if not (on_gpu(x) or (backend == "triton" and x.is_cpu)):  # meta tensors trace the operator
         return None
     return layouts((x, *others))
 
