@@ -26,6 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 from ditfast.kernels import launch, linear  # noqa: E402
 from ditfast.kernels.configs import gemm
 from ditfast.kernels.rehearsal import GPUS, rehearse, unavailable  # noqa: E402
+from tests.kernels.gemm_check import linear_gelu  # noqa: E402
 
 pytestmark = [
     pytest.mark.rehearsal,
@@ -213,9 +214,9 @@ def test_a_tile_that_does_not_fit_is_refused_as_on_the_gpu(dtype):
     too_large = gemm.PORTABLE[0][0]._replace(num_stages=6, max_registers=0)
     with rehearse("sm_89") as rehearsal:
         with pytest.raises(OutOfResources, match="shared memory"):
-            linear.linear_gelu(x, weight, None, True, too_large)
+            linear_gelu(x, weight, None, True, too_large)
         assert rehearsal.launches == 0
-        linear.linear_gelu(x, weight, None, True)
+        linear_gelu(x, weight, None, True)
         assert rehearsal.launches == 1
 
 
@@ -233,7 +234,7 @@ def test_what_is_chosen_fits_the_smaller_gpus(arch, monkeypatch):
 def test_grids_and_tensor_maps_are_checked(hopper):
     x, weight = (torch.empty(256, 128, dtype=torch.bfloat16) for _ in range(2))
     config = gemm.HOPPER[1][0]
-    linear.linear_gelu(x, weight, None, True, config)
+    linear_gelu(x, weight, None, True, config)
     assert (hopper.launches, hopper.tensor_maps) == (1, 4)
     kernel = linear._gelu_bwd_kernel
     arguments = (x, x, x, x, None, 256, 128, 128)
@@ -253,7 +254,7 @@ def test_grids_and_tensor_maps_are_checked(hopper):
             patch.setattr(linear, "_takes_tma", lambda x: True)
             patch.setattr(TensorDescriptor, "__post_init__", lambda self: None)  # which reads some of it as well
             with pytest.raises(RuntimeError, match=f"refuses a tensor map, for {reason}"):
-                linear.linear_gelu(described, weight, None, True, config)
+                linear_gelu(described, weight, None, True, config)
 
 
 def test_a_rehearsal_ends():
