@@ -231,11 +231,23 @@ def test_what_is_chosen_fits_the_smaller_gpus(arch, monkeypatch):
     assert not outcome.failures and outcome.launches > 20
 
 
+def described_all_the_same(plan):
+    """The launch with TMA, wherever the tensors begin."""
+    return lambda *tensors: plan._launch(
+        *(
+            x if x is None or how is None else TensorDescriptor(x, *how)
+            for x, how in zip(tensors, plan._described, strict=True)
+        )
+    )
+
+
 def test_grids_and_tensor_maps_are_checked(hopper):
     x, weight = (torch.empty(256, 128, dtype=torch.bfloat16) for _ in range(2))
     config = gemm.HOPPER[1][0]
-    linear_gelu(x, weight, None, True, config)
-    assert (hopper.launches, hopper.tensor_maps) == (1, 4)
+    plan = linear.LinearGelu((x, weight, None), True, config)
+    for count in (1, 2):  # by Triton's JIT, then directly
+        plan(x, weight, None)
+        assert (hopper.launches, hopper.tensor_maps) == (count, 4 * count)
     kernel = linear._gelu_bwd_kernel
     arguments = (x, x, x, x, None, 256, 128, 128)
     options = {"ROWS": 64, "COLS": 128, "CHUNK": 16, "FAST": True, "num_warps": 4}
@@ -249,12 +261,16 @@ def test_grids_and_tensor_maps_are_checked(hopper):
         (odd[: 256 * 130].view(256, 130)[:, :128], "a stride in bytes is no multiple of 16"),
         (odd.as_strided((256, 128), (64, 1)), "its rows overlap"),
     ):
-        assert not linear._takes_tma(described)
+        before = hopper.tensor_maps
+        linear_gelu(described, weight, None, True, config)
+        assert hopper.tensor_maps == before  # by the other kernel
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(linear, "_takes_tma", lambda x: True)
+            patch.setattr(linear, "_takes_tma", lambda *_: True)
             patch.setattr(TensorDescriptor, "__post_init__", lambda self: None)  # which reads some of it as well
+            plan = linear.LinearGelu((described, weight, None), True, config)
+            patch.setattr(plan._gemm, "_unaligned", described_all_the_same(plan._gemm))
             with pytest.raises(RuntimeError, match=f"refuses a tensor map, for {reason}"):
-                linear_gelu(described, weight, None, True, config)
+                plan(described, weight, None)
 
 
 def test_a_rehearsal_ends():
