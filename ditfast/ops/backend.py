@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd.function import Function
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..kernels.launch import Layouts, gpu, gpu_index, interpreting, layouts, on_gpu
@@ -139,7 +140,7 @@ def direct_layouts(x: Tensor, *others: Tensor | None) -> Layouts | None:
     if torch.compiler.is_compiling():
         return None  # at once: Dynamo traces nothing of what follows
     backend = _backend.get()
-    if backend == "torch" or torch._C._len_torch_dispatch_stack():
+    if backend == "torch" or (torch._C._len_torch_dispatch_stack() and not _is_looked_past()):
         return None
     if torch._C._len_torch_function_stack() or torch._C._is_tracing() or in_forward_mode():
         return None
@@ -148,6 +149,11 @@ def direct_layouts(x: Tensor, *others: Tensor | None) -> Layouts | None:
     if not (on_gpu(x) or (backend == "triton" and x.is_cpu)):  # meta tensors trace the operator
         return None
     return layouts((x, *others))
+
+
+def _is_looked_past() -> bool:
+    """Whether the modes in force leave this project's operators as they are: those with ``looks_past_ditfast``."""
+    return all(getattr(mode, "looks_past_ditfast", False) for mode in _get_current_dispatch_mode_stack())
 
 
 def triton_reason(x: Tensor, width: int) -> str | None:

@@ -119,10 +119,11 @@ def test_attention_takes_the_library_where_a_gpu_would(hopper):
 
 
 # of one model in bf16, inference and training, at every batch and token count below. What differs: the GEMMs' tiles
-# with the rows, the sums' with the partial sums, attention's with few tokens; the row kernels' gradients wanted
+# with the rows, the sums' with the partial sums, attention's with few tokens; the row kernels' gradients
+# wanted and statistics saved
 COMPILATIONS = {
     "_adaln_bwd_kernel": 6,
-    "_adaln_fwd_kernel": 4,
+    "_adaln_fwd_kernel": 6,
     "_attention_dkv_kernel": 3,
     "_attention_dq_kernel": 3,
     "_attention_fwd_kernel": 6,
@@ -150,7 +151,7 @@ def test_another_batch_or_token_count_compiles_nothing():
                 rehearsal.infer(config, batch, torch.bfloat16)
                 rehearsal.train(config, batch, torch.bfloat16)
     assert Counter(item.kernel for item in recording.compilations) == COMPILATIONS
-    assert at_256_tokens == 30
+    assert at_256_tokens == 32
     assert not [item for item in recording.compilations if item.ones]  # a size of 1 compiles nothing
 
 
