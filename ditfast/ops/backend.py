@@ -372,7 +372,7 @@ def _apply(name: str, *inputs: Any) -> Any:
     if functorch.maybe_current_level() is not None:
         return kernel.apply(*inputs)  # type: ignore[no-untyped-call]
     # what that does without a transform, but for a look at the forward's signature, which takes 20 microseconds
-    return super(Function, kernel).apply(*unwrap_dead_wrappers(inputs))
+    return super(Function, kernel).apply(*unwrap_dead_wrappers(inputs))  # type: ignore[misc]
 
 
 def _allow_in_graph() -> None:
