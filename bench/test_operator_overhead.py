@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ def test_dispatch(timed: Timed, device: str, name: str, layer: str) -> None:
     Without a GPU the implementation is the fake on meta tensors: the path of a GPU's call up to the launch.
     """
     fake, implementation, operator = DISPATCHED[name]
-    alone = fake if device == "meta" else implementation
+    alone = fake if device == "meta" else partial(implementation, key=None)
     layers = {"alone": alone, "torch.library": getattr(torch.ops.ditfast, name).default, "operator": operator}
     arguments = dispatch_arguments(name, device)
 

@@ -356,7 +356,7 @@ class AdaLNBackward:
         if r.numel():
             self._launch(d_r, d_out, r, branch, gate, shift, scale, mean, rstd, d_x, d_branch, out, vectors, bias)
         sums = [] if self._sum is None else self._sum(*(x for x in (vectors, bias) if x is not None), *partials)
-        d_vectors = None if vectors is None else sums.pop(0).view(-1, r.shape[0], r.shape[2])
+        d_vectors = None if vectors is None else sums.pop(0).view(wants.gate + 2 * wants.modulation, *r.shape[::2])
         d_bias = None if bias is None else sums.pop(0).view(-1)
         return d_x, d_branch, out, d_vectors, d_bias, sums
 

@@ -113,8 +113,8 @@ def layouts(tensors: Sequence[Tensor | None]) -> Layouts | None:
 
 
 def kept(key: Hashable) -> Any:
-    """The plan that was kept by this key, or None."""
-    return _plans.get(key)
+    """The plan that was kept by this key, or None; None of None, which Dynamo traces without a look at the plans."""
+    return None if key is None else _plans.get(key)
 
 
 def keep(key: Hashable, plan: Plan) -> Plan:

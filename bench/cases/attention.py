@@ -44,7 +44,7 @@ def implementation(provider: str) -> Callable[..., Any]:
         return partial(ops.self_attention, backend=backend)
 
     def attend(qkv: Tensor, num_heads: int, bias: Tensor | None = None) -> Tensor:
-        return backends.run(backend, qkv, num_heads, None, bias, deterministic=False, alone=True)
+        return backends.run_library(backend, qkv, num_heads, None, bias, deterministic=False, alone=True)
 
     return attend
 

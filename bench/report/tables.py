@@ -150,7 +150,7 @@ def host_tables(machine: Machine) -> list[Table]:
         numbers += [f"{row.launches:,}", f"{row.triton_launches:,}"]
         models.append([Cell(text) for text in (*case, row.provider, *numbers)])
         for part in row.parts:
-            spreads = (part.public, part.torch_op, part.launcher, part.launch)
+            spreads = (part.public, part.launcher, part.launch)
             times = ["-" if spread is None else digits(spread.median * 1e3) for spread in spreads]
             name = f"{part.operator}, {part.direction}"
             parts.append([Cell(text) for text in (*case, name, str(part.uses), str(part.launches), *times)])
@@ -159,7 +159,7 @@ def host_tables(machine: Machine) -> list[Table]:
     title = f"The host's time of an eager call, on {machine.label}"
     tables = [Table(title, columns_of(columns, text), models, [_HOST_NOTE])]
     if parts:
-        levels = ("public", "torch's", "launcher", "launch")
+        levels = ("public", "launcher", "launch")
         names = columns_of(("model", "batch", "mode", "operator", "uses", "launches", *levels), text)
         title = "ditfast's operators on the host, microseconds a call, each level with those below it"
         tables.append(Table(title, names, parts, [" ".join(HOST_PARTS_CAPTION)]))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ditfast.config import DiTConfig
-from ditfast.kernels.adaln import adaln_bwd, adaln_fwd
+from ditfast.kernels import adaln
 from ditfast.kernels.configs import tables
 from ditfast.kernels.configs.rows import RowConfig, row_config
 from ditfast.reference import ops as formulas
@@ -58,8 +58,8 @@ class AdaLNForward(Family[RowConfig]):
         return draw_inputs(OPERATORS["gated_residual_layer_norm_modulate"], shape, dtype, device, seed=seed)
 
     def call(self, config: RowConfig, inputs: Inputs) -> Any:
-        residual, branch, gate = inputs["residual"], inputs["branch"], inputs["gate"]
-        return adaln_fwd(residual, branch, gate, inputs["shift"], inputs["scale"], _EPS, config)
+        tensors = [inputs[name] for name in ("residual", "branch", "gate", "shift", "scale")]
+        return adaln.AdaLNForward(tensors, _EPS, config=config)(*tensors)
 
     def results(self, config: RowConfig, inputs: Inputs) -> Results:
         r, out, _, _ = self.call(config, inputs)
@@ -94,8 +94,10 @@ class AdaLNBackward(AdaLNForward):
         return {"d_r": incoming[0], "d_out": incoming[1], "r": r, **inputs, **saved}
 
     def call(self, config: RowConfig, inputs: Inputs) -> Any:
-        all_wanted = {f"want_{name}": True for name in ("x", "branch", "gate", "modulation", "bias", "out")}
-        return adaln_bwd(**inputs, **all_wanted, config=config)  # type: ignore[arg-type]
+        names = ("d_r", "d_out", "r", "branch", "gate", "shift", "scale", "mean", "rstd")
+        tensors = [inputs[name] for name in names]
+        all_wanted = adaln.Wants(*(True for _ in adaln.Wants._fields))
+        return adaln.AdaLNBackward(tensors, all_wanted, config)(*tensors)
 
     def results(self, config: RowConfig, inputs: Inputs) -> Results:
         d_x, d_branch, out, (d_gate, d_shift, d_scale), d_bias, _ = self.call(config, inputs)

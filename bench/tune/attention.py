@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from ditfast.config import DiTConfig
-from ditfast.kernels.attention_bwd import OPERATORS as BACKWARD
-from ditfast.kernels.attention_bwd import attention_bwd
+from ditfast.kernels import attention as forward_kernels
+from ditfast.kernels import attention_bwd as backward_kernels
 from ditfast.kernels.configs import tables
 from ditfast.ops import attention_implementations as backends
 from ditfast.ops.attention_implementations import AttentionBackend
 from ditfast.reference import ops as formulas
 
-from ...kernels.attention import attention_fwd
 from ...kernels.configs.attention import AttentionConfig, attention_config, fitted, launch_config, sum_slots
 from ...ops import attention_implementations as choice
 from ...ops.attention import attention
@@ -94,8 +93,7 @@ class AttentionForward(_Attention[AttentionConfig]):
         return f"{config.block_m}x{config.block_n}, {config.num_warps} warps, {config.num_stages} stages"
 
     def call(self, config: AttentionConfig, inputs: Inputs) -> Any:
-        qkv = inputs["qkv"]
-        return attention_fwd(qkv, qkv.shape[4] ** -0.5, None, False, config)
+        return _forward(inputs["qkv"], False, config)
 
     def results(self, config: AttentionConfig, inputs: Inputs) -> Results:
         return {"out": ends(self.call(config, inputs)[0])}
@@ -113,19 +111,22 @@ class AttentionBackward(AttentionForward):
 
     def draw(self, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
         qkv = super().draw(shape, dtype, device, seed)["qkv"]
-        out, stats = attention_fwd(qkv, qkv.shape[4] ** -0.5)
+        out, stats = _forward(qkv, True)
         return {"qkv": qkv, "out": out, "stats": stats, "d_out": normal(tuple(out.shape), out, -seed)}
 
     def call(self, config: AttentionConfig, inputs: Inputs) -> Any:
         qkv = inputs["qkv"]
-        configs = [config if name == self.operator else launch_config(name, qkv, False) for name in BACKWARD]
-        d_out, out, stats = inputs["d_out"], inputs["out"], inputs["stats"]
-        return attention_bwd(d_out, qkv, out, stats, qkv.shape[4] ** -0.5, want_sums=True, configs=configs)
+        num_heads, head_dim = qkv.shape[3:]
+        operators = backward_kernels.OPERATORS
+        configs = [config if name == self.operator else launch_config(name, qkv, False) for name in operators]
+        tensors = inputs["d_out"], qkv.flatten(2), inputs["out"], inputs["stats"], None
+        constants = num_heads, head_dim**-0.5, False, True, configs
+        return backward_kernels.AttentionBackward(tensors, *constants)(*tensors)
 
     def results(self, config: AttentionConfig, inputs: Inputs) -> Results:
         d_qkv, _, sums = self.call(config, inputs)
         sums = ends(sums.unflatten(0, (len(d_qkv), -1)))
-        return {"d_qkv": ends(d_qkv).flatten(2), "d_bias": sums.sum((0, 1)).to(d_qkv.dtype)}
+        return {"d_qkv": ends(d_qkv), "d_bias": sums.sum((0, 1)).to(d_qkv.dtype)}
 
     def formula(self, judged: Inputs) -> Results:
         d_qkv = super().formula(judged)["d_qkv"]
@@ -195,7 +196,14 @@ class AttentionChoice(_Attention[Choice]):
 def _run(backend: AttentionBackend, qkv: Tensor, num_heads: int) -> Tensor:
     if backend == "triton":
         return attention(qkv, None, num_heads, (qkv.shape[2] // (3 * num_heads)) ** -0.5)
-    return backends.run(backend, qkv, num_heads, None, None, alone=True)
+    return backends.run_library(backend, qkv, num_heads, None, None, alone=True)
+
+
+def _forward(qkv: Tensor, save: bool, config: AttentionConfig | None = None) -> Any:
+    """(out, stats) of a projection with five axes."""
+    num_heads, head_dim = qkv.shape[3:]
+    tensors = qkv.flatten(2), None
+    return forward_kernels.AttentionForward(tensors, num_heads, head_dim**-0.5, save, config)(*tensors)
 
 
 def _head_dim(shape: Shape) -> int:

@@ -20,7 +20,7 @@ from ditfast.config import DiTConfig
 from ditfast.kernels.configs import gemm, tables
 from ditfast.kernels.configs.gemm import GemmConfig, sum_rows
 from ditfast.ops import gemm as linears
-from ditfast.ops.modulations import modulations_by, split
+from ditfast.ops.modulations import modulations_plan, split
 
 from ...testing.operators import OPERATORS, Inputs, Shape, draw_inputs, parameters
 from ..cases.precision import float32_precision
@@ -91,7 +91,8 @@ class LinearGelu(_Gemm):
         return {**inputs, "x": inputs["x"].flatten(0, 1)}
 
     def call(self, config: GemmConfig, inputs: Inputs) -> Any:
-        return linears.linear_gelu_by(config, **inputs, save=self.save)
+        tensors = [inputs[name] for name in ("x", "weight", "bias")]
+        return linears.linear_gelu_plan(tensors, self.save, config=config)(*tensors)
 
     def results(self, config: GemmConfig, inputs: Inputs) -> Results:
         out, pre = self.call(config, inputs)
@@ -125,7 +126,8 @@ class LinearGatedResidual(_Gemm):
         return {**inputs, "x": inputs["x"].flatten(0, 1)}
 
     def call(self, config: GemmConfig, inputs: Inputs) -> Any:
-        return linears.linear_gated_residual_by(config, **inputs, save=self.save)
+        tensors = [inputs[name] for name in ("x", "weight", "bias", "gate", "residual")]
+        return linears.linear_gated_residual_plan(tensors, self.save, config=config)(*tensors)
 
     def results(self, config: GemmConfig, inputs: Inputs) -> Results:
         out, branch = self.call(config, inputs)
@@ -161,7 +163,8 @@ class LinearGeluBackward(_Gemm):
         return {"d_out": d_out, "weight": weight, "pre": normal((rows, columns), d_out, seed)}
 
     def call(self, config: GemmConfig, inputs: Inputs) -> Any:
-        return linears.linear_gelu_backward_by(config, **inputs, want_bias=True)
+        tensors = [inputs[name] for name in ("d_out", "weight", "pre")]
+        return linears.linear_gelu_backward_plan(tensors, True, config=config)(*tensors)
 
     def results(self, config: GemmConfig, inputs: Inputs) -> Results:
         d_pre, act, partial = self.call(config, inputs)
@@ -207,7 +210,8 @@ class Modulations(_Gemm):
         return draw_inputs(OPERATORS["modulations"], shape, dtype, device, seed=seed)
 
     def call(self, config: GemmConfig, inputs: Inputs) -> Any:
-        return modulations_by(config, inputs["c"], *parameters(inputs), inputs["c"].dtype)
+        c, (weights, biases) = inputs["c"], parameters(inputs)
+        return modulations_plan((c, *weights, *biases), len(weights), c.dtype, config=config)(c, weights, biases)
 
     def results(self, config: GemmConfig, inputs: Inputs) -> Results:
         return _by_layer(split(self.call(config, inputs), parameters(inputs)[0]))

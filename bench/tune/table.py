@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ditfast.kernels import launch
 from ditfast.kernels.configs import attention, gemm, rows, tables
 
 from ...files import write_bytes
@@ -95,10 +96,11 @@ def versions() -> dict[str, str]:
 
 
 def refresh() -> None:
-    """Drops cached tables and choices of configurations."""
+    """Drops cached tables, choices of configurations, and the plans that hold them."""
     for cached in _CACHES:
         cached.cache_clear()
     attention_choice.forget()
+    launch.forget()
 
 
 def _lines(values: Mapping[str, Any]) -> str:

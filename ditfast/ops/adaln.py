@@ -99,7 +99,7 @@ def gated_residual_layer_norm_modulate(
 
 def _key(tensors: Sequence[Tensor | None], eps: float) -> Hashable:
     """Of the plan of a public operator's calls, without gradients, whose tensors were checked; None of other calls."""
-    if wants_gradient(*tensors) or (key := direct_layouts(*tensors)) is None:
+    if wants_gradient(*tensors) or (key := direct_layouts(*tensors)) is None:  # type: ignore[arg-type]
         return None
     return "adaln", eps, key
 
@@ -120,7 +120,7 @@ def _checked(
 
     tensors = x, branch, gate, shift, scale
     r, out, _, _ = keep(key, AdaLNForward(tensors, eps, save=False))(*tensors)
-    return r, out
+    return cast("tuple[Tensor, Tensor]", (r, out))
 
 
 def _check_norm(x: Tensor, name: str, shift: Tensor, scale: Tensor, eps: float) -> None:
@@ -161,7 +161,7 @@ def adaln_forward(
     return cast("tuple[Tensor, Tensor, Tensor, Tensor]", run("adaln_forward", tensors, *tensors, eps))
 
 
-def _forward(*args: Any, key: Layouts | None) -> tuple[Tensor, ...]:
+def _forward(*args: Any, key: Layouts | None) -> tuple[Tensor | None, ...]:
     from ..kernels.adaln import AdaLNForward
 
     *tensors, eps = args

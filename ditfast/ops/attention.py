@@ -316,7 +316,7 @@ class _Attention(Kernel):
             return (None,) * 4
         qkv, bias, out, stats = saved
         want_qkv, want_bias, _, _ = ctx.needs_input_grad
-        d_qkv, d_bias, _ = attention_backward(
+        d_qkv, d_bias, _sums = attention_backward(
             d_out, qkv, out, stats, ctx.num_heads, ctx.scale, bias, want_bias, False
         )
         return d_qkv if want_qkv else None, d_bias if want_bias else None, None, None

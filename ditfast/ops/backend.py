@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.autograd.function import Function
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..kernels.launch import Layouts, gpu, gpu_index, interpreting, layouts, on_gpu
@@ -135,14 +136,23 @@ def takes_triton(operator: str, x: Tensor, width: int, others: Iterable[Tensor |
 def direct_layouts(x: Tensor, *others: Tensor | None) -> Layouts | None:
     """The layouts of tensors for which a kernel may be launched without torch's operator in between; None where
     something looks at the operator: a compiler, a mode, a transform, a subclass."""
+    if torch.compiler.is_compiling():
+        return None  # at once: Dynamo traces nothing of what follows
     backend = _backend.get()
-    if torch.compiler.is_compiling() or backend == "torch" or torch._C._len_torch_dispatch_stack():
+    if backend == "torch" or (torch._C._len_torch_dispatch_stack() and not _is_looked_past()):
         return None
     if torch._C._len_torch_function_stack() or torch._C._is_tracing() or in_forward_mode():
         return None
-    if functorch.maybe_current_level() is not None or not (backend == "triton" or on_gpu(x)):
+    if functorch.maybe_current_level() is not None:
+        return None
+    if not (on_gpu(x) or (backend == "triton" and x.is_cpu)):  # meta tensors trace the operator
         return None
     return layouts((x, *others))
+
+
+def _is_looked_past() -> bool:
+    """Whether the modes in force leave this project's operators as they are: those with ``looks_past_ditfast``."""
+    return all(getattr(mode, "looks_past_ditfast", False) for mode in _get_current_dispatch_mode_stack())
 
 
 def triton_reason(x: Tensor, width: int) -> str | None:
@@ -366,7 +376,7 @@ def _apply(name: str, *inputs: Any) -> Any:
     if functorch.maybe_current_level() is not None:
         return kernel.apply(*inputs)  # type: ignore[no-untyped-call]
     # what that does without a transform, but for a look at the forward's signature, which takes 20 microseconds
-    return super(Function, kernel).apply(*map(_alive, inputs))
+    return super(Function, kernel).apply(*map(_alive, inputs))  # type: ignore[misc]
 
 
 def _allow_in_graph() -> None:

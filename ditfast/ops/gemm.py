@@ -74,7 +74,8 @@ def linear_gelu_plan(
 
     x, weight, bias = tensors
     operator = "linear_gelu_save" if save else "linear_gelu"
-    config = config or gemm_config(operator, x.shape[0], *weight.shape, x, demanded)
+    columns, inner = weight.shape
+    config = config or gemm_config(operator, x.shape[0], columns, inner, x, demanded)
     if config.candidate == "triton":
         return LinearGelu(tensors, save, config)
     if config.candidate == "cublaslt" and bias is not None and x.numel():
@@ -112,7 +113,8 @@ def linear_gated_residual_plan(
 
     x, weight, _, gate, residual = tensors
     operator = "linear_gated_residual_save" if save else "linear_gated_residual"
-    config = config or gemm_config(operator, x.shape[0], *weight.shape, x, demanded)
+    columns, inner = weight.shape
+    config = config or gemm_config(operator, x.shape[0], columns, inner, x, demanded)
     if config.candidate == "triton":
         return LinearGatedResidual(tensors, save, config)
     branch = x.new_empty(residual.shape)  # of whose layout alone the plan is made
@@ -144,7 +146,8 @@ def linear_gelu_backward_plan(
     from ..kernels.linear import GeluBackward, LinearGeluBackward
 
     d_out, weight, pre = tensors
-    config = config or gemm_config("linear_gelu_backward", *pre.shape, weight.shape[0], d_out, demanded)
+    rows, columns = pre.shape
+    config = config or gemm_config("linear_gelu_backward", rows, columns, weight.shape[0], d_out, demanded)
     if config.candidate == "triton":
         return LinearGeluBackward(tensors, want_bias, config)
     gradient = GeluBackward((pre.new_empty(pre.shape), pre), True, want_bias)

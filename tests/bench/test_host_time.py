@@ -37,7 +37,7 @@ from ditfast.kernels.rehearsal import nothing_computed, rehearse, torch_kernels,
 
 BF16 = torch.bfloat16
 TINY = DiTConfig(depth=2, hidden_size=144, num_heads=2, latent_size=8, patch_size=2, num_classes=10)
-LEVELS = ("public", "torch_op", "launcher", "launch")
+LEVELS = ("public", "launcher", "launch")
 MARKS = (
     pytest.mark.rehearsal,
     pytest.mark.skipif(unavailable() is not None, reason=f"cannot rehearse: {unavailable()}"),
@@ -56,7 +56,7 @@ def of(ms: float) -> Spread:
 
 def made_up() -> Results:
     """No figure here was measured."""
-    part = HostPart("gelu_mlp", "forward", 28, 1, of(0.05), of(0.02), None, None)
+    part = HostPart("gelu_mlp", "forward", 28, 1, of(0.05), of(0.02), None)
     case = ("DiT-XL/2", "adaln_zero", (32, 32), 1, "bf16", "forward")
     rows = [
         HostRow(*case, "reference", "sm_90", of(5.0), 4.0, 585, 0, 787),
@@ -181,7 +181,7 @@ def test_a_case(mode):
         levels = [getattr(part, level) for level in LEVELS]
         assert levels[0] is not None
         assert part.launches == 0 or all(levels)
-        assert part.launches > 0 or levels[3] is None
+        assert part.launches > 0 or levels[2] is None
     assert all(getattr(blocks if name in vars(blocks) else ops, name) is function
                for name, function in functions.items())  # fmt: skip
     assert torch.ones(2).add(1).eq(2).all()
@@ -232,7 +232,7 @@ def test_the_command(tmp_path, monkeypatch):
     assert "gated_residual_layer_norm_modulate" in result.output and "compiling kernels" in result.output
     # head dims of 64 take SDPA in inference, which no kernel of ditfast's serves
     attention = next(part for part in loaded.rows[1].parts if part.operator == "self_attention")
-    assert (attention.uses, attention.launches, attention.torch_op, attention.launch) == (12, 0, None, None)
+    assert (attention.uses, attention.launches, attention.launcher, attention.launch) == (12, 0, None, None)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_the_table(capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["DiT-XL/2", "1", "forward", "reference", "4.00", "1.00x", "5.00", "+-", "0.500", "585", "0"] in lines
     assert ["ditfast", "10.0", "2.50x", "11.0", "+-", "1.10", "207", "87"] in lines
-    assert ["gelu_mlp", "forward", "28", "1", "50.0", "20.0", "-", "-"] in lines
+    assert ["gelu_mlp", "forward", "28", "1", "50.0", "20.0", "-"] in lines
     print_tables(host_command.tables(replace(made_up(), rows=[], complete=False)))
     assert "no rows" in capsys.readouterr().out
 
@@ -308,6 +308,6 @@ def test_the_report():
     report = report_of(made_up())
     models, parts = host_tables(report.machines[0])
     assert [cell.text for cell in models.rows[1]][3:] == ["ditfast", "10.0", "11.0", "9.90 to 12.1", "207", "87"]
-    assert [cell.text for cell in parts.rows[0]][3:] == ["gelu_mlp, forward", "28", "1", "50.0", "20.0", "-", "-"]
+    assert [cell.text for cell in parts.rows[0]][3:] == ["gelu_mlp, forward", "28", "1", "50.0", "20.0", "-"]
     html = page(report, [])
     assert "The host&#x27;s time of an eager call" in html and "microseconds a call" in html

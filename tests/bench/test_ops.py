@@ -378,6 +378,6 @@ def test_a_rivals_backward_is_as_its_library_has_it(provider: str, monkeypatch: 
         calls[backend] = options
         return torch.zeros(1)
 
-    monkeypatch.setattr(ops_attention.backends, "run", run)
+    monkeypatch.setattr(ops_attention.backends, "run_library", run)
     ops_attention.implementation(provider)(torch.zeros(1, 5, 216), num_heads=1)
     assert calls == {ops_attention.PROVIDERS[provider]: {"deterministic": False, "alone": True}}

@@ -10,7 +10,7 @@ from ditfast import DiT, DiTConfig, reference
 from ditfast.parity import judge
 from ditfast.testing.inputs import randomize_
 from ditfast.testing.operators import OPERATORS, Shape, draw_inputs, run
-from tests.kernels.conftest import failures, triton_operator
+from tests.kernels.conftest import failures, triton_operator, watch
 
 DEVICE = torch.device("cuda")
 CYCLES = 20_000_000  # about 10 ms: work that does not wait runs too early
@@ -69,22 +69,9 @@ def model_failures(actual, yardstick, oracle, dtype):
     return failures({name: judge("model", actual[name], yardstick[name], oracle[name], dtype) for name in oracle})
 
 
-def spy_on(monkeypatch, *launchers):
-    """(name, current stream) of every call of the launchers, each a module and a name, as they come."""
-    calls = []
-
-    def spied(module, name):
-        original = getattr(module, name)
-
-        def spy(*args, **kwargs):
-            calls.append((name, torch.cuda.current_stream()))
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(module, name, spy)
-
-    for launcher in launchers:
-        spied(*launcher)
-    return calls
+def spy_on(monkeypatch, *plans):
+    """(name, current stream) of every call of plans of these classes, as they come."""
+    return watch(monkeypatch, *plans, note=lambda plan, _: (type(plan).__name__, torch.cuda.current_stream()))
 
 
 class OtherWork:

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ditfast.kernels import linear
 from ditfast.kernels.configs import gemm
 from tests.gpu.conftest import DEVICE, OtherWork, usable
 from tests.kernels.conftest import DTYPES
@@ -14,6 +13,9 @@ from tests.kernels.gemm_check import (
     check_linear_gelu_backward,
     draw,
     gelu_gradient,
+    linear_gated_residual,
+    linear_gelu,
+    linear_gelu_backward,
 )
 
 pytestmark = pytest.mark.gpu
@@ -46,9 +48,9 @@ def test_many_runs_are_bit_equal(config):
     other_work, config = OtherWork(), usable(config)
 
     def results():
-        act, pre = linear.linear_gelu(x, weight, bias, True, config)
-        gated = linear.linear_gated_residual(x, weight, bias, vectors[:, :1160], residual, True, config)
-        return act, pre, *gated, *linear.linear_gelu_backward(x, weight.t().contiguous(), pre, True, config)
+        act, pre = linear_gelu(x, weight, bias, True, config)
+        gated = linear_gated_residual(x, weight, bias, vectors[:, :1160], residual, True, config)
+        return act, pre, *gated, *linear_gelu_backward(x, weight.t().contiguous(), pre, True, config)
 
     first = results()
     for repeat in range(20):
@@ -60,8 +62,8 @@ def test_many_runs_are_bit_equal(config):
 def test_the_backward_computes_the_activation_again(config):
     """Bit for bit: the forward computes it from the rounded pre-activation that it stores."""
     x, weight, bias, *_ = drawn(*SHAPE, torch.bfloat16)
-    act, pre = linear.linear_gelu(x, weight, bias, True, usable(config))
-    recomputed = linear.linear_gelu_backward(x, weight.t().contiguous(), pre, False, usable(config))[1]
+    act, pre = linear_gelu(x, weight, bias, True, usable(config))
+    recomputed = linear_gelu_backward(x, weight.t().contiguous(), pre, False, usable(config))[1]
     assert torch.equal(recomputed, act)
 
 
@@ -71,9 +73,9 @@ def test_large_pre_activations(config, dtype):
     """Where the tangent is 1, every result is exact; nothing overflows on the way there."""
     pre = torch.tensor([[-3e4, -3e3, -300.0, -20.0, 20.0, 300.0, 3e3, 3e4]], device=DEVICE, dtype=DTYPES[dtype])
     eye = torch.eye(8, device=DEVICE, dtype=pre.dtype)
-    act, saved = linear.linear_gelu(pre, eye, None, True, usable(config))
+    act, saved = linear_gelu(pre, eye, None, True, usable(config))
     assert torch.equal(saved, pre)
     assert torch.equal(act.double(), F.gelu(pre.double(), approximate="tanh"))
-    d_pre, recomputed, _ = linear.linear_gelu_backward(torch.ones_like(pre), eye, pre, False, usable(config))
+    d_pre, recomputed, _ = linear_gelu_backward(torch.ones_like(pre), eye, pre, False, usable(config))
     slope, _ = gelu_gradient(torch.ones_like(pre).double(), pre.double())
     assert torch.equal(recomputed, act) and torch.equal(d_pre.double(), slope)

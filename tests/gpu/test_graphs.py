@@ -26,6 +26,7 @@ from tests.gpu.conftest import (
     model_failures,
     pair,
 )
+from tests.kernels.conftest import watch
 
 pytestmark = pytest.mark.gpu
 designs = pytest.mark.parametrize("conditioning", ["adaln", "adaln_zero"])
@@ -50,8 +51,7 @@ def test_a_forward(conditioning, dtype, monkeypatch):
     """Replayed with other inputs, and with weights written in place: the graph holds no copy of either."""
     fast, slow = pair(replace(SMALL, conditioning=conditioning), dtype)
     static = random_batch(SMALL, 3, DEVICE, dtype)
-    together, original = [], modulations.modulations
-    monkeypatch.setattr(modulations, "modulations", lambda *args: together.append(len(args[1])) or original(*args))
+    together = watch(monkeypatch, modulations.Modulations, note=lambda _, arguments: len(arguments[1]))
     with torch.no_grad():
         graph, out = captured(lambda: fast(*static))
         assert set(together) == {SMALL.depth + 1}  # in the capture and before it

@@ -4,16 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ditfast.kernels import adaln, linear
-from ditfast.kernels.attention import attention_fwd
-from ditfast.kernels.attention_bwd import attention_bwd
+from ditfast.kernels.adaln import AdaLNBackward, AdaLNForward, Wants
 from ditfast.kernels.configs import gemm
 from ditfast.parity import judge
 from ditfast.reference import ops as formulas
 from tests.gpu.conftest import DEVICE, FAR, usable
-from tests.kernels.attention_check import check, formula, kernels
+from tests.kernels.attention_check import backward, check, formula, forward, kernels
 from tests.kernels.attention_check import draw as draw_attention
-from tests.kernels.gemm_check import agree, draw
+from tests.kernels.gemm_check import agree, draw, linear_gelu
 
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
@@ -36,18 +34,27 @@ def spread(value, *strides):
     return torch.empty(size, dtype=value.dtype, device=DEVICE).as_strided(value.shape, strides).copy_(value)
 
 
+def adaln_forward(*tensors):
+    return AdaLNForward(tensors, 1e-6)(*tensors)
+
+
+def adaln_backward(wants, *tensors):
+    return AdaLNBackward(tensors, wants)(*tensors)
+
+
 @pytest.mark.parametrize("strides", [(FAR, 1152, 1), (1152, FAR // 480 * 16, 1)], ids=["samples", "rows"])
 def test_rows_are_read(strides):
     x = torch.randn(2, 40, 1152, device=DEVICE, dtype=BF16)
     gate, shift, scale = torch.randn(3, 2, 1152, device=DEVICE, dtype=BF16)
     far = spread(x, *strides)
-    forward = [adaln.adaln_fwd(value, x, gate, shift, scale, 1e-6) for value in (x, far)]
-    assert all(torch.equal(*pair) for pair in zip(*forward, strict=True))
-    _, _, mean, rstd = forward[0]
-    arguments = (x, gate, shift, scale, mean, rstd, True, True, True, True, True, True)
-    near = adaln.adaln_bwd(x, x, x, *arguments)
+    results = [adaln_forward(value, x, gate, shift, scale) for value in (x, far)]
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    _, _, mean, rstd = results[0]
+    rest = x, gate, shift, scale, mean, rstd
+    wants = Wants(*(True for _ in Wants._fields))
+    near = adaln_backward(wants, x, x, x, *rest)
     for operands in ((far, x, x), (x, far, x), (x, x, far)):
-        results = adaln.adaln_bwd(*operands, *arguments)
+        results = adaln_backward(wants, *operands, *rest)
         assert all(torch.equal(*pair) for pair in zip(near[:5], results[:5], strict=True))
 
 
@@ -71,15 +78,14 @@ def test_rows_are_written():
         return out.detach(), torch.autograd.grad(out, leaf, d_row.to(dtype))[0]
 
     expected = list(zip(norm(BF16), norm(torch.float64), strict=True))
-    _, out, mean, rstd = adaln.adaln_fwd(x, None, None, shift, scale, 1e-6)
+    _, out, mean, rstd = adaln_forward(x, None, None, shift, scale)
     assert_repeated(out, 1, *expected[0])
     del out
-    needed_gradients = (True, False, False, False, False, False)
-    d_x = adaln.adaln_bwd(None, d_out, x, None, None, None, scale, mean, rstd, *needed_gradients)[0]
+    d_x = adaln_backward(Wants(x=True), None, d_out, x, None, None, None, scale, mean, rstd)[0]
     assert_repeated(d_x, 1, *expected[1])
     del d_x
     expected = [formulas.gated_residual(*(v.to(dtype) for v in (row, row, gate))) for dtype in (BF16, torch.float64)]
-    assert_repeated(adaln.adaln_fwd(x, x, gate, None, None, 0.0)[0], 1, *expected)
+    assert_repeated(adaln_forward(x, x, gate, None, None)[0], 1, *expected)
 
 
 @pytest.mark.parametrize("strides", [(FAR, 432, 144, 72, 1), (432, FAR // 32, 144, 72, 1)], ids=["samples", "rows"])
@@ -94,14 +100,14 @@ def test_attention_writes():
     with DEVICE:
         qkv, d_out, _ = draw_attention(1, 256, 16, 72, BF16)
     yardstick, oracle = (formula(qkv, d_out, None, 0.1, dtype) for dtype in (BF16, torch.float64))
-    out, stats = attention_fwd(qkv, 0.1)
-    result, _ = attention_fwd(qkv.expand(FAR // out.numel() + 2, *qkv.shape[1:]), 0.1, save=False)
+    out, stats = forward(qkv, 0.1)
+    result, _ = forward(qkv.expand(FAR // out.numel() + 2, *qkv.shape[1:]), 0.1, save=False)
     assert_repeated(result, 0, yardstick["out"], oracle["out"])
     del result
     batch = FAR // qkv.numel() + 2
     expanded = [value.expand(batch, *value.shape[1:]) for value in (d_out, qkv)]
     copied = [value.repeat(batch, *(1 for _ in value.shape[1:])) for value in (out, stats)]
-    result, _, _ = attention_bwd(*expanded, *copied, 0.1)
+    result, _, _ = backward(*expanded, *copied, 0.1)
     assert_repeated(result, 0, yardstick["d_qkv"], oracle["d_qkv"])
 
 
@@ -116,7 +122,7 @@ def test_a_gemm_writes(config):
     with DEVICE:
         _, weight, bias, *_ = draw(1, 1, columns, inner, BF16)
     x = torch.randn(FAR // columns + 300, inner, device=DEVICE, dtype=BF16)
-    out, _ = linear.linear_gelu(x, weight, bias, False, usable(config))
+    out, _ = linear_gelu(x, weight, bias, False, usable(config))
     assert out.numel() > FAR
     for rows in (slice(None, 300), slice(-300, None)):
         agree(BF16, [out[rows]], lambda *values: gelu(*values)[:1], x[rows], weight, bias)
@@ -127,4 +133,4 @@ def test_a_gemm_reads(config):
     with DEVICE:
         x, weight, bias, *_ = draw(1, 300, 1160, 1144, BF16)
     far = spread(x, FAR // 296 // 8 * 8, 1)  # rows of 16 bytes, for TMA
-    agree(BF16, linear.linear_gelu(far, weight, bias, True, usable(config)), gelu, x, weight, bias)
+    agree(BF16, linear_gelu(far, weight, bias, True, usable(config)), gelu, x, weight, bias)

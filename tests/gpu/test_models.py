@@ -41,14 +41,14 @@ def test_with_the_kernels_demanded(conditioning, dtype, latent_size):
 @pytest.mark.parametrize("training", [False, True])
 def test_the_kernels_are_on_the_path(training, monkeypatch):
     """On a GPU "auto" takes them without a demand."""
-    launches = spy_on(monkeypatch, (adaln, "adaln_fwd"), (adaln, "adaln_bwd"))
+    launches = spy_on(monkeypatch, adaln.AdaLNForward, adaln.AdaLNBackward)
     fast, _ = pair(SMALL, torch.bfloat16)
     with torch.set_grad_enabled(training):
         out = fast(*random_batch(SMALL, 3, DEVICE, torch.bfloat16))
     if training:
         out.sum().backward()
     norms, calls = 2 * SMALL.depth + 1, [name for name, _ in launches]
-    assert (calls.count("adaln_fwd"), calls.count("adaln_bwd")) == (norms, norms if training else 0)
+    assert (calls.count("AdaLNForward"), calls.count("AdaLNBackward")) == (norms, norms if training else 0)
 
 
 @pytest.mark.parametrize("conditioning", FUSED)

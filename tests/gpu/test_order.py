@@ -71,10 +71,10 @@ def test_a_backward_runs_on_its_forwards_stream(name, monkeypatch):
     """The backward is called on another stream, where its incoming gradient arrives at the last moment."""
     launches = spy_on(
         monkeypatch,
-        (adaln, "adaln_bwd"),
-        (attention_bwd, "attention_bwd"),
-        (linear, "linear_gelu_backward"),
-        (linear, "gelu_backward"),
+        adaln.AdaLNBackward,
+        attention_bwd.AttentionBackward,
+        linear.LinearGeluBackward,
+        linear.GeluBackward,
     )
     question = Question(triton_operator(name))
     expected = question.run()

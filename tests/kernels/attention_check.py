@@ -11,8 +11,8 @@ from ditfast.reference import ops as formulas
 from tests.kernels.conftest import failures
 
 pytest.importorskip("triton")
-from ditfast.kernels.attention import attention_fwd
-from ditfast.kernels.attention_bwd import attention_bwd as backward  # noqa: E402
+from ditfast.kernels.attention import AttentionForward  # noqa: E402
+from ditfast.kernels.attention_bwd import AttentionBackward  # noqa: E402
 from ditfast.kernels.configs.attention import SPLIT_TOKENS  # noqa: E402
 
 
@@ -37,9 +37,29 @@ def draw_saturated(*shape, deviation=100.0, **options):
     return qkv, d_out, bias, scale
 
 
+def packed(qkv):
+    """(B, T, 3, H, D) as the packed projection, without a copy: its strides are part of what is tested."""
+    flat = qkv.flatten(2)
+    assert flat.data_ptr() == qkv.data_ptr()
+    return flat
+
+
+def forward(qkv, scale, bias=None, save=True):
+    """(out, stats) of qkv with five axes."""
+    tensors = packed(qkv), bias
+    return AttentionForward(tensors, qkv.shape[3], scale, save)(*tensors)
+
+
+def backward(d_out, qkv, out, stats, scale, bias=None, want_bias=False, want_sums=False):
+    """(d_qkv with five axes, d_bias, sums)."""
+    tensors = d_out, packed(qkv), out, stats, bias
+    d_qkv, *others = AttentionBackward(tensors, qkv.shape[3], scale, want_bias, want_sums)(*tensors)
+    return d_qkv.view(qkv.shape), *others
+
+
 def kernels(qkv, d_out, bias=None, scale=None, want_bias=True):
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    out, stats = attention_fwd(qkv, scale, bias)
+    out, stats = forward(qkv, scale, bias)
     want_bias = want_bias and bias is not None
     d_qkv, d_bias, sums = backward(d_out, qkv, out, stats, scale, bias, want_bias, True)
     results = {"out": out, "d_qkv": d_qkv, "sums": sums.sum(0)}

@@ -1,4 +1,4 @@
-"""Shared by the kernels' tests: the operators with their kernels demanded, and poisoned memory."""
+"""Shared by the kernels' tests: the operators with their kernels demanded, poisoned memory, watched calls."""
 
 from dataclasses import replace
 
@@ -41,6 +41,19 @@ def alone_and_together(operator, inputs, row, options=None, shared=()):
 
     together = results(slice(None))
     return [(alone, full[row : row + 1]) for alone, full in zip(results(slice(row, row + 1)), together, strict=True)]
+
+
+def watch(monkeypatch, *plans, note=lambda plan, arguments: type(plan).__name__):
+    """What ``note`` says of every call of plans of these classes, as they come."""
+    seen = []
+    for plan in plans:
+
+        def spy(self, *arguments, call=plan.__call__):
+            seen.append(note(self, arguments))
+            return call(self, *arguments)
+
+        monkeypatch.setattr(plan, "__call__", spy)
+    return seen
 
 
 def poison(monkeypatch):

@@ -4,18 +4,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ditfast.kernels import linear, sums
+from ditfast.kernels import launch, linear, sums
 from ditfast.kernels.configs import gemm
 from ditfast.kernels.configs.gemm import GemmConfig
 from ditfast.parity import judge
-from tests.kernels.conftest import DTYPES
+from tests.kernels.conftest import DTYPES, watch
 from tests.kernels.gemm_check import (
     agree,
     check_linear_gated_residual,
     check_linear_gelu,
     check_linear_gelu_backward,
     draw,
+    gelu_backward,
     gelu_gradient,
+    linear_gated_residual,
+    linear_gelu,
+    linear_gelu_backward,
 )
 
 pytestmark = pytest.mark.kernels
@@ -63,15 +67,15 @@ def test_gelu_backward(dtype, rows):
     dtype = DTYPES[dtype]
     d_act, pre = (torch.randn(rows, 72).to(dtype) for _ in range(2))
     d_act = d_act.repeat(1, 2)[:, :72]  # rows with a gap between them
-    d_pre, act, partial = linear.gelu_backward(d_act, pre, True, True)
+    d_pre, act, partial = gelu_backward(d_act, pre, True, True)
 
     def formula(d_act, pre):
         d_pre, act = gelu_gradient(d_act, pre)
         return d_pre, act, d_pre.sum(0)
 
     agree(dtype, (d_pre, act, partial.sum((0, 1))), formula, d_act, pre)
-    recomputed, nothing, no_sums = linear.gelu_backward(d_act, pre, False, False)
-    assert torch.equal(recomputed, d_pre) and nothing.numel() == no_sums.numel() == 0
+    recomputed, nothing, no_sums = gelu_backward(d_act, pre, False, False)
+    assert torch.equal(recomputed, d_pre) and nothing is no_sums is None
 
 
 def assert_each_is_judged(actual, yardstick, exact):
@@ -86,11 +90,11 @@ def test_large_pre_activations(config):
     """GELU and its slope where exp over- and underflows."""
     pre = torch.tensor([[-3e4, -300.0, -20.0, -1.0, 0.0, 20.0, 300.0, 3e4]])
     eye = torch.eye(8)
-    act, saved = linear.linear_gelu(pre, eye, None, True, config)
+    act, saved = linear_gelu(pre, eye, None, True, config)
     assert torch.equal(saved, pre)
     expected = F.gelu(pre.double(), approximate="tanh")
     assert_each_is_judged(act, F.gelu(pre, approximate="tanh"), expected)
-    d_pre, recomputed, _ = linear.linear_gelu_backward(torch.ones_like(pre), eye, pre, False, config)
+    d_pre, recomputed, _ = linear_gelu_backward(torch.ones_like(pre), eye, pre, False, config)
     assert torch.equal(recomputed, act)
     slope = gelu_gradient(torch.ones_like(expected), pre.double())[0]
     assert_each_is_judged(d_pre, gelu_gradient(torch.ones_like(pre), pre)[0], slope)
@@ -100,29 +104,40 @@ def test_large_pre_activations(config):
 def test_the_backward_computes_the_activation_again(config):
     """Bit for bit: the forward computes it from the rounded pre-activation that it stores."""
     x, weight, bias, *_ = draw(3, 7, 144, 72, torch.float16)
-    act, pre = linear.linear_gelu(x, weight, bias, True, config)
-    recomputed = linear.linear_gelu_backward(x, weight.t().contiguous(), pre, False, config)[1]
+    act, pre = linear_gelu(x, weight, bias, True, config)
+    recomputed = linear_gelu_backward(x, weight.t().contiguous(), pre, False, config)[1]
     assert torch.equal(recomputed, act)
 
 
 @every_config
 def test_two_runs_are_equal(config):
     x, weight, bias, *_ = draw(3, 33, 144, 72, torch.float32)
-    runs = [linear.linear_gelu_backward(x, weight.t(), torch.ones(99, 144), True, config)
+    runs = [linear_gelu_backward(x, weight.t(), torch.ones(99, 144), True, config)
             for _ in range(2)]  # fmt: skip
     assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
 
 
-def test_misaligned_operands_take_the_other_kernel():
+def test_misaligned_operands_take_the_other_kernel(monkeypatch):
     """TMA wants addresses and row strides of 16 bytes, and rows apart."""
-    buffer = torch.randn(33 * 73 + 1)
-    x = buffer[1:].view(33, 73)[:, :72]
-    weight = torch.randn(144, 72)
-    assert not linear._takes_tma(x) and linear._takes_tma(weight)
-    assert not linear._takes_tma(weight.as_strided((8, 72), (16, 1)))
+    x, weight = torch.randn(33, 72), torch.randn(144, 72)
+    shifted = torch.randn(33 * 72 + 1)[1:].view(33, 72)
+    gaps = torch.randn(33, 73)[:, :72]
+    overlapping = weight.as_strided((33, 72), (16, 1))
+    assert linear._takes_tma(shifted, 72)  # by its layout
+    assert not linear._takes_tma(gaps, 73) and not linear._takes_tma(overlapping, 16)
     config = CONFIGS["tma"]._replace(block_m=64)
-    out, pre = linear.linear_gelu(x, weight, None, True, config)
-    agree(torch.float32, (out, pre), lambda a, b: (F.gelu(a @ b.t(), approximate="tanh"), a @ b.t()), x, weight)
+    kernels = watch(monkeypatch, launch.Launch, note=lambda launch, _: launch.kernel.__name__)
+
+    def formula(a, b):
+        return F.gelu(a @ b.t(), approximate="tanh"), a @ b.t()
+
+    for operand in (x, shifted, gaps, overlapping):
+        agree(torch.float32, linear_gelu(operand, weight, None, True, config), formula, operand, weight)
+    assert kernels == ["_gemm_tma_kernel", *["_gemm_kernel"] * 3]
+    plan = linear.LinearGelu((x, weight, None), True, config)  # one for all that lie alike, wherever they begin
+    for operand in (shifted, x):
+        agree(torch.float32, plan(operand, weight, None), formula, operand, weight)
+    assert kernels[4:] == ["_gemm_kernel", "_gemm_tma_kernel"]
 
 
 @pytest.mark.parametrize("rows", [16, 32, 64, 128, 256])
@@ -131,7 +146,7 @@ def test_the_other_kernel_has_as_many_rows(rows):
     d_out, pre = (torch.randn(33, 72).half() for _ in range(2))
     d_out = torch.cat([d_out, d_out], 1)[:, 1:73]
     config = CONFIGS["tma"]._replace(block_m=rows, block_n=32, block_k=16)
-    partial = linear.linear_gelu_backward(d_out, torch.eye(72).half(), pre, True, config)[2]
+    partial = linear_gelu_backward(d_out, torch.eye(72).half(), pre, True, config)[2]
 
     def formula(d_out, pre):
         return [torch.stack([part.sum(0) for part in gelu_gradient(d_out, pre)[0].split(rows)])]
@@ -142,23 +157,20 @@ def test_the_other_kernel_has_as_many_rows(rows):
 @pytest.mark.parametrize(("dtype", "stream", "parts"), [("fp16", "fp16", 2), ("fp16", "fp32", 4), ("fp32", "fp32", 4)])
 def test_four_byte_results_take_twice_the_parts(monkeypatch, dtype, stream, parts):
     """With twice the parts, each part takes the same shared memory and registers."""
-    launched = {}
-
-    class Recorder:
-        def __getitem__(self, grid):
-            return lambda *arguments, **constants: launched.update(constants)
-
-    monkeypatch.setattr(linear, "_gemm_kernel", Recorder())
+    launches = watch(monkeypatch, launch.Launch, note=lambda launch, _: launch)
     x, weight, bias, vectors, residual = draw(2, 3, 72, 72, DTYPES[dtype])
-    linear.linear_gated_residual(x, weight, bias, vectors[:, :72], residual.to(DTYPES[stream]), False, POINTERS)
-    assert launched["PARTS"] == parts and POINTERS.parts == 2
+    linear_gated_residual(x, weight, bias, vectors[:, :72], residual.to(DTYPES[stream]), False, POINTERS)
+    [launched] = launches
+    assert dict(zip(launched.kernel.arg_names[-len(launched.rest) :], launched.rest, strict=True))["PARTS"] == parts
+    assert POINTERS.parts == 2
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_sums_of_several_groups(count):
     shapes = [(6, 2, 72), (1, 131, 200), (1, 1, 8), (2, 65, 130)][:count]
     partials = [torch.randn(shape) for shape in shapes]
-    for actual, partial in zip(sums.sum_partials(partials, torch.float32), partials, strict=True):
+    results = sums.SumPartials(partials, torch.float32)(*partials)
+    for actual, partial in zip(results, partials, strict=True):
         verdict = judge("operator", actual, partial.sum(1), partial.double().sum(1), torch.float32)
         assert verdict.ok
 

@@ -26,6 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 from ditfast.kernels import launch, linear  # noqa: E402
 from ditfast.kernels.configs import gemm
 from ditfast.kernels.rehearsal import GPUS, rehearse, unavailable  # noqa: E402
+from tests.kernels.gemm_check import linear_gelu  # noqa: E402
 
 pytestmark = [
     pytest.mark.rehearsal,
@@ -118,10 +119,11 @@ def test_attention_takes_the_library_where_a_gpu_would(hopper):
 
 
 # of one model in bf16, inference and training, at every batch and token count below. What differs: the GEMMs' tiles
-# with the rows, the sums' with the partial sums, attention's with few tokens; the row kernels' gradients wanted
+# with the rows, the sums' with the partial sums, attention's with few tokens; the row kernels' gradients
+# wanted and statistics saved
 COMPILATIONS = {
     "_adaln_bwd_kernel": 6,
-    "_adaln_fwd_kernel": 4,
+    "_adaln_fwd_kernel": 6,
     "_attention_dkv_kernel": 3,
     "_attention_dq_kernel": 3,
     "_attention_fwd_kernel": 6,
@@ -149,7 +151,7 @@ def test_another_batch_or_token_count_compiles_nothing():
                 rehearsal.infer(config, batch, torch.bfloat16)
                 rehearsal.train(config, batch, torch.bfloat16)
     assert Counter(item.kernel for item in recording.compilations) == COMPILATIONS
-    assert at_256_tokens == 30
+    assert at_256_tokens == 32
     assert not [item for item in recording.compilations if item.ones]  # a size of 1 compiles nothing
 
 
@@ -213,9 +215,9 @@ def test_a_tile_that_does_not_fit_is_refused_as_on_the_gpu(dtype):
     too_large = gemm.PORTABLE[0][0]._replace(num_stages=6, max_registers=0)
     with rehearse("sm_89") as rehearsal:
         with pytest.raises(OutOfResources, match="shared memory"):
-            linear.linear_gelu(x, weight, None, True, too_large)
+            linear_gelu(x, weight, None, True, too_large)
         assert rehearsal.launches == 0
-        linear.linear_gelu(x, weight, None, True)
+        linear_gelu(x, weight, None, True)
         assert rehearsal.launches == 1
 
 
@@ -230,11 +232,23 @@ def test_what_is_chosen_fits_the_smaller_gpus(arch, monkeypatch):
     assert not outcome.failures and outcome.launches > 20
 
 
+def described_all_the_same(plan):
+    """The launch with TMA, wherever the tensors begin."""
+    return lambda *tensors: plan._launch(
+        *(
+            x if x is None or how is None else TensorDescriptor(x, *how)
+            for x, how in zip(tensors, plan._described, strict=True)
+        )
+    )
+
+
 def test_grids_and_tensor_maps_are_checked(hopper):
     x, weight = (torch.empty(256, 128, dtype=torch.bfloat16) for _ in range(2))
     config = gemm.HOPPER[1][0]
-    linear.linear_gelu(x, weight, None, True, config)
-    assert (hopper.launches, hopper.tensor_maps) == (1, 4)
+    plan = linear.LinearGelu((x, weight, None), True, config)
+    for count in (1, 2):  # by Triton's JIT, then directly
+        plan(x, weight, None)
+        assert (hopper.launches, hopper.tensor_maps) == (count, 4 * count)
     kernel = linear._gelu_bwd_kernel
     arguments = (x, x, x, x, None, 256, 128, 128)
     options = {"ROWS": 64, "COLS": 128, "CHUNK": 16, "FAST": True, "num_warps": 4}
@@ -248,12 +262,16 @@ def test_grids_and_tensor_maps_are_checked(hopper):
         (odd[: 256 * 130].view(256, 130)[:, :128], "a stride in bytes is no multiple of 16"),
         (odd.as_strided((256, 128), (64, 1)), "its rows overlap"),
     ):
-        assert not linear._takes_tma(described)
+        before = hopper.tensor_maps
+        linear_gelu(described, weight, None, True, config)
+        assert hopper.tensor_maps == before  # by the other kernel
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(linear, "_takes_tma", lambda x: True)
+            patch.setattr(linear, "_takes_tma", lambda *_: True)
             patch.setattr(TensorDescriptor, "__post_init__", lambda self: None)  # which reads some of it as well
+            plan = linear.LinearGelu((described, weight, None), True, config)
+            patch.setattr(plan._gemm, "_unaligned", described_all_the_same(plan._gemm))
             with pytest.raises(RuntimeError, match=f"refuses a tensor map, for {reason}"):
-                linear.linear_gelu(described, weight, None, True, config)
+                plan(described, weight, None)
 
 
 def test_a_rehearsal_ends():

@@ -10,13 +10,13 @@ import torch
 from ditfast.bench.cases.precision import float32_precision
 
 pytest.importorskip("triton")
+from ditfast.bench.tune.table import refresh  # noqa: E402
 from ditfast.kernels import launch
 from ditfast.kernels.configs import attention, tables
 from ditfast.kernels.configs import gemm as gemm_config  # noqa: E402
 from ditfast.kernels.configs import rows as row_config
 
 GPU = "NVIDIA H200"
-CACHES = (tables.load, row_config._row_config, *gemm_config.CACHES, attention._launch_config)
 GEMM = "linear_gelu/bfloat16/4608/1152/256"
 
 
@@ -43,11 +43,9 @@ def configs(tmp_path, monkeypatch):
     """A folder for tables, and an H200 to look them up."""
     monkeypatch.setattr(tables, "CONFIGS", tmp_path)
     monkeypatch.setattr(launch, "gpu", lambda index: launch.Gpu(GPU, (9, 0), 132))
-    for cached in CACHES:
-        cached.cache_clear()
+    refresh()
     yield tmp_path
-    for cached in CACHES:
-        cached.cache_clear()
+    refresh()
 
 
 def test_keys_hold_fixed_sizes_and_round_varying_ones():

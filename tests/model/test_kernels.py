@@ -18,6 +18,7 @@ from ditfast.bench.suites.memory import measure
 from ditfast.parity import judge
 from ditfast.testing.inputs import random_batch, randomize_
 from ditfast.training import diffusion_loss
+from tests.kernels.conftest import watch
 
 # 6 tokens: the interpreter takes milliseconds for each program, and a norm has one a token
 TINY = DiTConfig(depth=2, hidden_size=72, num_heads=2, latent_size=(4, 6), num_classes=10)
@@ -57,24 +58,16 @@ def test_the_kernels_are_on_the_path(monkeypatch):
     """Every norm and gated residual of the model goes through a kernel, and the conditioning in inference."""
     from ditfast.kernels import adaln, conditioning
 
-    calls = []
-    for module, names in ((adaln, ("adaln_fwd", "adaln_bwd")), (conditioning, ("timestep_embedding", "conditioning"))):
-        for name in names:
-            original = getattr(module, name)
-
-            def spy(*args, name=name, original=original, **kwargs):
-                calls.append(name)
-                return original(*args, **kwargs)
-
-            monkeypatch.setattr(module, name, spy)
+    plans = adaln.AdaLNForward, adaln.AdaLNBackward, conditioning.TimestepEmbedding, conditioning.Conditioning
+    calls = watch(monkeypatch, *plans)
     model = randomize_(DiT(TINY)).eval()
     inputs = random_batch(TINY, 2)
     with torch.no_grad():
         model(*inputs)
-    assert sorted(calls) == ["adaln_fwd"] * 5 + ["conditioning", "timestep_embedding"]
+    assert sorted(calls) == ["AdaLNForward"] * 5 + ["Conditioning", "TimestepEmbedding"]
     calls.clear()
     model(*inputs).sum().backward()
-    assert calls.count("adaln_fwd") == calls.count("adaln_bwd") == 5
+    assert calls.count("AdaLNForward") == calls.count("AdaLNBackward") == 5
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])

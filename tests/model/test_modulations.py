@@ -13,6 +13,7 @@ from ditfast.kernels import modulations as kernels
 from ditfast.parity import judge, relative_error
 from ditfast.plain import are_readable
 from ditfast.testing.inputs import random_batch, randomize_
+from tests.kernels.conftest import watch
 from tests.model import conftest as models
 
 pytestmark = pytest.mark.kernels
@@ -40,14 +41,7 @@ def assert_right(fast, slow, inputs):
 @pytest.fixture
 def launches(monkeypatch):
     """How many Linears each launch took."""
-    counts, original = [], kernels.modulations
-
-    def spy(c, weights, *rest):
-        counts.append(len(weights))
-        return original(c, weights, *rest)
-
-    monkeypatch.setattr(kernels, "modulations", spy)
-    return counts
+    return watch(monkeypatch, kernels.Modulations, note=lambda _, arguments: len(arguments[1]))
 
 
 def load_in_place(fast, source):
@@ -155,8 +149,7 @@ def test_a_transform_leaves_nothing_behind(frozen):
 def test_autocast_reads_the_weights_as_they_are_stored(monkeypatch):
     fast, slow = pair()
     inputs = random_batch(TINY, 2)
-    stored, original = [], kernels.modulations
-    monkeypatch.setattr(kernels, "modulations", lambda c, w, *rest: stored.append(w) or original(c, w, *rest))
+    stored = watch(monkeypatch, kernels.Modulations, note=lambda _, arguments: arguments[1])
     with ops.use_backend("triton"), torch.autocast("cpu", torch.bfloat16):
         low = fast.modulation(*inputs[1:])
     assert [weight.data_ptr() for weight in stored[0]] == [

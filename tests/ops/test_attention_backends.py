@@ -17,7 +17,14 @@ from ditfast.bench.tune.table import refresh
 from ditfast.ops import attention_implementations as attention_choice
 from ditfast.ops import attention_implementations as implementations
 from ditfast.ops import backend as backend_module
-from ditfast.ops.attention_implementations import PACKAGES, AttentionBackend, Case, choose, heuristic, run
+from ditfast.ops.attention_implementations import (
+    PACKAGES,
+    AttentionBackend,
+    Case,
+    choose,
+    heuristic,
+    run_library,
+)
 from ditfast.parity import judge
 from ditfast.reference import ops as formulas
 from ditfast.testing.operators import OPERATORS, Shape, check
@@ -180,13 +187,13 @@ def test_a_kernel_of_sdpa_is_taken_where_it_runs(backend, monkeypatch):
 
     bias = torch.randn(1, 2, 33, 33)
     expected = formulas.self_attention(QKV, 2, 0.3, bias)
-    assert torch.equal(run(backend, QKV, 2, 0.3, bias), expected)
+    assert torch.equal(run_library(backend, QKV, 2, 0.3, bias), expected)
     monkeypatch.setattr(formulas, "self_attention", formula)
     enabler, _ = implementations._SDPA[backend]
     monkeypatch.setitem(implementations._SDPA, backend, (enabler, lambda parameters, debug: True))
     monkeypatch.setattr(implementations, "_cudnn_is_wrong_at", lambda tokens: False)
-    run(backend, QKV, 2, None, None)
-    run(backend, QKV, 2, None, None, alone=True)
+    run_library(backend, QKV, 2, None, None)
+    run_library(backend, QKV, 2, None, None, alone=True)
     assert enabled_backends == [{backend}, {backend}]
     assert {name: enabled() for name, enabled in switches.items()} == before
 
@@ -336,7 +343,7 @@ def test_how_a_package_is_called(name, function, monkeypatch):
     assert implementations.import_reason(name) is None
     qkv = QKV.clone().requires_grad_()
     for scale in (None, 0.3):
-        out = run(name, qkv, 2, scale, None)
+        out = run_library(name, qkv, 2, scale, None)
         expected = formulas.self_attention(QKV, 2, scale)
         assert torch.equal(out, expected)
     out.sum().backward()

@@ -14,8 +14,8 @@ from ditfast.testing.operators import OPERATORS, Shape, check, draw_inputs, run
 from tests.kernels.conftest import DTYPES, failures, poison, triton_operator
 
 pytest.importorskip("triton")
-from ditfast.kernels import linear  # noqa: E402
-from ditfast.kernels.configs import gemm as gemm_config
+from ditfast.kernels.configs import gemm as gemm_config  # noqa: E402
+from tests.kernels.gemm_check import gelu_backward  # noqa: E402
 
 NAMES = ("linear_gelu", "linear_gated_residual", "gelu_mlp")
 every_operator = pytest.mark.parametrize("name", NAMES)
@@ -50,7 +50,7 @@ def test_the_slope_in_the_tails():
         wide = part.double().requires_grad_()
         values = [torch.nn.functional.gelu(x, approximate="tanh") for x in (leaf, wide)]
         slopes = [torch.autograd.grad(value.sum(), x)[0] for value, x in zip(values, (leaf, wide), strict=True)]
-        d_pre, act, _ = linear.gelu_backward(torch.ones_like(part), part, True, False)
+        d_pre, act, _ = gelu_backward(torch.ones_like(part), part, True, False)
         assert judge("operator", d_pre, slopes[0], slopes[1], torch.float32).ok
         assert judge("operator", act, values[0], values[1], torch.float32).ok
         assert relative_error(d_pre, slopes[1]) <= 16 * torch.finfo(torch.float32).eps
@@ -202,7 +202,8 @@ def test_candidates(save):
     for added_bias, epilogue in ((bias, True), (None, False)):
         config = gemm_config.IEEE._replace(candidate="cublaslt")
         with Recorder() as recorder:
-            out, _ = linear_library.linear_gelu_by(config, x, weight, added_bias, False)
+            tensors = x, weight, added_bias
+            out, _ = linear_library.linear_gelu_plan(tensors, False, config=config)(*tensors)
         assert ("aten::_addmm_activation" in recorder.names) == epilogue
         assert out.shape == (6, 24)
     x, weight, gate, residual = (torch.randn(size) for size in ((6, 16), (24, 16), (2, 24), (2, 3, 24)))
@@ -224,15 +225,16 @@ def test_candidates(save):
         return d_pre, act.detach(), d_pre.sum(0).view(1, 1, -1)
 
     for config in (gemm_config.IEEE, gemm_config.IEEE._replace(candidate="separate")):
-        for by, formula, inputs, rest in (
-            (linear_library.linear_gelu_by, gelu, (x, weight), (None,)),
-            (linear_library.linear_gated_residual_by, gated, (x, weight, gate, residual), (None,)),
-            (linear_library.linear_gelu_backward_by, gelu_gradient, (d_out, weight, x), ()),
+        for make, formula, inputs, rest in (
+            (linear_library.linear_gelu_plan, gelu, (x, weight), (None,)),
+            (linear_library.linear_gated_residual_plan, gated, (x, weight, gate, residual), (None,)),
+            (linear_library.linear_gelu_backward_plan, gelu_gradient, (d_out, weight, x), ()),
         ):
-            actual = by(config, *inputs[:2], *rest, *inputs[2:], save)
+            tensors = *inputs[:2], *rest, *inputs[2:]
+            actual = make(tensors, save, config=config)(*tensors)
             oracle = formula(*(value.double() for value in inputs))
             for computed, yardstick, exact in zip(actual, formula(*inputs), oracle, strict=True):
-                if computed.numel():  # not stored unless asked for
+                if computed is not None:
                     assert judge("operator", computed, yardstick, exact, torch.float32).ok
 
 

@@ -11,7 +11,7 @@ from ditfast import ops
 from ditfast.bench.cost.count import count
 from ditfast.kernels import modulations as kernels
 from ditfast.kernels.configs import gemm
-from ditfast.ops.modulations import modulations_by, takes_modulations
+from ditfast.ops.modulations import modulations_plan, takes_modulations
 from ditfast.parity import judge
 from ditfast.reference import ops as formulas
 from ditfast.testing.operators import OPERATORS, Shape, check, draw_inputs, parameters
@@ -90,7 +90,9 @@ def test_the_library_writes_the_same_places():
     c, weights, biases = linears(5, 72, (144, 48))
     separate = gemm.FEW_ROWS[0]._replace(candidate="separate")
     for linear_biases in (biases, []):
-        out = modulations_by(separate, c, weights, linear_biases, torch.float32)
+        tensors = c, *weights, *linear_biases
+        plan = modulations_plan(tensors, len(weights), torch.float32, config=separate)
+        out = plan(c, weights, linear_biases)
         torch.testing.assert_close(out, formulas.modulations(c, weights, linear_biases or [None] * 2))
 
 

@@ -35,9 +35,9 @@ pytest.importorskip("triton", reason="needs the package triton")
 from ditfast.bench.tune import family as tune_family
 from ditfast.bench.tune import plan as tuning  # noqa: E402
 from ditfast.bench.tune.measure import _Contest  # noqa: E402
-from ditfast.kernels import linear  # noqa: E402
-from ditfast.kernels.configs import gemm
+from ditfast.kernels.configs import gemm  # noqa: E402
 from ditfast.kernels.rehearsal import rehearse, unavailable  # noqa: E402
+from tests.kernels.gemm_check import linear_gelu  # noqa: E402
 
 pytestmark = [
     pytest.mark.rehearsal,
@@ -268,7 +268,7 @@ def test_a_kernel_that_does_not_fit_is_refused(tmp_path, monkeypatch):
     with rehearse("sm_89"):
         kernels = {}
         with warm._instead_of_compiling(kernels, candidate=True):
-            linear.linear_gelu(x, weight, None, True, too_large)
+            linear_gelu(x, weight, None, True, too_large)
         [kernel] = kernels.values()
         for hit in (False, True):
             result = warm.compile_kernel(kernel)
