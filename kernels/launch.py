@@ -106,10 +106,18 @@ def layouts(tensors: Sequence[Tensor | None]) -> Layouts | None:
         if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
             return None
         stride = x.stride()
-        if stride[-1:] != (1,):
+        if stride[-1:] != (1,) or not _has_memory(x):
             return None
         key += (x.shape, stride, x.dtype, x.get_device())
     return tuple(key)
+
+
+def _has_memory(x: Tensor) -> bool:
+    """Not so a batch of vmap's, what outlives a transform, or zeros that autograd has not made yet."""
+    try:
+        return x.data_ptr() != 0 or not x.numel()
+    except RuntimeError:
+        return False
 
 
 def kept(key: Hashable) -> Any:

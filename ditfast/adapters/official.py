@@ -34,15 +34,15 @@ class FastBlock(SharesModulations, AdaLNForward):
         if arguments is None or not self._applies():
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
         x, c = arguments
-        shared = self.shared(x, c)
+        shared = self.shared_with_model(x, c)
         modulation = None if shared is None else shared.parts
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             modulation = self.adaLN_modulation(c).chunk(6, dim=1) if modulation is None else modulation
-            settings = self.settings()
+            settings = self.block_settings()
             neighbours = (None, None) if shared is None else shared[1:]
             done = None if settings is None else infer_block(x, modulation, settings, *neighbours)
             if done is not None:
-                self.leave(*done)
+                self.leave_for_next(*done)
                 return done[0]
         x, branch, gate, _, _ = self.fused(x, None, None, None, c if modulation is None else None, False, modulation)
         assert branch is not None and gate is not None
@@ -84,7 +84,7 @@ class FastFinalLayer(SharesModulations):
         if arguments is None or not (is_plain_norm(self.norm_final) and others_are_identities(self, *_FINAL)):
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
         x, c = arguments
-        shared = self.shared(x, c)
+        shared = self.shared_with_model(x, c)
         if shared is not None and shared.ahead is not None:
             h = shared.ahead.norm.view(x.shape)
         else:

@@ -74,7 +74,7 @@ class SharesModulations(nn.Module):
     modulations: int
     first_norm: str
 
-    def shared(self, x: Tensor, c: Tensor) -> Shared | None:
+    def shared_with_model(self, x: Tensor, c: Tensor) -> Shared | None:
         """For an input x and a condition c; None where it runs its own Linear."""
         if torch.compiler.is_compiling() or in_trace() or torch.is_grad_enabled() or c.is_inference():
             return None
@@ -97,7 +97,7 @@ class SharesModulations(nn.Module):
             following = (shift, scale, norm.eps) if is_plain_norm(norm) else None
         return Shared(call.modulations[index], left[3] if known and left is not None else None, following)
 
-    def leave(self, out: Tensor, ahead: Ahead | None) -> None:
+    def leave_for_next(self, out: Tensor, ahead: Ahead | None) -> None:
         """Leaves the next layer, if that is called with this layer's output, what was computed with it."""
         call = _call.get()
         if call is not None and ahead is not None:

@@ -278,7 +278,7 @@ class AdaLNForward(nn.Module):
         x, branch = _norm_and(norm_mlp, x, pending, *norm2, *mlp, ops.current_backend() == "triton")
         return x, branch, gate2, handed_bias, c
 
-    def settings(self) -> BlockSettings | None:
+    def block_settings(self) -> BlockSettings | None:
         """What it computes with, where it does nothing else."""
         parameters = self.parameters_read()
         if parameters is None:

@@ -158,7 +158,7 @@ class DiT(reference.DiT):
             return None
         settings = []
         for block in blocks:
-            each = None if "_compiled_call_impl" in block.__dict__ else cast(AdaLNForward, block).settings()
+            each = None if "_compiled_call_impl" in block.__dict__ else cast(AdaLNForward, block).block_settings()
             if each is None:
                 return None
             settings.append(each)

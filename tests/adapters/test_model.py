@@ -13,7 +13,6 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 import ditfast
 from ditfast.adapters import shared
 from ditfast.parity import judge
-from ditfast.plain import are_readable
 from tests.adapters.foreign_models import Block, Model, inputs, randomised
 
 DEPTH = 3
@@ -22,19 +21,19 @@ DEPTH = 3
 @pytest.fixture(autouse=True)
 def launches(monkeypatch, request):
     """How many Linears each launch took. Library GEMMs replace the kernel, which has its own tests."""
-    counts, original = [], shared.all_modulations
+    counts, original = [], shared.modulations_together
 
-    def together(linears, c):
+    def together(c, parameters):
         if "kernels" in request.keywords:
-            out = original(linears, c)
+            out = original(c, parameters)
         else:
-            plain = all(map(are_readable, linears))
-            out = torch.cat([linear(c) for linear in linears], dim=1) if plain else None
+            pairs = zip(parameters[::2], parameters[1::2], strict=True)
+            out = torch.cat([nn.functional.linear(c, *pair) for pair in pairs], dim=1)
         if out is not None:
-            counts.append(len(linears))
+            counts.append(len(parameters) // 2)
         return out
 
-    monkeypatch.setattr(shared, "all_modulations", together)
+    monkeypatch.setattr(shared, "modulations_together", together)
     return counts
 
 
