@@ -67,10 +67,10 @@ def _backward(operator: str, width: int, stream: torch.dtype, rest: torch.dtype)
     present = {}
     if branch:
         present |= {"d_r": stream, "branch": rest, "gate": rest, "d_branch": rest}
-        present |= dict.fromkeys(("sum_gate", "sum_bias"), torch.float32)
+        present |= dict.fromkeys(("sums", "sum_bias"), torch.float32)
     if norm:
         present |= {"d_out": rest, "r": stream, "shift": rest, "scale": rest, "d_x": stream, "out": rest}
-        present |= dict.fromkeys(("mean", "rstd", "sum_shift", "sum_scale"), torch.float32)
+        present |= dict.fromkeys(("mean", "rstd", "sums"), torch.float32)
     constants = {
         "HAS_NORM": norm,
         "HAS_D_R": branch,
@@ -99,6 +99,7 @@ def _case(
     config = row_config(operator, width, _TOKENS, _BATCH, torch.empty(0, dtype=stream, device="meta"))
     pointers = {f"{argument}_ptr": f"*{TYPE_NAMES[dtype]}" for argument, dtype in present.items()}
     types: dict[str, str | None] = {}
+    unspecialised = kernel.do_not_specialize or ()
     for argument in kernel.arg_names:
         if argument.endswith("_ptr"):
             types[argument] = pointers.get(argument)
@@ -113,7 +114,7 @@ def _case(
         kernel=kernel,
         types=types,
         constants={"D": width, "BLOCK": config.block, "TAIL": config.tail, **constants},
-        divisible=frozenset(argument for argument in types if argument.startswith("stride_")),
+        divisible=frozenset(name for name in types if name.startswith("stride_") and name not in unspecialised),
         num_warps=config.num_warps,
         budget=budget,
     )
