@@ -99,7 +99,6 @@ def _case(
     config = row_config(operator, width, _TOKENS, _BATCH, torch.empty(0, dtype=stream, device="meta"))
     pointers = {f"{argument}_ptr": f"*{TYPE_NAMES[dtype]}" for argument, dtype in present.items()}
     types: dict[str, str | None] = {}
-    unspecialised = kernel.do_not_specialize or ()
     for argument in kernel.arg_names:
         if argument.endswith("_ptr"):
             types[argument] = pointers.get(argument)
@@ -114,7 +113,7 @@ def _case(
         kernel=kernel,
         types=types,
         constants={"D": width, "BLOCK": config.block, "TAIL": config.tail, **constants},
-        divisible=frozenset(name for name in types if name.startswith("stride_") and name not in unspecialised),
+        divisible=frozenset(argument for argument in types if argument.startswith("stride_")),
         num_warps=config.num_warps,
         budget=budget,
     )
