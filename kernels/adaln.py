@@ -135,11 +135,11 @@ def _adaln_fwd_kernel(
         offset_branch += stride_branch_row
 
 
-@triton.jit(do_not_specialize=["tokens", "slabs", "rows", "stride_sums"])
+@triton.jit(do_not_specialize=["tokens", "slabs", "rows"])
 def _adaln_bwd_kernel(
     d_r_ptr, d_out_ptr, r_ptr, branch_ptr, gate_ptr, shift_ptr, scale_ptr, mean_ptr, rstd_ptr,
     d_x_ptr, d_branch_ptr, out_ptr, sums_ptr, sum_bias_ptr,
-    tokens, slabs, rows, stride_sums,
+    tokens, slabs, rows,
     stride_d_r_batch, stride_d_r_row, stride_d_out_batch, stride_d_out_row,
     stride_r_batch, stride_r_row, stride_branch_batch, stride_branch_row,
     stride_gate_batch, stride_shift_batch, stride_scale_batch,
@@ -239,11 +239,13 @@ def _adaln_bwd_kernel(
 
     if WANT_GATE or WANT_MODULATION:
         sums_ptr += slab * D
+        # a row a program; known to be a multiple of what D is one of
+        stride_sums = tl.num_programs(0).to(tl.int64) * D
     if WANT_GATE:
         _store(sums_ptr, cols, mask, sum_gate)
         if TAIL:
             _store(sums_ptr, cols_t, mask_t, sum_gate_t)
-        sums_ptr += stride_sums.to(tl.int64)
+        sums_ptr += stride_sums
     if WANT_MODULATION:
         _store(sums_ptr, cols, mask, sum_shift)
         _store(sums_ptr + stride_sums, cols, mask, sum_scale)
@@ -327,7 +329,7 @@ class AdaLNBackward:
         self._launch = Launch(
             r, _adaln_bwd_kernel, (batch * slabs,),
             (
-                tokens, slabs, config.rows, batch * slabs * width,
+                tokens, slabs, config.rows,
                 *_strides(d_r, 2), *_strides(d_out, 2), *_strides(r, 2), *_strides(branch, 2),
                 *_strides(gate, 1), *_strides(shift, 1), *_strides(scale, 1),
                 width, config.block, config.tail, d_out is not None, d_r is not None,

@@ -67,10 +67,10 @@ def _backward(operator: str, width: int, stream: torch.dtype, rest: torch.dtype)
     present = {}
     if branch:
         present |= {"d_r": stream, "branch": rest, "gate": rest, "d_branch": rest}
-        present |= dict.fromkeys(("sum_gate", "sum_bias"), torch.float32)
+        present |= dict.fromkeys(("sums", "sum_bias"), torch.float32)
     if norm:
         present |= {"d_out": rest, "r": stream, "shift": rest, "scale": rest, "d_x": stream, "out": rest}
-        present |= dict.fromkeys(("mean", "rstd", "sum_shift", "sum_scale"), torch.float32)
+        present |= dict.fromkeys(("mean", "rstd", "sums"), torch.float32)
     constants = {
         "HAS_NORM": norm,
         "HAS_D_R": branch,
