@@ -135,7 +135,7 @@ def is_identity(module: nn.Module, training: bool = False) -> bool:
     if kind is nn.Identity:
         return True
     if kind is nn.Dropout:
-        return not training or module.p == 0
+        return not training or module.p == 0  # type: ignore[return-value]
     probability = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "drop_prob", None)
     if isinstance(probability, (int, float)) and not list(module.parameters()) and not list(module.children()):
         return not training or probability == 0

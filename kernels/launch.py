@@ -88,6 +88,7 @@ def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 Layouts = tuple[Hashable, ...]
 Plan = TypeVar("Plan", bound=Callable[..., Any])
+Kept = TypeVar("Kept")
 
 _MOST_PLANS = 4096
 _plans: dict[Hashable, Any] = {}
@@ -125,7 +126,7 @@ def kept(key: Hashable) -> Any:
     return None if key is None else _plans.get(key)
 
 
-def keep(key: Hashable, plan: Plan) -> Plan:
+def keep(key: Hashable, plan: Kept) -> Kept:
     """Keeps a plan by a key of the layouts and of all else that it was made from."""
     if len(_plans) >= _MOST_PLANS:
         _plans.clear()

@@ -161,15 +161,13 @@ class _Gemm:
         tensors = a, b, bias, gate, aux, out, saved, sums
         if self._described is None:
             self._launch(*tensors)
-        elif any(x is not None and x.data_ptr() % 16 for x in tensors):
+            return
+        pairs = [*zip(tensors, self._described, strict=True)]
+        if any(x is not None and layout is not None and x.data_ptr() % 16 for x, layout in pairs):
             self._unaligned(*tensors)
         else:
-            self._launch(
-                *(
-                    x if x is None or described is None else TensorDescriptor(x, *described)
-                    for x, described in zip(tensors, self._described, strict=True)
-                )
-            )
+            described = (x if x is None or layout is None else TensorDescriptor(x, *layout) for x, layout in pairs)
+            self._launch(*described)
 
 
 def _takes_tma(x: Tensor, stride: int) -> bool:

@@ -60,6 +60,7 @@ def official_style(config: DiTConfig) -> nn.Module:
     """The reference model, whose attention and MLP are written as timm's are: the same parameters by the same names."""
     model = reference.DiT(config)
     for block in model.blocks:
+        hidden = cast(reference.Mlp, block.mlp).fc1.out_features
         block.attn = _Attention(config.hidden_size, config.num_heads)
-        block.mlp = _Mlp(config.hidden_size, block.mlp.fc1.out_features)  # type: ignore[union-attr]
+        block.mlp = _Mlp(config.hidden_size, hidden)
     return model

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ditfast.config import VAE_FACTOR, DiTConfig
-from ditfast.model import blocks as model_blocks
 from ditfast.model import dit
+from ditfast.ops import modulations
 
 from ...testing.operators import OPERATORS, Shape
 from ..cases import attention
@@ -115,12 +115,13 @@ def runs(part: Part) -> Iterator[Run]:
 def _with_modulations_of(depth: int, run: Callable[[], object]) -> None:
     """Runs a shortened model with as many modulations as the whole has: their kernel depends on the number."""
 
-    def deep(linears: Sequence[nn.Linear], c: Tensor) -> Tensor | None:
-        *blocks, final = linears
-        together = model_blocks.all_modulations([*blocks[:1] * depth, final], c)
-        return None if together is None else together[:, -sum(linear.out_features for linear in linears) :]
+    def deep(c: Tensor, parameters: Sequence[Tensor | None]) -> Tensor | None:
+        *blocks, weight, bias = parameters
+        together = modulations.modulations_together(c, [*blocks[:2] * depth, weight, bias])
+        columns = sum(len(weight) for weight in parameters[::2] if weight is not None)
+        return None if together is None else together[:, -columns:]
 
-    with patch.object(dit, "all_modulations", deep):
+    with patch.object(dit, "modulations_together", deep):
         run()
 
 

@@ -16,6 +16,7 @@ from .. import ops
 from ..model.blocks import AdaLNForward, Pending, add_and_norm, promoted
 from ..ops.block import infer_block
 from ..plain import is_plain_norm, norm_reason, others_are_identities, unknown_part
+from ..reference.transforms import in_trace
 from .adapter import Adapter, tokens
 from .shared import SharesModulations
 
@@ -36,7 +37,7 @@ class FastBlock(SharesModulations, AdaLNForward):
         x, c = arguments
         shared = self.shared_with_model(x, c)
         modulation = None if shared is None else shared.parts
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or in_trace()):
             modulation = self.adaLN_modulation(c).chunk(6, dim=1) if modulation is None else modulation
             settings = self.block_settings()
             neighbours = (None, None) if shared is None else shared[1:]

@@ -252,15 +252,15 @@ class AdaLNForward(nn.Module):
         attn: Any = modules["attn"]
         eps1, eps2 = (cast(nn.LayerNorm, modules[name]).eps for name in ("norm1", "norm2"))
         pending = Pending(branch, gate, bias)
-        shift1, scale1, gate1, shift2, scale2, gate2 = (
-            parts if len(parts) == 6 else (*parts[:2], None, *parts[2:], None)
-        )
+        shift1, scale1, *_ = parts
+        shift2, scale2 = parts[-3:-1] if len(parts) == 6 else parts[2:]
+        gate1, gate2 = (parts[2], parts[5]) if len(parts) == 6 else (None, None)
         norm1, norm2 = (shift1, scale1, eps1), (shift2, scale2, eps2)
-        if not (readable and self._wants_gradient(x, shift1, parameters)):
+        if not readable or parameters is None or not self._wants_gradient(x, shift1, parameters):
             x, h = add_and_norm(x, pending, *norm1)
             x, h = add_and_norm(x, Pending(attn(h), gate1), *norm2)
             return x, self.mlp(h), gate2, None, c
-        qkv_weight, qkv_bias, proj_weight, proj_bias, *mlp = parameters
+        qkv_weight, qkv_bias, proj_weight, proj_bias, w1, b1, w2, b2 = cast("list[Tensor]", parameters)
         qkv = autocast(qkv_weight, qkv_bias)
         num_heads, scale = attn.num_heads, attn.softmax_scale()
         head_dim = qkv_weight.shape[0] // (3 * num_heads)
@@ -272,7 +272,6 @@ class AdaLNForward(nn.Module):
             out = ops.self_attention(packed, num_heads, scale)
         bias = proj_bias if gate1 is not None else None  # without a gate no operator adds the branch
         pending = Pending(F.linear(out, proj_weight, proj_bias if bias is None else bias.detach()), gate1, bias)
-        w1, b1, w2, b2 = mlp
         handed_bias = b2 if hands_over and gate2 is not None else None
         mlp = autocast(w1, b1, w2, b2 if handed_bias is None else handed_bias.detach())
         x, branch = _norm_and(norm_mlp, x, pending, *norm2, *mlp, ops.current_backend() == "triton")

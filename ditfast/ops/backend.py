@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.autograd.function import Function
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -141,7 +143,9 @@ def direct_layouts(x: Tensor, *others: Tensor | None) -> Layouts | None:
     backend = _backend.get()
     if backend == "torch" or (torch._C._len_torch_dispatch_stack() and not _is_looked_past()):
         return None
-    if torch._C._len_torch_function_stack() or torch._C._is_tracing() or in_forward_mode():
+    if torch._C._len_torch_function_stack() and not _are_default_devices():
+        return None
+    if torch._C._is_tracing() or in_forward_mode():
         return None
     if functorch.maybe_current_level() is not None:
         return None
@@ -153,6 +157,11 @@ def direct_layouts(x: Tensor, *others: Tensor | None) -> Layouts | None:
 def _is_looked_past() -> bool:
     """Whether the modes in force leave this project's operators as they are: those with ``looks_past_ditfast``."""
     return all(getattr(mode, "looks_past_ditfast", False) for mode in _get_current_dispatch_mode_stack())
+
+
+def _are_default_devices() -> bool:
+    """Whether the function modes in force only choose where new tensors are made (``torch.set_default_device``)."""
+    return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
 
 
 def triton_reason(x: Tensor, width: int) -> str | None:

@@ -198,11 +198,11 @@ def test_parts_that_were_accelerated_before_are_checked_by_their_own_forwards():
 class Helped(Block):
     """Its own forward, which runs with a further argument, calls a helper named like one of the fused forward's."""
 
-    def _chunks(self, modulation):
+    def _takes_nodes(self, modulation):
         return [part[:, None] for part in modulation.chunk(6, -1)]
 
     def forward(self, x, c, more=None):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self._chunks(self.adaLN_modulation(c))
+        shift1, scale1, gate1, shift2, scale2, gate2 = self._takes_nodes(self.adaLN_modulation(c))
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1)
         x = x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
         return x if more is None else x + more
@@ -215,7 +215,7 @@ def test_helpers_of_the_same_name():
     fast = copy.deepcopy(slow)
     skipped = reasons(ditfast.accelerate(fast))
     assert skipped == {
-        "blocks.0": "it has _chunks, a name that the fused forward has a use of its own for",
+        "blocks.0": "it has _takes_nodes, a name that the fused forward has a use of its own for",
         "blocks.0.attn": "it has fused, a name that the fused forward has a use of its own for",
     }
     x, c = torch.randn(2, 9, 48), torch.randn(2, 48)
