@@ -6,7 +6,7 @@ and keys, activation, dropouts. They compute the same; a host pays for each.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ def official_style(config: DiTConfig) -> nn.Module:
     """The reference model, whose attention and MLP are written as timm's are: the same parameters by the same names."""
     model = reference.DiT(config)
     for block in model.blocks:
-        hidden = cast(reference.Mlp, block.mlp).fc1.out_features
+        hidden: int = cast(Any, block).mlp.fc1.out_features
         block.attn = _Attention(config.hidden_size, config.num_heads)
         block.mlp = _Mlp(config.hidden_size, hidden)
     return model

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ditfast.config import VAE_FACTOR, DiTConfig
 from ditfast.model import dit
-from ditfast.ops import modulations
+from ditfast.ops.modulations import modulations_together
 
 from ...testing.operators import OPERATORS, Shape
 from ..cases import attention
@@ -117,7 +117,7 @@ def _with_modulations_of(depth: int, run: Callable[[], object]) -> None:
 
     def deep(c: Tensor, parameters: Sequence[Tensor | None]) -> Tensor | None:
         *blocks, weight, bias = parameters
-        together = modulations.modulations_together(c, [*blocks[:2] * depth, weight, bias])
+        together = modulations_together(c, [*blocks[:2] * depth, weight, bias])
         columns = sum(len(weight) for weight in parameters[::2] if weight is not None)
         return None if together is None else together[:, -columns:]
 
