@@ -274,7 +274,7 @@ class AdaLNForward:
         x, branch, gate, shift, scale = map(_rows, tensors)
         batch, tokens, width = x.shape
         self._dtype = None if shift is None else shift.dtype
-        self._empty_like = torch.empty_like if x.is_contiguous() else empty_like
+        self._is_contiguous = x.is_contiguous()
         self._out = (batch * tokens, width) if flat else None
         self._saves = save and shift is not None
         self._copies = any(map(operator.is_not, (x, branch, gate, shift, scale), tensors))
@@ -295,7 +295,9 @@ class AdaLNForward:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         if self._copies:
             x, branch, gate, shift, scale = map(_rows, (x, branch, gate, shift, scale))
-        r = None if branch is None else self._empty_like(x)
+        r = None
+        if branch is not None:
+            r = torch.empty_like(x) if self._is_contiguous else empty_like(x)  # the first is the faster one
         if self._out is not None:
             out = x.new_empty(self._out, dtype=self._dtype)
         else:

@@ -99,9 +99,8 @@ def gated_residual_layer_norm_modulate(
 
 def _key(tensors: Sequence[Tensor | None], eps: float) -> Hashable:
     """Of the plan of a public operator's calls, without gradients, whose tensors were checked; None of other calls."""
-    if wants_gradient(*tensors) or (key := direct_layouts(*tensors)) is None:  # type: ignore[arg-type]
-        return None
-    return "adaln", eps, key
+    layouts = direct_layouts(*tensors)  # type: ignore[arg-type]
+    return None if layouts is None or wants_gradient(*tensors) else ("adaln", eps, layouts)
 
 
 def _checked(

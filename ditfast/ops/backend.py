@@ -138,7 +138,7 @@ def takes_triton(operator: str, x: Tensor, width: int, others: Iterable[Tensor |
 def direct_layouts(x: Tensor, *others: Tensor | None) -> Layouts | None:
     """The layouts of tensors for which a kernel may be launched without torch's operator in between; None where
     something looks at the operator: a compiler, a mode, a transform, a subclass."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN:
         return None  # at once: Dynamo traces nothing of what follows
     backend = _backend.get()
     if backend == "torch" or (torch._C._len_torch_dispatch_stack() and not _is_looked_past()):

@@ -14,6 +14,7 @@ import ditfast
 from ditfast.adapters import shared
 from ditfast.parity import judge
 from tests.adapters.foreign_models import Block, Model, inputs, randomised
+from tests.kernels.conftest import watch
 
 DEPTH = 3
 
@@ -71,6 +72,113 @@ def test_with_the_kernels(launches):
         # the untouched model runs torch's operators whatever the backend
         assert_same(fast, slow, context=lambda: ditfast.ops.use_backend("triton"))
     assert launches == [DEPTH + 1]
+
+
+def left_for_the_next(monkeypatch):
+    """Of each block and the final layer that takes part in its model's launches: whether its norm was computed ahead."""
+    taken, original = [], shared.SharesModulations.shared_with_model
+
+    def noting(self, x, c):
+        result = original(self, x, c)
+        taken.append(None if result is None else result.ahead is not None)
+        return result
+
+    monkeypatch.setattr(shared.SharesModulations, "shared_with_model", noting)
+    return taken
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_norm_goes_with_the_gate_before_it(mode, monkeypatch):
+    from ditfast.kernels.adaln import AdaLNForward
+
+    fast, slow = pair()
+    taken = left_for_the_next(monkeypatch)
+    plans = watch(monkeypatch, AdaLNForward)
+    with mode(), ditfast.ops.use_backend("triton"):
+        for _ in range(2):  # plans made, and kept
+            plans.clear()
+            taken.clear()
+            assert_same(fast, slow)
+            if mode is torch.no_grad:
+                assert taken == [False, *[True] * DEPTH] and len(plans) == 2 * DEPTH + 1
+            else:  # whose tensors do not tell of writes
+                assert taken == [None] * (DEPTH + 1) and len(plans) == 3 * DEPTH + 1
+
+
+class BetweenBlocks(Model):
+    """Something happens to the tokens after the first block."""
+
+    how = staticmethod(lambda x, blocks: x)
+
+    def forward(self, x, t, y):
+        x = self.x_embedder(x).flatten(2).transpose(1, 2)
+        c = self.t_embedder(ditfast.reference.ops.timestep_embedding(t, 64).to(x.dtype)) + self.y_embedder(y)
+        x = self.how(self.blocks[0](x, c), [lambda x, block=block: block(x, c) for block in self.blocks])
+        for block in self.blocks[1:]:
+            x = block(x, c)
+        return self.final_layer(x, c)
+
+
+def written_tokens(x, _):
+    return x.mul_(1.5)
+
+
+def rows_written(x, _):
+    x[:, 1] = 2.0
+    return x
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda x, blocks: x,
+        lambda x, blocks: x + 1,
+        lambda x, blocks: x.clone(),
+        written_tokens,
+        rows_written,
+        lambda x, blocks: blocks[2](x),  # out of order
+        lambda x, blocks: blocks[0](x),  # once more
+        lambda x, blocks: blocks[1](x) * 0 + x,  # whose result is not used
+        lambda x, blocks: x[:, :5],
+    ],
+    ids=["plain", "new", "cloned", "written", "rows", "order", "again", "aside", "fewer"],
+)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_happens_between_blocks(how, mode):
+    fast, slow = pair(BetweenBlocks)
+    fast.how = slow.how = how
+    exact = copy.deepcopy(slow).double()
+    arguments = inputs()
+    with ditfast.ops.use_backend("triton"), mode():
+        for _ in range(2):
+            verdict = judge(
+                "model", fast(*arguments), slow(*arguments), exact(arguments[0].double(), *arguments[1:]), torch.float32
+            )
+            assert verdict.ok, verdict
+
+
+@pytest.mark.kernels
+def test_norms_and_blocks_that_change():
+    fast, slow = pair()
+
+    def other_eps(model):
+        model.blocks[1].norm1.eps, model.blocks[2].norm2.eps, model.final_layer.norm_final.eps = 0.3, 0.2, 0.1
+
+    def another_norm(model):
+        model.blocks[1].norm1 = nn.LayerNorm(48)
+
+    def hooked(model):
+        model.blocks[2].register_forward_pre_hook(lambda _, arguments: (arguments[0] * 2, arguments[1]))
+
+    with ditfast.ops.use_backend("triton"):
+        for change in (lambda _: None, other_eps, another_norm, hooked):
+            for model in (fast, slow):
+                torch.manual_seed(1)
+                change(model)
+            with torch.no_grad():
+                assert_same(fast, slow)
 
 
 def test_compiled_each_runs_its_own(launches):

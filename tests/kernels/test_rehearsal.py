@@ -16,7 +16,7 @@ from ditfast.bench.prove import rehearsal
 from ditfast.bench.prove.uncomputed import Uncomputed
 from ditfast.ops import backend as backend_module
 from ditfast.testing.inputs import random_batch, randomize_
-from ditfast.testing.operators import OPERATORS
+from ditfast.testing.operators import OPERATORS, Shape, draw_inputs, run
 from tests.adapters.foreign_models import Model, inputs, randomised
 
 pytest.importorskip("triton", reason="needs the package triton")
@@ -298,3 +298,117 @@ def test_what_a_compilation_says(hopper):
     ops.gated_residual(*(copy.deepcopy(x) for x in inputs))
     assert len(hopper.compilations) == 1
     assert hopper.launches == 2
+
+
+class Recorder:
+    """In the place of what launches in the end: notes what it is given."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, *arguments):
+        self.calls.append(arguments)
+
+
+@pytest.mark.parametrize("name", sorted({*OPERATORS} - {"modulations"}))
+def test_a_direct_launch_is_the_jits(name, hopper, monkeypatch):
+    """Same kernel, grid, stream, flags and arguments, addresses in the place of tensors."""
+    ordinary, direct, given = [], [], []
+    by_jit, runner, call = launch.Launch._by_jit, launch._runner, launch.Launch.__call__
+
+    def recorded(compiled, grid):
+        recorder, run = Recorder(), compiled.run
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run, "launch", recorder)
+            run(*grid, 0, compiled.function, compiled.packed_metadata, None, None, None, "tensors", "others")
+            runner(compiled, grid)(0, "tensors", "others")
+        ordinary.append(recorder.calls[0])
+        direct.append(recorder.calls[1])
+        launched = runner(compiled, grid)
+
+        def launching(stream, *arguments):
+            given[-1].append(arguments)
+            launched(stream, *arguments)
+
+        return launching
+
+    def noting(self, *tensors):
+        given.append([self, tensors])
+        call(self, *tensors)
+
+    monkeypatch.setattr(launch, "_runner", recorded)
+    monkeypatch.setattr(launch.Launch, "__call__", noting)
+    operator = OPERATORS[name]
+    shape = Shape(2, 256, 1152, num_heads=16)
+    inputs = draw_inputs(operator, shape, torch.bfloat16, "cpu")
+    wanted = operator.differentiable(inputs)
+    with ops.use_backend("triton"):
+        for gradients in ((), wanted):
+            for _ in range(3):
+                run(operator.fused, inputs, operator.options(shape), gradients)
+    assert ordinary and ordinary == direct
+    launched = [each for each in given if len(each) == 3]
+    assert len(launched) >= len(ordinary)
+    for plan, tensors, arguments in launched:
+        count = len(tensors)
+        assert arguments[count:] == plan.rest
+        for tensor, argument in zip(tensors, arguments[:count], strict=True):
+            assert argument is tensor or argument == tensor.data_ptr()
+    assert by_jit is launch.Launch._by_jit
+
+
+def test_what_a_direct_launch_leaves_to_the_jit(hopper, monkeypatch):
+    """Tensors that begin elsewhere than at multiples of 16 bytes, hooks, the first launch of each GPU."""
+    from triton import knobs
+
+    asked = []
+    by_jit = launch.Launch._by_jit
+    monkeypatch.setattr(launch.Launch, "_by_jit", lambda *args, **kwargs: asked.append(1) or by_jit(*args, **kwargs))
+    x, vector = torch.empty(2, 5, 144, dtype=torch.bfloat16), torch.empty(2, 144, dtype=torch.bfloat16)
+
+    def count(x=x, vector=vector):
+        before = len(asked), hopper.launches
+        ops.layer_norm_modulate(x, vector, vector)
+        assert hopper.launches == before[1] + 1
+        return len(asked) - before[0]
+
+    assert [count(), count(), count()] == [1, 0, 0]
+    odd = torch.empty(2 * 144 + 1, dtype=torch.bfloat16)[1:].view(2, 144)
+    assert odd.data_ptr() % 16
+    assert [count(vector=odd), count(vector=odd), count()] == [1, 1, 0]
+    assert count(torch.empty(3, 5, 144, dtype=torch.bfloat16), torch.empty(3, 144, dtype=torch.bfloat16)) == 1
+    seen = []
+    hook = seen.append
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        assert [count(), count()] == [1, 1] and len(seen) == 2
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    assert count() == 0
+    compiled = len(hopper.compilations)
+    for batch in range(1, 20):  # a launch by the JIT each, and no compilation
+        tokens, vectors = torch.empty(batch, 5, 144, dtype=torch.bfloat16), torch.empty(batch, 144, dtype=torch.bfloat16)
+        assert count(tokens, vectors) <= 1
+    assert len(hopper.compilations) == compiled
+
+
+def test_new_batch_sizes_compile_nothing(hopper):
+    """A model's forward and backward, and accelerated blocks, after their first two batch sizes."""
+    model, _ = model_and_inputs("inference")
+    foreign = randomised(Model(dim=144, num_heads=2)).to(torch.bfloat16)
+    ditfast.accelerate(foreign, check=False)
+
+    def calls(batch):
+        latents = torch.zeros(batch, 4, 8, 8, dtype=torch.bfloat16)
+        t, y = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.int64)
+        for each in (model, foreign):
+            with torch.no_grad():
+                each(latents, t, y)
+            each(latents, t, y).sum().backward()
+
+    for batch in (1, 2, 16, 17):
+        calls(batch)
+    before = len(hopper.compilations)
+    for batch in (3, 5, 8, 9, 32, 33):
+        calls(batch)
+    assert len(hopper.compilations) == before, hopper.compilations[before:]
