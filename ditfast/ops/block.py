@@ -273,6 +273,8 @@ def infer_blocks(
         x: the residual stream (B, T, D).
         modulations: of each, shift, scale and gate of attention, then of the MLP, (B, D) each, views of one tensor.
     """
+    if x.stride()[-1:] != (1,):  # as a convolution's patches lie
+        x = x.contiguous()
     branch: Tensor | None = None
     gate: Tensor | None = None
     plan: _Inference | None = None
@@ -301,6 +303,8 @@ def infer_block(
         ahead: what the launch that made x has computed with it, where nobody has written x since.
         following: shift, scale and eps of the norm that x will go through next.
     """
+    if x.stride()[-1:] != (1,):  # as a convolution's patches lie
+        x = x.contiguous()
     plan = None if ahead is None else ahead.plan
     eps = None if following is None else following[2]
     if plan is None or plan.next_eps != eps or plan.settings != settings.layout():

@@ -75,7 +75,7 @@ def test_with_the_kernels(launches):
 
 
 def left_for_the_next(monkeypatch):
-    """Of each block and the final layer that takes part in its model's launches: whether its norm was computed ahead."""
+    """Of each layer that takes part in its model's launches, whether its norm was computed ahead; None of others."""
     taken, original = [], shared.SharesModulations.shared_with_model
 
     def noting(self, x, c):

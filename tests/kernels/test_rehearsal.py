@@ -92,10 +92,11 @@ def test_accelerated_models_compile_along_a_gpus_path(how, hopper):
     x, t, y = inputs(3)
     arguments = (x.bfloat16(), t, y)
     eager = launches(hopper, model, arguments, how)
-    assert eager > 8
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    # but for the launch of all modulations: compiled, each layer runs its own Linear
-    assert launches(hopper, compiled, arguments, how) == eager - (how == "inference")
+    # compiled, each layer runs its own Linear and norm: eager the layers share one launch for all modulations, and each
+    # norm but the first goes with the gate before it
+    saved = {"inference": len(model.blocks) - 1, "training": 0}[how]
+    assert launches(hopper, compiled, arguments, how) == eager + saved > 8
 
 
 @pytest.mark.compiler
@@ -314,7 +315,7 @@ class Recorder:
 def test_a_direct_launch_is_the_jits(name, hopper, monkeypatch):
     """Same kernel, grid, stream, flags and arguments, addresses in the place of tensors."""
     ordinary, direct, given = [], [], []
-    by_jit, runner, call = launch.Launch._by_jit, launch._runner, launch.Launch.__call__
+    runner, call = launch._runner, launch.Launch.__call__
 
     def recorded(compiled, grid):
         recorder, run = Recorder(), compiled.run
@@ -348,13 +349,12 @@ def test_a_direct_launch_is_the_jits(name, hopper, monkeypatch):
                 run(operator.fused, inputs, operator.options(shape), gradients)
     assert ordinary and ordinary == direct
     launched = [each for each in given if len(each) == 3]
-    assert len(launched) >= len(ordinary)
+    assert launched
     for plan, tensors, arguments in launched:
         count = len(tensors)
         assert arguments[count:] == plan.rest
         for tensor, argument in zip(tensors, arguments[:count], strict=True):
             assert argument is tensor or argument == tensor.data_ptr()
-    assert by_jit is launch.Launch._by_jit
 
 
 def test_what_a_direct_launch_leaves_to_the_jit(hopper, monkeypatch):
@@ -387,13 +387,12 @@ def test_what_a_direct_launch_leaves_to_the_jit(hopper, monkeypatch):
     assert count() == 0
     compiled = len(hopper.compilations)
     for batch in range(1, 20):  # a launch by the JIT each, and no compilation
-        tokens, vectors = torch.empty(batch, 5, 144, dtype=torch.bfloat16), torch.empty(batch, 144, dtype=torch.bfloat16)
-        assert count(tokens, vectors) <= 1
+        assert count(torch.empty(batch, 5, 144).bfloat16(), torch.empty(batch, 144).bfloat16()) <= 1
     assert len(hopper.compilations) == compiled
 
 
 def test_new_batch_sizes_compile_nothing(hopper):
-    """A model's forward and backward, and accelerated blocks, after their first two batch sizes."""
+    """A model's forward and backward, and accelerated blocks, but for other tiles: there are few of each kernel."""
     model, _ = model_and_inputs("inference")
     foreign = randomised(Model(dim=144, num_heads=2)).to(torch.bfloat16)
     ditfast.accelerate(foreign, check=False)
@@ -406,9 +405,9 @@ def test_new_batch_sizes_compile_nothing(hopper):
                 each(latents, t, y)
             each(latents, t, y).sum().backward()
 
-    for batch in (1, 2, 16, 17):
+    for batch in (1, 2, 5, 16, 20, 33, 64):
         calls(batch)
     before = len(hopper.compilations)
-    for batch in (3, 5, 8, 9, 32, 33):
+    for batch in (3, 4, 9, 17, 31, 32, 48, 63):
         calls(batch)
     assert len(hopper.compilations) == before, hopper.compilations[before:]
