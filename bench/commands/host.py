@@ -49,7 +49,7 @@ def host(
     arch: Annotated[str, typer.Option(help="The GPU that is not there, e.g. sm_90.")] = "sm_90",
     json: options.Json = None,
 ) -> None:
-    """What a host spends on an eager call before and between its launches, ditfast beside the reference.
+    """What a host spends on an eager call before and between its launches: ditfast, the reference, accelerate.
 
     In bf16, on a machine without a GPU; DiT-XL/2 at batch 1 by default. What a driver takes for a launch is not in it.
     """
@@ -166,7 +166,7 @@ def _table(rows: Sequence[HostRow]) -> Table:
         spread = row.process_ms
         cells = [digits(row.least_ms), f"{row.least_ms / bases[case]:.2f}x" if case in bases else "-"]
         cells.append(f"{digits(spread.median)} +- {digits((spread.p75 - spread.p25) / 2)}")
-        cells += [f"{row.launches:,}", f"{row.triton_launches:,}"]
+        cells += ["-" if row.launches is None else f"{row.launches:,}", f"{row.triton_launches:,}"]
         table.add_row(*names, escape(row.provider), *cells, end_section=last)
     return table
 

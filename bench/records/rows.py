@@ -326,7 +326,7 @@ class HostRow(_CaseRow):
         arch: of the GPU that is not there.
         process_ms: process time of a call in one thread.
         least_ms: of all samples: what else runs on the machine's cores only adds to it.
-        launches: of a call on a GPU, as ``ditfast bench cost`` counts them.
+        launches: of a call on a GPU, as ``ditfast bench cost`` counts them; None where it does not.
         triton_launches: those among them that Triton made of a GPU that is not there.
         replaced: calls of torch's kernels that returned at once.
         parts: of ditfast's row.
@@ -335,7 +335,7 @@ class HostRow(_CaseRow):
     arch: str
     process_ms: Spread
     least_ms: float
-    launches: int
+    launches: int | None
     triton_launches: int
     replaced: int
     parts: list[HostPart] = field(default_factory=list)

@@ -128,7 +128,8 @@ def slug(text: str) -> str:
 HOST_CAPTION = (
     "Process time, torch on one thread: the least, which a busy machine adds to, median and half the quartiles' range.",
     "Nothing is computed: torch's CPU kernels (GEMMs, attention, all others) return at once, Triton launches on a GPU",
-    "that is not there. train: forward, loss and backward, without the optimiser, which is the same for both.",
+    "that is not there. forward: under no_grad. train: forward, loss and backward, without the optimiser, the same for",
+    "all. official: the reference with timm's attention and MLP, as users have it; accelerated: that one, accelerated.",
     "launches: of a call on a GPU, as ditfast bench cost counts them, and those among them that Triton made here.",
 )
 HOST_DIFFERENCES = (

@@ -147,7 +147,7 @@ def host_tables(machine: Machine) -> list[Table]:
         case = [model_name(row), str(row.batch), f"{cost_mode_name(row.mode)}, {row.dtype}"]
         whole = row.process_ms
         numbers = [digits(row.least_ms), digits(whole.median), f"{digits(whole.p25)} to {digits(whole.p75)}"]
-        numbers += [f"{row.launches:,}", f"{row.triton_launches:,}"]
+        numbers += ["-" if row.launches is None else f"{row.launches:,}", f"{row.triton_launches:,}"]
         models.append([Cell(text) for text in (*case, row.provider, *numbers)])
         for part in row.parts:
             spreads = (part.public, part.launcher, part.launch)

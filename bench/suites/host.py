@@ -21,26 +21,35 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+import ditfast
 from ditfast import ops
+from ditfast.config import DiTConfig
 from ditfast.model import blocks, dit
 from ditfast.training import diffusion_loss
 
 from ...testing.units import Direction
 from ..cases.case import Case
+from ..cases.official import official_style
 from ..cases.workload import Inputs, make_inputs
 from ..measure.timing import Call, Sampler, measure, sampler
 from ..records.rows import HostPart, HostRow, Spread
 from .cost import BUILDERS, trace
 
-PROVIDERS = ("reference", "ditfast")
+#: name -> how the model is built on the meta device
+MODELS: Mapping[str, Callable[[DiTConfig], nn.Module]] = {
+    **{name: BUILDERS[name] for name in ("reference", "ditfast")},
+    "official": official_style,
+    "accelerated": official_style,
+}
+PROVIDERS = tuple(MODELS)
 # what ditfast's models call, by where they look it up
 _OPERATORS = {
     ops: (
         *("timestep_embedding", "conditioning", "layer_norm_modulate", "gated_residual"),
         *("gated_residual_layer_norm_modulate", "self_attention", "gelu_mlp"),
     ),
-    blocks: ("adaln", "attached", "infer_block", "norm_linear", "norm_attention", "norm_mlp"),
-    dit: ("modulations_together",),
+    blocks: ("adaln", "attached", "norm_linear", "norm_attention", "norm_mlp"),
+    dit: ("infer_blocks", "modulations_together"),
 }
 _CPU = torch.device("cpu")
 _SEED = 0
@@ -48,7 +57,7 @@ _PART_SHARE = 1 / 16  # of the seconds, for each level of a part
 
 
 def measure_case(case: Case, seconds: float, arch: str, report: Callable[[str], None]) -> list[HostRow]:
-    """The reference's and ditfast's rows of a case, timed in turns in this process, and ditfast's parts.
+    """The rows of a case, timed in turns in this process, and ditfast's parts.
 
     Args:
         case: in bf16, "forward" or "train".
@@ -66,14 +75,16 @@ def measure_case(case: Case, seconds: float, arch: str, report: Callable[[str], 
         raise ValueError(f"case must be in bf16 and of the mode forward or train, got {case.label}")
     report(f"{case.label}: counting launches")
     launches = {
-        name: trace(case.config, case.batch, case.dtype, case.mode, name).total_launches for name in PROVIDERS
+        name: trace(case.config, case.batch, case.dtype, case.mode, name).total_launches
+        for name in PROVIDERS
+        if name in BUILDERS
     }
     inputs = make_inputs(case, _CPU, _SEED)
     # the loss keeps the tables of its first call
     x0, timesteps, labels, *_ = inputs
     diffusion_loss(lambda x, t, y: x, x0, timesteps, labels, x0)
+    calls = {name: _call(case, name, inputs) for name in PROVIDERS}
     with rehearse(arch) as gpu, nothing_computed() as replaced:
-        calls = {name: _call(case, name, inputs) for name in PROVIDERS}
         report(f"{case.label}: compiling kernels, where Triton's cache lacks them")
         counts = {}
         for name, call in calls.items():
@@ -92,7 +103,7 @@ def measure_case(case: Case, seconds: float, arch: str, report: Callable[[str], 
             arch=arch,
             process_ms=times[name],
             least_ms=least[name],
-            launches=launches[name],
+            launches=launches.get(name),
             triton_launches=counts[name][0],
             replaced=counts[name][1],
             parts=parts if name == "ditfast" else [],
@@ -102,14 +113,18 @@ def measure_case(case: Case, seconds: float, arch: str, report: Callable[[str], 
 
 
 def _call(case: Case, name: str, inputs: Inputs) -> Call:
-    """One call of a provider's model, whose weights nobody has written."""
+    """One call of a provider's model, whose weights nobody has written unless accelerate looks at them."""
     with torch.device("meta"):
-        model = nn.Module.to(BUILDERS[name](case.config), case.dtype)
+        model = nn.Module.to(MODELS[name](case.config), case.dtype)
     model = model.to_empty(device=_CPU).eval()
+    if name == "accelerated":
+        for parameter in model.parameters():
+            nn.init.zeros_(parameter)
+        ditfast.accelerate(model, check=False, strict=True)
     if not case.training:
 
         def forward(_: int) -> None:
-            with torch.inference_mode():
+            with torch.no_grad():  # as samplers do
                 model(*inputs)
 
         return forward
@@ -198,7 +213,7 @@ def _part(case: Case, recorded: _Recorded, seconds: float, launches: Callable[[]
         below = [times.get(name) for name in ("launcher", "launch")]
         return HostPart(recorded.name, direction, recorded.uses, launched, times["public"], *below)
 
-    with torch.inference_mode(not case.training):
+    with torch.set_grad_enabled(case.training):
         parts = [measured("forward", forward)]
         leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.requires_grad]
         outputs = [x for x in tree_leaves(forward()) if isinstance(x, Tensor) and x.requires_grad and x.numel()]
