@@ -17,6 +17,12 @@ from torch.nn.modules.module import _has_any_global_hook
 _READABLE = (Tensor, nn.Parameter, FakeTensor)
 
 
+def child(module: nn.Module, name: str) -> Any:
+    """A child, ten times sooner than as an attribute; that of a wrapped module where this one wraps it."""
+    found = module._modules.get(name)
+    return getattr(module, name) if found is None else found
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether a module has hooks of its own, before or after its forward or backward."""
     own = module.__dict__
@@ -67,14 +73,14 @@ def are_readable(*linears: nn.Module) -> bool:
     return parameters_of(*linears) is not None
 
 
-def parameters_of(*linears: nn.Module) -> list[Tensor | None] | None:
+def parameters_of(*linears: nn.Module | None) -> list[Tensor | None] | None:
     """Weight and bias of each Linear, or None where one is not readable."""
     if has_global_hooks():
         return None
     strided = torch.strided
     tensors: list[Tensor | None] = []
     for linear in linears:
-        if not is_unchanged(linear, nn.Linear):
+        if type(linear) is not nn.Linear or not is_unchanged(linear, nn.Linear):
             return None
         weight, bias = _weight_and_bias(linear)
         if type(weight) not in _READABLE or weight.layout is not strided:
@@ -86,9 +92,11 @@ def parameters_of(*linears: nn.Module) -> list[Tensor | None] | None:
 
 
 def _weight_and_bias(linear: Any) -> tuple[Any, Any]:
-    own = linear.__dict__["_parameters"]
-    if "weight" in own and not torch.compiler.is_compiling():
-        return own["weight"], own["bias"]  # as attributes they take ten times as long
+    own = linear.__dict__
+    parameters = own["_parameters"]
+    registered = "weight" in parameters and "bias" in parameters and "weight" not in own and "bias" not in own
+    if registered and not torch.compiler.is_compiling():
+        return parameters["weight"], parameters["bias"]  # as attributes they take ten times as long
     return linear.weight, linear.bias  # a replica of DataParallel has plain tensors in the place of parameters
 
 

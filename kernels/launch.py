@@ -95,10 +95,8 @@ _plans: dict[Hashable, Any] = {}
 
 
 def layouts(tensors: Sequence[Tensor | None]) -> Layouts | None:
-    """What a launch depends on besides addresses and values; None where a tensor is not plain.
-
-    Nor where its last axis has another step than 1: it may be a view of complex numbers that negates what it reads.
-    """
+    """What a launch depends on besides addresses and values; None where a tensor is not plain, is not contiguous along
+    its last axis, or is a view that negates what it reads."""
     key: list[Hashable] = [rehearsed]
     for x in tensors:
         if x is None:
@@ -107,9 +105,9 @@ def layouts(tensors: Sequence[Tensor | None]) -> Layouts | None:
         if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
             return None
         stride = x.stride()
-        if stride[-1:] != (1,) or not _has_memory(x):
+        if stride[-1:] != (1,) or x.is_neg() or not _has_memory(x):
             return None
-        key += (x.shape, stride, x.dtype, x.get_device())
+        key += (x.shape, stride, x.dtype, x.device)
     return tuple(key)
 
 

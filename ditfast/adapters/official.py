@@ -27,7 +27,7 @@ _FINAL = ("norm_final", "linear", "adaLN_modulation")
 class FastBlock(SharesModulations, AdaLNForward):
     """The adaLN-Zero block; with further arguments, a live drop path or changed norms the module's own forward."""
 
-    modulations, first_norm = 6, "norm1"
+    modulations = 6
     _ditfast_takes: tuple[str, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -35,16 +35,13 @@ class FastBlock(SharesModulations, AdaLNForward):
         if arguments is None or not self._applies():
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
         x, c = arguments
-        shared = self.shared_with_model(x, c)
-        modulation = None if shared is None else shared.parts
+        modulation = self.shared_modulation(c)
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or in_trace()):
             modulation = self.adaLN_modulation(c).chunk(6, dim=1) if modulation is None else modulation
             settings = self.block_settings()
-            neighbours = (None, None) if shared is None else shared[1:]
-            done = None if settings is None else infer_block(x, modulation, settings, *neighbours)
-            if done is not None:
-                self.leave_for_next(*done)
-                return done[0]
+            out = None if settings is None else infer_block(x, modulation, settings)
+            if out is not None:
+                return out
         x, branch, gate, _, _ = self.fused(x, None, None, None, c if modulation is None else None, False, modulation)
         assert branch is not None and gate is not None
         return ops.gated_residual(*promoted(x, branch, gate))
@@ -74,7 +71,7 @@ class OfficialBlock(Adapter):
 class FastFinalLayer(SharesModulations):
     """linear(LN(x) * (1 + scale) + shift)."""
 
-    modulations, first_norm = 2, "norm_final"
+    modulations = 2
     norm_final: nn.LayerNorm
     linear: nn.Module
     adaLN_modulation: nn.Sequential
@@ -85,12 +82,9 @@ class FastFinalLayer(SharesModulations):
         if arguments is None or not (is_plain_norm(self.norm_final) and others_are_identities(self, *_FINAL)):
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
         x, c = arguments
-        shared = self.shared_with_model(x, c)
-        if shared is not None and shared.ahead is not None:
-            h = shared.ahead.norm.view(x.shape)
-        else:
-            shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1) if shared is None else shared.parts
-            _, h = add_and_norm(x, Pending(), shift, scale, self.norm_final.eps)
+        modulation = self.shared_modulation(c)
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1) if modulation is None else modulation
+        _, h = add_and_norm(x, Pending(), shift, scale, self.norm_final.eps)
         out: Tensor = self.linear(h)
         return out
 

@@ -1,8 +1,6 @@
-"""Models of the official shape: in inference their accelerated blocks and final layer share launches.
+"""Models of the official shape: in inference their accelerated blocks and final layer share one launch.
 
-The first layer that a forward calls computes all modulations; others take theirs if they get the same tensor c, not
-written since. A block's last gate and the next layer's norm are one launch: the next one takes its norm if it gets the
-block's output itself, not written since.
+The first layer that a forward calls computes all; others take theirs if they get the same tensor c, not written since.
 Not under torch.compile or torch.jit.trace, in inference mode (which counts no writes), or where a layer has hooks
 (which may write weights).
 """
@@ -12,31 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..model.blocks import split_modulation
 from ..ops.backend import autocast_dtype
-from ..ops.block import Ahead
 from ..ops.modulations import modulations_together
-from ..plain import are_plain_modulations, is_plain, is_plain_norm, parameters_of
+from ..plain import are_plain_modulations, child, is_plain, parameters_of
 from ..reference.transforms import in_trace
-
-
-class Shared(NamedTuple):
-    """What a layer is given by its model's call.
-
-    Attributes:
-        parts: of its modulation, (B, D) each.
-        ahead: what the block before has computed of its input for it.
-        following: shift, scale and eps of the norm of the layer after it.
-    """
-
-    parts: tuple[Tensor, ...]
-    ahead: Ahead | None
-    following: tuple[Tensor, Tensor, float] | None
 
 
 @dataclass
@@ -48,7 +31,6 @@ class _Call:
         places: of the layers, by their id.
         condition, state: of the first layer that was called.
         modulations: of the layers, in order, or none.
-        left: for which layer a block has left something, what it returned, its version then, and what it left.
     """
 
     layers: list[Any]
@@ -56,7 +38,6 @@ class _Call:
     condition: Tensor | None = None
     state: tuple[Any, ...] = ()
     modulations: list[tuple[Tensor, ...]] = field(default_factory=list)
-    left: tuple[Any, Tensor, int, Ahead] | None = None
 
 
 # of the model that is being called
@@ -64,18 +45,16 @@ _call: ContextVar[_Call | None] = ContextVar("ditfast_call", default=None)
 
 
 class SharesModulations(nn.Module):
-    """Mixin of a layer that takes part in its model's launches.
+    """Mixin of a layer that takes its modulation from its model's launch.
 
     Attributes:
         modulations: the parts of its modulation, each as wide as the model.
-        first_norm: the name of the norm that it begins with.
     """
 
     modulations: int
-    first_norm: str
 
-    def shared_with_model(self, x: Tensor, c: Tensor) -> Shared | None:
-        """For an input x and a condition c; None where it runs its own Linear."""
+    def shared_modulation(self, c: Tensor) -> tuple[Tensor, ...] | None:
+        """Its parts (B, D), or None: it runs its own Linear."""
         if torch.compiler.is_compiling() or in_trace() or torch.is_grad_enabled() or c.is_inference():
             return None
         call = _call.get()
@@ -88,25 +67,12 @@ class SharesModulations(nn.Module):
             call.modulations = _modulations_of(call.layers, c)
         if index is None or not call.modulations or call.condition is not c or call.state != state:
             return None
-        left, call.left = call.left, None
-        known = left is not None and left[0] is self and left[1] is x and left[2] == x._version
-        following = None
-        if index + 1 < len(call.layers):
-            norm = call.layers[index + 1]._modules[call.layers[index + 1].first_norm]
-            shift, scale = call.modulations[index + 1][:2]
-            following = (shift, scale, norm.eps) if is_plain_norm(norm) else None
-        return Shared(call.modulations[index], left[3] if known and left is not None else None, following)
-
-    def leave_for_next(self, out: Tensor, ahead: Ahead | None) -> None:
-        """Leaves the next layer, if that is called with this layer's output, what was computed with it."""
-        call = _call.get()
-        if call is not None and ahead is not None:
-            call.left = call.layers[call.places[id(self)] + 1], out, out._version, ahead
+        return call.modulations[index]
 
 
 def _modulations_of(layers: Sequence[Any], c: Tensor) -> list[tuple[Tensor, ...]]:
     """The parts of each layer's modulation in one launch; none where each runs its own Linear."""
-    modulations = [layer._modules["adaLN_modulation"] for layer in layers if is_plain(layer, type(layer))]
+    modulations = [child(layer, "adaLN_modulation") for layer in layers if is_plain(layer, type(layer))]
     if len(modulations) < len(layers) or not are_plain_modulations(modulations):
         return []
     linears = [modulation[1] for modulation in modulations]

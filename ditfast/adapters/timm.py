@@ -87,7 +87,7 @@ class FastMlp(GeluMlp):
         return super().forward(*args, **kwargs) if out is None else out
 
     def does_nothing_else(self) -> bool:
-        activation = self._modules["act"]
+        activation = self._modules.get("act")
         plain = is_tanh_gelu(activation) and is_plain(activation, type(activation))  # type: ignore[arg-type]
         return plain and others_are_identities(self, *_MLP)
 

@@ -21,7 +21,7 @@ from ..ops.backend import takes_triton, wants_gradient
 from ..ops.block import BlockSettings, norm_attention, norm_linear, norm_mlp
 from ..ops.linear import autocast, takes_gemm, working_dtype
 from ..ops.modulations import attached
-from ..plain import are_readable, has_global_hooks, is_plain, is_unchanged, parameters_of
+from ..plain import are_readable, child, has_global_hooks, is_plain, is_unchanged, parameters_of
 from ..reference import dit as reference
 from ..reference.transforms import in_trace
 
@@ -163,8 +163,8 @@ class PackedAttention(nn.Module):
 
     def parameters_read(self) -> list[Tensor | None] | None:
         """The parameters of qkv and proj, where they may be read and its forward does nothing else; else None."""
-        linears = self._modules["qkv"], self._modules["proj"]
-        return parameters_of(*linears) if self.fuses() else None  # type: ignore[arg-type]
+        modules = self._modules
+        return parameters_of(modules.get("qkv"), modules.get("proj")) if self.fuses() else None
 
     def fused(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.proj(ops.self_attention(self.qkv(x), self.num_heads, self.softmax_scale())))
@@ -187,8 +187,8 @@ class GeluMlp(nn.Module):
 
     def parameters_read(self) -> list[Tensor | None] | None:
         """The parameters of fc1 and fc2, where they may be read and its forward does nothing else; else None."""
-        linears = self._modules["fc1"], self._modules["fc2"]
-        return parameters_of(*linears) if self.does_nothing_else() else None  # type: ignore[arg-type]
+        modules = self._modules
+        return parameters_of(modules.get("fc1"), modules.get("fc2")) if self.does_nothing_else() else None
 
 
 
@@ -198,7 +198,7 @@ class FusedAttention(PackedAttention, reference.Attention):
 
     def fuses(self) -> bool:
         # normalised queries and keys are no longer packed
-        norms = cast(nn.Module, self._modules["q_norm"]), cast(nn.Module, self._modules["k_norm"])
+        norms = child(self, "q_norm"), child(self, "k_norm")
         return not has_global_hooks() and all(is_unchanged(norm, nn.Identity) for norm in norms)
 
     def extra_repr(self) -> str:
@@ -244,13 +244,12 @@ class AdaLNForward(nn.Module):
             hands_over: whether only the next norm sees the branch, which may then compute its bias's gradient.
         """
         trains = records_gradients()
-        modules = self._modules
         parameters = self.parameters_read() if trains else None
         readable = trains and parameters is not None and self._takes_nodes(x, parameters)
-        layers = cast(nn.Sequential, modules["adaLN_modulation"])
+        layers = cast(nn.Sequential, child(self, "adaLN_modulation"))
         parts, c = modulation_of(layers, c, activated, modulation, self.modulations, readable)
-        attn: Any = modules["attn"]
-        eps1, eps2 = (cast(nn.LayerNorm, modules[name]).eps for name in ("norm1", "norm2"))
+        attn: Any = child(self, "attn")
+        eps1, eps2 = (float(child(self, name).eps) for name in ("norm1", "norm2"))
         pending = Pending(branch, gate, bias)
         shift1, scale1, *_ = parts
         shift2, scale2 = parts[-3:-1] if len(parts) == 6 else parts[2:]
@@ -282,17 +281,16 @@ class AdaLNForward(nn.Module):
         parameters = self.parameters_read()
         if parameters is None:
             return None
-        modules: Any = self._modules
-        attn = modules["attn"]
-        epsilons = modules["norm1"].eps, modules["norm2"].eps
+        attn = child(self, "attn")
+        epsilons = float(child(self, "norm1").eps), float(child(self, "norm2").eps)
         return BlockSettings(parameters, attn.num_heads, attn.softmax_scale(), *epsilons)
 
     def parameters_read(self) -> list[Tensor | None] | None:
         """The parameters of qkv, proj, fc1 and fc2, where attention and MLP read nothing else; else None."""
-        attn, mlp = self._modules["attn"], self._modules["mlp"]
+        attn, mlp = child(self, "attn"), child(self, "mlp")
         if not (isinstance(attn, PackedAttention) and isinstance(mlp, GeluMlp)):
             return None
-        if not (is_unchanged(attn, type(attn)) and is_unchanged(mlp, type(mlp))):
+        if not (_has_its_own_forward(attn) and _has_its_own_forward(mlp)):
             return None
         of_attention, of_mlp = attn.parameters_read(), mlp.parameters_read()
         return None if of_attention is None or of_mlp is None else of_attention + of_mlp
@@ -308,6 +306,16 @@ class AdaLNForward(nn.Module):
         """Whether anything wants a gradient, in dtypes that the nodes take."""
         wants = x.requires_grad or modulation.requires_grad or wants_gradient(*parameters)
         return wants and modulation.dtype == working_dtype(cast(Tensor, parameters[0]))
+
+
+_FORWARDS = {kind: kind.forward for kind in (FusedAttention, FusedMlp)}
+
+
+def _has_its_own_forward(module: nn.Module) -> bool:
+    """Whether calling an attention or an MLP would run the forward that ditfast gave its class, and nothing else."""
+    kind = type(module)
+    known = "_ditfast" in kind.__dict__ or (kind in _FORWARDS and kind.forward is _FORWARDS[kind])
+    return known and is_unchanged(module, kind) and "_compiled_call_impl" not in module.__dict__
 
 
 class FusedAdaLNBlock(AdaLNForward, reference.AdaLNBlock):

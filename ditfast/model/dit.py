@@ -19,7 +19,7 @@ from ..config import DiTConfig
 from ..ops.backend import autocast_dtype
 from ..ops.block import infer_blocks
 from ..ops.modulations import modulations_together
-from ..plain import are_plain_modulations, has_global_hooks, is_unchanged, parameters_of
+from ..plain import are_plain_modulations, child, has_global_hooks, is_unchanged, parameters_of
 from ..reference import dit as reference
 from ..reference.ops import unpatchify
 from .blocks import (
@@ -120,15 +120,14 @@ class DiT(reference.DiT):
 
     def _layers(self) -> list[nn.Module]:
         """The blocks and the final layer."""
-        modules = self._modules  # not attributes, of which a module looks up each in three places
-        return [*modules["blocks"]._modules.values(), modules["final_layer"]]  # type: ignore[list-item, union-attr]
+        return [*self.blocks, self.final_layer]
 
     def _modulation_layers(self) -> list[nn.Sequential]:
         """adaLN_modulation of each block and of the final layer."""
-        return [layer._modules["adaLN_modulation"] for layer in self._layers()]  # type: ignore[misc]
+        return [child(layer, "adaLN_modulation") for layer in self._layers()]
 
     def _modulation_linears(self) -> list[nn.Linear]:
-        return [next(reversed(layers._modules.values())) for layers in self._modulation_layers()]  # type: ignore[misc]
+        return [cast(nn.Linear, layers[-1]) for layers in self._modulation_layers()]
 
     def _denoised(
         self, x: Tensor, c: Tensor | None, modulations: Sequence[Modulation | None], activated: bool
@@ -155,6 +154,8 @@ class DiT(reference.DiT):
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """(x, branch, gate) after the blocks, not called one by one: None where somebody has a use for that."""
         if torch.compiler.is_compiling() or self.config.conditioning != "adaln_zero" or not all(self._are_plain()):
+            return None
+        if any(getattr(type(block), "forward", None) is not AdaLNForward.fused for block in blocks):
             return None
         settings = []
         for block in blocks:

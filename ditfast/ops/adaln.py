@@ -100,7 +100,9 @@ def gated_residual_layer_norm_modulate(
 def _key(tensors: Sequence[Tensor | None], eps: float) -> Hashable:
     """Of the plan of a public operator's calls, without gradients, whose tensors were checked; None of other calls."""
     layouts = direct_layouts(*tensors)  # type: ignore[arg-type]
-    return None if layouts is None or wants_gradient(*tensors) else ("adaln", eps, layouts)
+    if layouts is None or type(eps) is not float or wants_gradient(*tensors):
+        return None
+    return "adaln", eps, layouts
 
 
 def _checked(
@@ -252,8 +254,10 @@ def norm_saved(
 ) -> tuple[Tensor | None, ...]:
     """What :func:`norm_backward` needs saved; ``shift`` only where the norm will be computed again."""
     # r is read by the norm's gradient alone, branch by the gate's
-    normed = None if scale is None else x if branch is None else r
-    return normed, branch if ctx.needs_input_grad[2] else None, gate, shift, scale, mean, rstd
+    branch_of_gate = branch if ctx.needs_input_grad[2] else None
+    if scale is None:  # torch's operator gives empty tensors: as many are saved on both paths, for checkpointing
+        return None, branch_of_gate, gate, shift, None, None, None
+    return x if branch is None else r, branch_of_gate, gate, shift, scale, mean, rstd
 
 
 def norm_backward(
@@ -364,5 +368,5 @@ def adaln(
 
     ``bias`` (D,) is of the Linear that computed the branch, which takes it detached: its gradient comes from here.
     """
-    r, out, _, _ = apply("_AdaLN", x, branch, gate, bias, shift, scale, eps)
+    r, out, _, _ = apply("_AdaLN", x, branch, gate, bias, shift, scale, float(eps))
     return r, out

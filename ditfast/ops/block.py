@@ -20,11 +20,12 @@ from torch import Tensor
 
 from ..kernels.launch import keep, kept, uses_tf32
 from ..reference import ops as formulas
+from . import linear
 from .adaln import adaln_forward, norm_backward, norm_saved
 from .attention import attention_backend, attention_backward, attention_forward
 from .attention_implementations import run_library
 from .backend import Kernel, apply, current_backend, direct_layouts, takes_triton
-from .gemm import linear_gelu, linear_gelu_backward, linear_gelu_plan, sum_partials
+from .gemm import linear_gelu, linear_gelu_backward, sum_partials
 from .linear import Gradients, takes_gemm, weight_gradient
 
 _NORM_INPUTS = 7  # of each node: (x, branch, gate, bias, shift, scale, eps)
@@ -234,15 +235,14 @@ class BlockSettings(NamedTuple):
 class _Inference:
     """What a block without gradients launches beside its Linears, kept by the layouts of all that these follow from."""
 
-    __slots__ = ("activate", "add", "attend", "next_eps", "norm1", "norm2", "settings")
+    __slots__ = ("activate", "add", "attend", "norm1", "norm2", "settings")
 
     settings: Hashable
-    next_eps: float | None
     norm1: Callable[..., Any]  # as AdaLNForward
     attend: Callable[[Tensor], Tensor]
     norm2: Callable[..., Any]
     activate: Callable[..., Tensor]
-    add: Callable[..., Any]  # the MLP's branch, with the norm that follows where that is known
+    add: Callable[..., Any]  # the MLP's branch, where it is not left to the norm that follows
 
     def halves(
         self, x: Tensor, h: Tensor, modulation: Sequence[Tensor], parameters: Sequence[Tensor | None]
@@ -253,14 +253,6 @@ class _Inference:
         out = self.attend(F.linear(h, w_qkv, b_qkv))
         r, h, _, _ = self.norm2(x, F.linear(out, w_proj, b_proj), gate1, shift2, scale2)
         return r, F.linear(self.activate(h, w1, b1), w2, b2)
-
-
-class Ahead(NamedTuple):
-    """What the launch that closes a block has computed for the next one: its norm (B * T, D), and the plan for such
-    blocks where its input is laid out as the block's."""
-
-    norm: Tensor
-    plan: _Inference | None
 
 
 def infer_blocks(
@@ -281,41 +273,29 @@ def infer_blocks(
     for index, (settings, modulation) in enumerate(zip(blocks, modulations, strict=True)):
         # from the second on tensors lie as the block before has made them
         if index < 2 or plan is None or plan.settings != settings.layout():
-            plan = _block_plan(x, branch, gate, modulation, settings, None)
+            plan = _block_plan(x, branch, gate, modulation, settings)
             if plan is None:
                 return None
         r, h, _, _ = plan.norm1(x, branch, gate, modulation[0], modulation[1])
         x, branch = plan.halves(x if branch is None else r, h, modulation, settings.parameters)
+        if branch.shape != h.shape:
+            return None
         branch, gate = branch.view(x.shape), modulation[5]
     return x, cast(Tensor, branch), cast(Tensor, gate)
 
 
-def infer_block(
-    x: Tensor,
-    modulation: Sequence[Tensor],
-    settings: BlockSettings,
-    ahead: Ahead | None = None,
-    following: tuple[Tensor, Tensor, float] | None = None,
-) -> tuple[Tensor, Ahead | None] | None:
-    """One of :func:`infer_blocks` on its own: (x, what is known for the next one).
-
-    Args:
-        ahead: what the launch that made x has computed with it, where nobody has written x since.
-        following: shift, scale and eps of the norm that x will go through next.
-    """
-    if x.stride()[-1:] != (1,):  # as a convolution's patches lie
+def infer_block(x: Tensor, modulation: Sequence[Tensor], settings: BlockSettings) -> Tensor | None:
+    """One of :func:`infer_blocks` on its own, its last branch added."""
+    if x.stride()[-1:] != (1,):
         x = x.contiguous()
-    plan = None if ahead is None else ahead.plan
-    eps = None if following is None else following[2]
-    if plan is None or plan.next_eps != eps or plan.settings != settings.layout():
-        plan = _block_plan(x, None, None, modulation, settings, eps)
-        if plan is None:
-            return None
-    h = ahead.norm if ahead is not None else plan.norm1(x, None, None, modulation[0], modulation[1])[1]
+    plan = _block_plan(x, None, None, modulation, settings)
+    if plan is None:
+        return None
+    _, h, _, _ = plan.norm1(x, None, None, modulation[0], modulation[1])
     r, branch = plan.halves(x, h, modulation, settings.parameters)
-    shift, scale = (None, None) if following is None else following[:2]
-    out, h, _, _ = plan.add(r, branch, modulation[5], shift, scale)
-    return out, None if following is None else Ahead(h, plan if x.is_contiguous() else None)
+    if branch.shape != h.shape:
+        return None
+    return cast(Tensor, plan.add(r, branch, modulation[5], None, None)[0])
 
 
 def _block_plan(
@@ -324,16 +304,15 @@ def _block_plan(
     gate: Tensor | None,
     modulation: Sequence[Tensor],
     settings: BlockSettings,
-    next_eps: float | None,
 ) -> _Inference | None:
     layouts = direct_layouts(x, branch, gate, modulation[0])
     if layouts is None or torch._C._is_any_autocast_enabled():
         return None
     tf32 = uses_tf32(modulation[0].dtype)
-    key = "block", layouts, settings.layout(), next_eps, current_backend(), tf32
+    key = "block", layouts, settings.layout(), current_backend(), tf32
     plan: _Inference | None = kept(key)
     if plan is None:
-        plan = _plan_block(x, branch, gate, modulation, settings, next_eps)
+        plan = _plan_block(x, branch, gate, modulation, settings)
         if plan is not None:
             keep(key, plan)
     return plan
@@ -345,7 +324,6 @@ def _plan_block(
     gate: Tensor | None,
     modulation: Sequence[Tensor],
     settings: BlockSettings,
-    next_eps: float | None,
 ) -> _Inference | None:
     w_qkv, _, w_proj, _, w1, b1, _, _ = cast("list[Tensor]", settings.parameters)
     num_heads = settings.num_heads
@@ -366,17 +344,17 @@ def _plan_block(
         return None
     from ..kernels.adaln import AdaLNForward
     from ..kernels.attention import AttentionForward
+    from ..kernels.configs.gemm import gemm_config
 
     # of whose layouts alone the plans are made
     h, qkv = shift1.new_empty(x.shape), shift1.new_empty((batch, tokens, w_qkv.shape[0]))
     r = x.new_empty(x.shape)
     plan = _Inference()
-    plan.settings, plan.next_eps = settings.layout(), next_eps
+    plan.settings = settings.layout()
     plan.norm1 = AdaLNForward((x, branch, gate, shift1, scale1), settings.eps1, save=False, flat=True)
     stream = x if branch is None else r
     plan.norm2 = AdaLNForward((stream, h, gate1, shift2, scale2), settings.eps2, save=False, flat=True)
-    norm = (None, None) if next_eps is None else (shift1, scale1)
-    plan.add = AdaLNForward((r, h, gate2, *norm), next_eps or 0.0, save=False, flat=next_eps is not None)
+    plan.add = AdaLNForward((r, h, gate2, None, None), 0.0)
     backend = attention_backend(qkv, tokens, head_dim, training=False)
     if backend == "triton":
         scale = head_dim**-0.5 if settings.softmax_scale is None else settings.softmax_scale
@@ -385,9 +363,13 @@ def _plan_block(
     else:
         shape, softmax_scale = qkv.shape, settings.softmax_scale
         plan.attend = lambda qkv: run_library(backend, qkv.view(shape), num_heads, softmax_scale, None).flatten(0, 1)
+    # by operators that look at the weights themselves, of which the plan knows little
+    plan.activate = formulas.linear_gelu
     if takes_gemm("gelu_mlp", h, (*w1.shape, width), ()):
-        activate = linear_gelu_plan((h.view(-1, width), w1, b1), False, current_backend() == "triton")
-        plan.activate = lambda *tensors: activate(*tensors)[0]
-    else:
-        plan.activate = formulas.linear_gelu
+        demanded = current_backend() == "triton"
+        candidate = gemm_config("linear_gelu", batch * tokens, w1.shape[0], width, h, demanded).candidate
+        if candidate == "cublaslt" and b1 is not None:
+            plan.activate = lambda h, w1, b1: torch._addmm_activation(b1, h, w1.t(), use_gelu=True)
+        elif candidate == "triton":
+            plan.activate = linear.linear_gelu
     return plan

@@ -260,11 +260,11 @@ class _LinearGatedResidual(Kernel):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, bias, gate, _, _, _ = inputs
+        x, weight, bias, gate, *_ = inputs
         if output[1] is not None:
             ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, gate, output[1], bias)
+        ctx.save_for_backward(x, weight, gate, output[1] if inputs[-1] else None, bias)
 
     @staticmethod
     def gradients(ctx: Any, saved: tuple[Any, ...], d_r: Tensor | None, _: None) -> Gradients:

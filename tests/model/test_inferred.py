@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from ditfast import DiT, ops
 from ditfast.model import dit
@@ -78,7 +79,18 @@ def larger(model):
         parameter.data.mul_(1.25)
 
 
-@pytest.mark.parametrize("change", [wider_mlp, other_heads, other_eps, without_bias, larger])
+def other_layout(model):
+    """Equal but for how a weight lies."""
+    fc1, fc2 = model.blocks[1].mlp.fc1, model.blocks[2].mlp.fc2
+    fc1.weight = nn.Parameter((fc1.weight.detach() * 2).t().contiguous().t())
+    fc2.weight = nn.Parameter(torch.cat([fc2.weight.detach() * 2, torch.ones(72, 3)], 1)[:, :-3])
+    fc1.bias = nn.Parameter(fc1.bias.detach()[:1].expand(len(fc1.bias)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [wider_mlp, other_heads, other_eps, without_bias, larger, other_layout],
+)
 def test_blocks_that_differ(change, inferred):
     """Also where plans of the model as it was are kept."""
     fast, slow = pair(CONFIG)
@@ -94,6 +106,19 @@ def test_blocks_that_differ(change, inferred):
     assert all(inferred)
 
 
+def test_what_is_no_parameter():
+    fast, slow = pair(CONFIG)
+    for model in (fast, slow):
+        linear = model.blocks[1].attn.qkv
+        bias = linear.bias.detach() * 2
+        del linear.bias
+        linear.register_buffer("bias", bias)
+        vars(model.blocks[2].mlp.fc1)["weight"] = model.blocks[2].mlp.fc1.weight.detach() * 2
+    inputs = random_batch(CONFIG, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(*inputs), slow(*inputs), rtol=1e-4, atol=1e-4)
+
+
 def test_dtypes_that_change(inferred):
     fast, slow = pair(CONFIG)
     x, t, y = random_batch(CONFIG, 2)
@@ -101,9 +126,19 @@ def test_dtypes_that_change(inferred):
         with torch.no_grad():
             out = fast.to(dtype)(x, t, y)
             torch.testing.assert_close(out.float(), slow(x, t, y), rtol=0.05, atol=0.05)
-    fast.blocks[1].half()  # as the module itself: an error, not other numbers
-    with torch.no_grad(), pytest.raises((RuntimeError, TypeError), match=r"dtype|same|mat1"):
+    fast.blocks[1].mlp.fc1.half()  # as by its operators: an error, not other numbers
+    with torch.no_grad(), pytest.raises(TypeError, match=r"weight must have x's dtype|w1 must have x's dtype"):
         fast(x, t, y)
+
+
+def test_a_bias_that_does_not_fit():
+    fast, _ = pair(CONFIG)
+    inputs = random_batch(CONFIG, 2)
+    with torch.no_grad():
+        fast(*inputs)
+        fast.blocks[1].mlp.fc1.bias = nn.Parameter(torch.zeros(1))
+        with pytest.raises(ValueError, match="bias must have shape"):
+            fast(*inputs)
 
 
 def called(model):
@@ -156,7 +191,54 @@ def wrapped_linear(model):
     return seen
 
 
-@pytest.mark.parametrize("listen", [called, subclassed, replaced_forward, compiled, hooked_linear, wrapped_linear])
+def other_attention(model):
+    seen = []
+
+    class Other(type(model.blocks[1].attn)):
+        def forward(self, x):
+            seen.append(True)
+            return super().forward(x)
+
+    model.blocks[1].attn.__class__ = Other
+    return seen
+
+
+def compiled_mlp(model):
+    seen = []
+    model.blocks[1].mlp.compile(backend=lambda graph, _: seen.append(True) or graph.forward)
+    return seen
+
+
+def wrapped_blocks(model):
+    seen = []
+
+    class Noting(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.block, name)
+
+        def forward(self, *args):
+            seen.append(True)
+            return self.block(*args)
+
+    model.blocks[1] = Noting(model.blocks[1])
+    model.blocks[2] = checkpoint_wrapper(model.blocks[2])
+    return seen
+
+
+LISTENERS = [
+    *(called, subclassed, replaced_forward, compiled, hooked_linear, wrapped_linear),
+    *(other_attention, compiled_mlp, wrapped_blocks),
+]
+
+
+@pytest.mark.parametrize("listen", LISTENERS)
 def test_blocks_that_are_called(listen, inferred):
     fast, slow = pair(CONFIG)
     seen = listen(fast)
@@ -178,6 +260,25 @@ def test_hooks_around_every_module(inferred):
         handle.remove()
     assert seen.count("FusedAdaLNZeroBlock") == CONFIG.depth and seen.count("Linear") > 4 * CONFIG.depth
     assert not inferred
+
+
+def test_a_patched_class(inferred, monkeypatch):
+    fast, slow = pair(CONFIG)
+    seen, kind = [], type(fast.blocks[0].mlp)
+    original = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: seen.append(True) or original(self, x))
+    with torch.no_grad():
+        fast(*random_batch(CONFIG, 2))
+    assert len(seen) == CONFIG.depth and not inferred
+    assert_parity(fast, slow, random_batch(CONFIG, 2))
+
+
+def test_blocks_in_a_list():
+    fast, slow = pair(CONFIG)
+    blocks = [*fast.blocks]
+    del fast.blocks
+    fast.blocks = blocks
+    assert_parity(fast, slow, random_batch(CONFIG, 2))
 
 
 def test_autocast_and_other_designs(inferred):

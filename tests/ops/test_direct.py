@@ -2,10 +2,13 @@
 
 import gc
 import weakref
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from ditfast import ops
 from ditfast.kernels import launch
@@ -89,9 +92,12 @@ def test_a_checked_call_is_not_checked_again(monkeypatch):
             ((x.to("meta"), shift, scale), ValueError),
             ((x, shift, scale.to("meta")), ValueError),
             ((x, shift, list(scale)), TypeError),
+            ((list(x), shift, scale), TypeError),
         ):
-            with pytest.raises(error):
-                norm(*wrong)
+            for recording in (False, True):
+                with pytest.raises(error), torch.set_grad_enabled(recording):
+                    norm(*wrong)
+        assert ops.layer_norm_modulate(x, shift, scale, np.float32(1e-6)).equal(norm(x, shift, scale))
         with pytest.raises(ValueError, match="eps must be above 0"):
             ops.layer_norm_modulate(x, shift, scale, -1.0)
     torch.testing.assert_close(norm(x, shift, scale), formulas.layer_norm_modulate(x, shift, scale))
@@ -108,6 +114,7 @@ def test_what_keeps_the_operator():
         zeros = torch._efficientzerotensor(x.shape)
         negative = torch.complex(torch.zeros(2, 5, 72), x).conj().imag
         assert negative.is_neg()
+        assert backend.direct_layouts(torch._neg_view(x), shift, scale) is None
         for other in (leaked[0], zeros, negative, x.transpose(1, 2), x.to("meta"), x.as_subclass(Named)):
             assert backend.direct_layouts(other, shift, scale) is None
         with torch.no_grad():  # which have no gradient
@@ -118,6 +125,22 @@ def test_what_keeps_the_operator():
 
 class Named(torch.Tensor):
     pass
+
+
+@pytest.mark.parametrize("name", ["gated_residual", "linear_gated_residual", "layer_norm_modulate", "gelu_mlp"])
+def test_a_mode_around_one_half_of_a_checkpoint(name):
+    """The recomputation saves as many tensors as the forward."""
+    operator = OPERATORS[name]
+    inputs = draw_inputs(operator, SHAPE, torch.float32, "cpu")
+    frozen = ("gate",) if name == "linear_gated_residual" else ()
+    leaves = {key: value.clone().requires_grad_(key not in frozen) for key, value in inputs.items()}
+    with ops.use_backend("triton"):
+        for around in ((True, False), (False, True)):
+            with Watching() if around[0] else nullcontext():
+                out = checkpoint(lambda: operator.fused(**leaves, **operator.options(SHAPE)), use_reentrant=False)
+            with Watching() if around[1] else nullcontext():
+                out.sum().backward()
+    assert all(value.grad is not None for key, value in leaves.items() if key not in frozen)
 
 
 def test_where_tensors_are_made_is_no_reason():
