@@ -126,8 +126,7 @@ def test_graphed(make, inference, monkeypatch):
     """Shapes in turn, weights written in place and moved; outputs outlive replays; one launch of all modulations."""
     model, slow = make(SMALL, torch.bfloat16)
     fast = ditfast.graphed(model, limit=2)
-    together, original = [], modulations.modulations
-    monkeypatch.setattr(modulations, "modulations", lambda *args: together.append(len(args[1])) or original(*args))
+    together = watch(monkeypatch, modulations.Modulations, note=lambda _, arguments: len(arguments[1]))
     with torch.inference_mode(inference):
         first = assert_graphed(fast, slow)
         kept = first.clone()

@@ -116,9 +116,9 @@ def test_threads_on_streams_of_their_own(name, backend):
 
 @every_operator
 def test_a_second_device(name):
-    """Kernels and autograd's thread of that device work there, and the current one stays."""
+    """Kernels and autograd's thread of that device work there, and the current one stays; also launched directly."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two NVIDIA GPUs")
-    for wanted in (None, ()):
+    for wanted in (None, (), None, ()):
         assert not failures(check(triton_operator(name), MODELS[-1], torch.bfloat16, "cuda:1", wanted=wanted))
         assert torch.cuda.current_device() == 0

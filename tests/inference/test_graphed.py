@@ -25,6 +25,7 @@ from tests.inference.test_changes import assigned, moved, swapped, written_as_da
 from tests.inference.test_engine import loaded, models, replaced, stepped, written
 from tests.inference.test_graphs import captures as _captures
 from tests.inference.test_graphs import changed_epsilon, without_a_gelu
+from tests.kernels.conftest import watch
 
 captures = _captures
 
@@ -747,11 +748,10 @@ def test_captured_in_inference_mode_and_replayed_outside(captures):
 @every_model
 def test_captured_forwards_launch_all_modulations_at_once(make, inference, captures, monkeypatch):
     """Also where the caller's inference mode keeps an accelerated model's own calls from it."""
-    from ditfast.kernels import modulations
+    from ditfast.kernels.modulations import Modulations
 
     model, slow = make(depth=2) if make is models else make(dim=96, depth=2)
-    together, launch = [], modulations.modulations
-    monkeypatch.setattr(modulations, "modulations", lambda *args: together.append(len(args[1])) or launch(*args))
+    together = watch(monkeypatch, Modulations, note=lambda _, arguments: len(arguments[1]))
     fast = ditfast.graphed(model)
     arguments = inputs(1) if make is models else foreign_inputs(1, size=SMALL)
     with ditfast.ops.use_backend("triton"), torch.inference_mode(inference), torch.no_grad():
