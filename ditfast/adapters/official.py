@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..model.blocks import AdaLNForward, Pending, add_and_norm, promoted
-from ..ops.block import infer_block
+from ..ops.inference import infer_block
 from ..plain import is_plain_norm, norm_reason, others_are_identities, unknown_part
 from ..reference.transforms import in_trace
 from .adapter import Adapter, tokens

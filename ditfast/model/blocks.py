@@ -18,7 +18,8 @@ from .. import ops
 from ..ops.adaln import adaln
 from ..ops.attention import chosen_backend
 from ..ops.backend import takes_triton, wants_gradient
-from ..ops.block import BlockSettings, norm_attention, norm_linear, norm_mlp
+from ..ops.block import norm_attention, norm_linear, norm_mlp
+from ..ops.inference import BlockSettings
 from ..ops.linear import autocast, takes_gemm, working_dtype
 from ..ops.modulations import attached
 from ..plain import are_readable, child, has_global_hooks, is_plain, is_unchanged, parameters_of

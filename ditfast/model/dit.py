@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..config import DiTConfig
 from ..ops.backend import autocast_dtype
-from ..ops.block import infer_blocks
+from ..ops.inference import infer_blocks
 from ..ops.modulations import modulations_together
 from ..plain import are_plain_modulations, child, has_global_hooks, is_unchanged, parameters_of
 from ..reference import dit as reference

@@ -295,7 +295,7 @@ def test_autocast_and_other_designs(inferred):
 
 def test_a_library_attends(inferred, monkeypatch):
     """A head dim that the libraries take, without a demand for the kernels."""
-    monkeypatch.setattr("ditfast.ops.block.attention_backend", lambda *_, **__: "sdpa")
+    monkeypatch.setattr("ditfast.ops.inference.attention_backend", lambda *_, **__: "sdpa")
     fast, slow = pair(replace(CONFIG, hidden_size=64, num_heads=1))
     assert_parity(fast, slow, random_batch(CONFIG, 2))
     assert inferred == [True]
