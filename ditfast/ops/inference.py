@@ -1,7 +1,7 @@
 """adaLN-Zero blocks without gradients: what each launches beside its Linears, decided once for tensors laid out alike.
 
-By its operators a block asks each of them about the same tensors again. Here a plan of all its launches follows from the
-layouts of its inputs and the shapes of its weights, which torch's own Linears check in each call.
+A block's operators, called one by one, ask again about tensors that follow from each other. Here a plan of all launches
+follows from the layouts of the inputs and the shapes of the weights, which torch's own Linears check in each call.
 """
 
 from __future__ import annotations
