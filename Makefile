@@ -1,5 +1,5 @@
 # make bench   measure this machine: reference beside ditfast, each row with a parity tick
-# make test    lint, types, tests; a quarter of an hour on two cores
+# make test    lint, types, tests; some 20 minutes on two cores
 # make quick   lint, types, and of every room the tests that a change needs most; ROOM=ops for one room
 # make test-long  the soaks and full matrices that make test leaves out
 # make readme  the table of docs/benchmark.md, rendered from bench/results

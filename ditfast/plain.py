@@ -38,10 +38,11 @@ def has_global_hooks() -> bool:
 
 def is_unchanged(module: nn.Module, kind: type[nn.Module]) -> bool:
     """:func:`is_plain` for whoever has asked for global hooks: a model asks this a few hundred times in each call."""
+    if type(module) is not kind:
+        return False
     own = module.__dict__
     return not (
-        type(module) is not kind
-        or own["_forward_hooks"]
+        own["_forward_hooks"]
         or own["_forward_pre_hooks"]
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
@@ -80,7 +81,7 @@ def parameters_of(*linears: nn.Module | None) -> list[Tensor | None] | None:
     strided = torch.strided
     tensors: list[Tensor | None] = []
     for linear in linears:
-        if type(linear) is not nn.Linear or not is_unchanged(linear, nn.Linear):
+        if linear is None or not is_unchanged(linear, nn.Linear):
             return None
         weight, bias = _weight_and_bias(linear)
         if type(weight) not in _READABLE or weight.layout is not strided:
@@ -100,13 +101,8 @@ def _weight_and_bias(linear: Any) -> tuple[Any, Any]:
     return linear.weight, linear.bias  # a replica of DataParallel has plain tensors in the place of parameters
 
 
-def is_plain_modulation(modulation: nn.Module | None) -> bool:
-    """Whether an adaLN_modulation is what it was built as, so that its Linear may be read apart from its SiLU."""
-    return modulation is not None and not has_global_hooks() and _is_unchanged_modulation(modulation)
-
-
 def are_plain_modulations(modulations: Iterable[nn.Module]) -> bool:
-    """:func:`is_plain_modulation` of all."""
+    """Whether each adaLN_modulation is what it was built as, so that its Linear may be read apart from its SiLU."""
     return not has_global_hooks() and all(map(_is_unchanged_modulation, modulations))
 
 

@@ -97,7 +97,6 @@ class _Gemm:
         """tensors: (a, b, bias, gate, aux); dtype: of the results."""
         a, b, _, gate, _ = tensors
         (rows, inner), columns = a.shape, b.shape[0 if transposed else 1]
-        self._matrix = rows, columns
         tokens = rows // gate.shape[0] if gate is not None and rows else 1
         self._copies = [x is not None and x.stride(-1) != 1 for x in tensors[:4]]
         self._contiguous = tensors[4] is None or tensors[4].is_contiguous()

@@ -238,20 +238,10 @@ def attention_backward(
     return cast("tuple[Tensor, Tensor, Tensor]", results)
 
 
-def _backward(
-    d_out: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    stats: Tensor,
-    num_heads: int,
-    scale: float,
-    bias: Tensor | None,
-    want_bias: bool,
-    want_sums: bool,
-    key: Layouts | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _backward(*arguments: Any, key: Layouts | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     from ..kernels.attention_bwd import AttentionBackward
 
+    d_out, qkv, out, stats, num_heads, scale, bias, want_bias, want_sums = arguments
     tensors = d_out, qkv, out, stats, bias
     tf32 = uses_tf32(qkv.dtype)
     plan = planned(AttentionBackward, tensors, num_heads, scale, want_bias, want_sums, key=key, tf32=tf32)

@@ -87,8 +87,10 @@ def test_a_method_is_graphed(captures):
     x, t, y = inputs(2)
     for scale in (3.0, 3.0, 1.5):
         with torch.no_grad():
-            arguments = torch.cat([x, x]), torch.cat([t, t]), y, scale
-            torch.testing.assert_close(fast(*arguments), slow.forward_with_cfg(*arguments), rtol=1e-3, atol=1e-4)
+            latents, *rest = torch.cat([x, x]), torch.cat([t, t]), y, scale
+            exact = copy.deepcopy(slow).double().forward_with_cfg(latents.double(), *rest)
+            yardstick = slow.forward_with_cfg(latents, *rest)
+            assert judge("model", fast(latents, *rest), yardstick, exact, torch.float32).ok
     assert captures == [4, 4] and fast.model is model
 
 
@@ -289,7 +291,7 @@ def test_adapters_of_peft(change, captures):
         change([layer for layer in each.modules() if isinstance(layer, peft.tuners.lora.LoraLayer)])
     after = assert_right(fast, slow)
     assert len(captures) == 2 and fast.unavailable() is None
-    assert torch.allclose(before, after, rtol=1e-3, atol=1e-4) == (change is merged)
+    assert (relative_error(after, before) < 1e-4) == (change is merged)  # which changes nothing, others much
 
 
 def test_diffusers_results(captures):
@@ -737,9 +739,7 @@ def test_captured_in_inference_mode_and_replayed_outside(captures):
         assert fast(*inputs()).is_inference()
     assert_right(fast, slow)
     with torch.inference_mode():
-        x, t, y = inputs(seed=2)
-        expected = slow(x, t, y)
-        torch.testing.assert_close(fast(x, t, y), expected, rtol=1e-3, atol=1e-4)
+        assert_right(fast, slow, inputs(seed=2))
     assert captures == [3]
 
 
